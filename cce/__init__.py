@@ -1,0 +1,30 @@
+"""The loss layer of large-vocabulary language models: cross-entropy of ``e @ c.T`` without the logits.
+
+>>> import cce, torch
+>>> cce.loss(torch.randn(8, 16), torch.randn(1000, 16), torch.randint(1000, (8,))).shape
+torch.Size([])
+"""
+
+from cce.diagnostics import Explanation, explain, live_fraction
+from cce.errors import BackendUnavailable
+from cce.functional import Terms, loss, terms
+from cce.modules import LinearCrossEntropy
+from cce.registry import backends, register_backend, unregister_backend
+from cce.spec import Spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "Explanation",
+    "LinearCrossEntropy",
+    "Spec",
+    "Terms",
+    "backends",
+    "explain",
+    "live_fraction",
+    "loss",
+    "register_backend",
+    "terms",
+    "unregister_backend",
+]

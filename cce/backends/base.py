@@ -1,0 +1,46 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+
+class Backend(ABC):
+    """One implementation of the algorithm of docs/algorithm.md.
+
+    The front end has already checked every argument, flattened batch dimensions, applied ``shift`` and
+    dropped ignored rows; reductions, class weights and token weights come after. A backend sees N >= 1
+    rows, a *resolved* spec, and tensors on one device.
+
+    ``cce.testing.check_backend(name)`` holds it to the float64 reference.
+    """
+
+    name: str
+
+    @abstractmethod
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        """All reasons why this problem cannot run here, from metadata alone; empty if it can."""
+
+    @abstractmethod
+    def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
+        """Computes the outputs ``problem.outputs`` asks for, and fills those of ``maps`` that are not None.
+
+        The maps are (T, N) views the caller owns; their rows may be longer than N (any stride).
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        outputs: Outputs[Tensor],
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Gradients[Tensor]:
+        """Gradients ``problem`` asks for; must leave every argument unchanged (a graph may be retained)."""

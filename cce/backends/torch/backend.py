@@ -1,0 +1,38 @@
+"""The `torch` backend's face to the registry."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cce.backends.base import Backend
+from cce.backends.torch.backward import backward
+from cce.backends.torch.forward import forward
+from cce.backends.torch.plan import minimum_scratch
+from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+
+class TorchBackend(Backend):
+    """Every option, every dtype, every device; the default without a GPU kernel."""
+
+    name = "torch"
+
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        needed = minimum_scratch(problem, spec)
+        if spec.scratch_bytes < needed:
+            return [f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of one row and one tile"]
+        return []
+
+    def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
+        return forward(inputs, problem, spec, maps)
+
+    def backward(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        outputs: Outputs[Tensor],
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Gradients[Tensor]:
+        return backward(inputs, problem, spec, outputs, maps, upstream)

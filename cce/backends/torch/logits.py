@@ -1,0 +1,63 @@
+"""The logit tile and its gradient, as formulas on a (rows, columns) piece."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cce.backends.torch.arithmetic import Arithmetic
+from cce.problem import Outputs, Problem, Upstream
+
+
+def logits_(problem: Problem, arithmetic: Arithmetic, e: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out = z = softcap tanh(logit_scale (e c^T + bias) / softcap)   # (rows, columns)"""
+    z = arithmetic.product(e, c.T, out)
+    if bias is not None:
+        z += bias
+    # One pass for both factors: the argument of tanh is logit_scale / softcap times the sum.
+    factor = problem.logit_scale / (problem.softcap or 1.0)
+    if factor != 1.0:
+        z *= factor
+    if problem.softcap is not None:
+        z.tanh_().mul_(problem.softcap)
+    return z
+
+
+def softmax_gradient_(
+    problem: Problem, z: Tensor, outputs: Outputs[Tensor], upstream: Upstream[Tensor], u: Tensor | float
+) -> Tensor:
+    """z becomes p (a + h (lse - H - z)) + s u, all of dz but its targets   # (rows, columns)
+
+    ``outputs`` and ``upstream`` hold the rows of this piece; ``u`` its logit weights, used only under a softcap.
+    """
+    lse = outputs.lse[:, None]
+    if upstream.h is None:
+        z.sub_(lse).exp_().mul_(upstream.a[:, None])
+    else:
+        assert outputs.entropy is not None
+        p = torch.sub(z, lse).exp_()
+        # Masked logits (-inf) have p = 0: bound them, or 0 * inf would be NaN.
+        z.clamp_(min=torch.finfo(z.dtype).min / 4).neg_().add_(lse - outputs.entropy[:, None])
+        z.mul_(upstream.h[:, None]).add_(upstream.a[:, None]).mul_(p)
+    if upstream.s is not None and problem.softcap is not None:
+        z += upstream.s[:, None] * u
+    return z
+
+
+def softcap_derivative(problem: Problem, z: Tensor) -> Tensor | None:
+    """1 - (z / softcap)^2, the derivative of the capped logit; None without a softcap."""
+    if problem.softcap is None:
+        return None
+    return torch.mul(z, 1 / problem.softcap).square_().neg_().add_(1.0)
+
+
+def add_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """x[index] += values for 1-D x, repeated indices added in a fixed order.
+
+    On a CPU ``index_add_`` runs through the indices in order; on a GPU it would use atomics, and
+    ``index_put_`` sorts instead.
+    """
+    if x.device.type == "cpu":
+        x.index_add_(0, index, values)
+    else:
+        x.index_put_((index,), values, accumulate=True)

@@ -1,0 +1,161 @@
+"""Checks of the public arguments: every error names the argument, the value and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce import registry
+from cce.spec import Spec
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("mean", "sum", "none")
+OUTPUTS = ("nll", "lse", "entropy", "prediction")
+
+
+def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any) -> None:
+    """Types, dtypes, shapes and devices of the tensors; their values are not looked at."""
+    _float_tensor("e", e)
+    _float_tensor("c", c)
+    _tensor("targets", targets)
+    if targets.dtype not in INTEGERS:
+        raise TypeError(f"targets: got dtype {targets.dtype}, expected an integer dtype (soft targets: target_weight)")
+    if e.ndim < 1:
+        raise ValueError(f"e: got shape {tuple(e.shape)}, expected (..., D)")
+    if c.ndim != 2 or c.shape[0] < 1 or c.shape[1] < 1:
+        raise ValueError(f"c: got shape {tuple(c.shape)}, expected (V, D) with V >= 1 and D >= 1")
+    if e.shape[-1] != c.shape[1]:
+        raise ValueError(f"e: got shape {tuple(e.shape)}, expected (..., {c.shape[1]}) to match c's {tuple(c.shape)}")
+    _target_shapes(e, targets, target_weight)
+    if bias is not None:
+        _float_tensor("bias", bias)
+        _shape("bias", bias, (c.shape[0],), "(V,)")
+    _same_device(e, c=c, targets=targets, bias=bias, target_weight=target_weight)
+
+
+def check_options(
+    *, ignore_index: Any, shift: Any, softcap: Any, logit_scale: Any, backend: Any, spec: Any, vocab_parallel: Any
+) -> None:
+    """The options ``terms`` and ``loss`` share."""
+    _integer("ignore_index", ignore_index)
+    _integer("shift", shift)
+    if shift < 0:
+        raise ValueError(f"shift: got {shift}, expected an int >= 0")
+    if softcap is not None:
+        _number("softcap", softcap, "None or a finite number > 0", lambda x: x > 0)
+    _number("logit_scale", logit_scale, "a finite number > 0", lambda x: x > 0)
+    registry.check_name(backend)
+    if spec is not None and not isinstance(spec, Spec):
+        raise TypeError(f"spec: got {spec!r} of type {type(spec).__name__}, expected a cce.Spec or None")
+    if vocab_parallel is not None:
+        raise ValueError(
+            f"vocab_parallel: got {vocab_parallel!r}, expected None: no backend of this release splits the vocabulary"
+        )
+
+
+def check_shift(shift: int, targets: Tensor, lead: int) -> None:
+    """``shift`` moves along the last of the ``lead`` leading dimensions."""
+    if shift and lead < 1:
+        raise ValueError(f"shift: got {shift} with targets of shape {tuple(targets.shape)}, expected a sequence dimension")
+    if shift and shift >= targets.shape[lead - 1]:
+        raise ValueError(f"shift: got {shift}, expected less than the sequence length {targets.shape[lead - 1]}")
+
+
+def check_vocab_order(spec: Spec, v: int) -> None:
+    order = spec.vocab_order
+    if order is not None and len(order) != v:
+        raise ValueError(f"spec.vocab_order: got {len(order)} entries, expected V = {v}")
+
+
+def check_outputs(outputs: Any) -> None:
+    """Names of ``terms``' outputs."""
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        raise TypeError(f"outputs: got {outputs!r}, expected a sequence of names out of {OUTPUTS}")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs:
+        raise ValueError(f"outputs: got {tuple(outputs)!r}, expected one or more of {OUTPUTS}")
+
+
+def check_loss_options(
+    *, reduction: Any, label_smoothing: Any, z_loss: Any, weight: Any, token_weight: Any, c: Tensor, lead: torch.Size
+) -> None:
+    """What ``loss`` has beyond ``terms``; ``lead`` is the shape of one value a token."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        kind = ValueError if isinstance(reduction, str) else TypeError
+        raise kind(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
+    _number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+    _number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
+    if weight is not None:
+        _float_tensor("weight", weight)
+        _shape("weight", weight, (c.shape[0],), "(V,)")
+        if weight.requires_grad:
+            raise ValueError("weight: got a tensor that requires grad, expected class weights without (detach it)")
+    if token_weight is not None:
+        _tensor("token_weight", token_weight)
+        if token_weight.dtype not in (*FLOATS, *INTEGERS, torch.bool):
+            raise TypeError(f"token_weight: got dtype {token_weight.dtype}, expected a real dtype or bool")
+        _shape("token_weight", token_weight, tuple(lead), "one weight a token")
+    _same_device(c, weight=weight, token_weight=token_weight)
+
+
+def check_sizes(in_features: Any, out_features: Any) -> None:
+    """The sizes of ``LinearCrossEntropy``."""
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        _integer(name, value)
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected an int >= 1")
+
+
+def _target_shapes(e: Tensor, targets: Tensor, target_weight: Any) -> None:
+    lead = tuple(e.shape[:-1])
+    if target_weight is None:
+        _shape("targets", targets, lead, "e's leading shape")
+        return
+    _float_tensor("target_weight", target_weight)
+    if targets.ndim != e.ndim or tuple(targets.shape[:-1]) != lead or targets.shape[-1] < 1:
+        raise ValueError(
+            f"targets: got shape {tuple(targets.shape)}, expected {(*lead, 'K')} with K >= 1, as target_weight is given"
+        )
+    _shape("target_weight", target_weight, tuple(targets.shape), "targets' shape")
+
+
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
+
+
+def _float_tensor(name: str, value: Any) -> None:
+    _tensor(name, value)
+    if value.dtype not in FLOATS:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {expected}")
+
+
+def _shape(name: str, value: Tensor, expected: tuple, meaning: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}, {meaning}")
+
+
+def _same_device(first: Tensor, **others: Any) -> None:
+    for name, value in others.items():
+        if value is not None and value.device != first.device:
+            raise ValueError(f"{name}: got device {value.device}, expected {first.device}, where the others are")
+
+
+def _integer(name: str, value: Any) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected an int")
+
+
+def _number(name: str, value: Any, expected: str, valid: Any) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
+    if not -math.inf < value < math.inf or not valid(value):  # math.isfinite would break a compiled graph
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")

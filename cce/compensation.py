@@ -1,0 +1,51 @@
+"""What stands for the tiles that were skipped: their mass times the tile's mean row (docs/algorithm.md, step 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cce.problem import Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+
+def dead_mass(
+    problem: Problem,
+    spec: Spec,
+    outputs: Outputs[Tensor],
+    maps: Maps[Tensor],
+    upstream: Upstream[Tensor],
+    row_live: Tensor,
+    t0: int,
+    t1: int,
+) -> Tensor:
+    """(t1 - t0, N): sum of dx over the columns of each skipped tile; 0 where the tile is live.
+
+    ``m_it = logit_scale * softcap'(zbar) * exp(tile_lse - lse) * (a + h (lse - tile_lse - H + tile_entropy))``
+
+    zbar, the log of the tile's mean exp(z), stands for its logits in the softcap's derivative.
+    """
+    assert maps.tile_lse is not None
+    tile_lse = maps.tile_lse[t0:t1]
+    log_p = tile_lse - outputs.lse  # (t, N)
+    weight = upstream.a.expand_as(log_p)
+    if upstream.h is not None:
+        assert maps.tile_entropy is not None and outputs.entropy is not None
+        # A tile of masked entries has log_p = -inf and no mass: keep 0 * inf out.
+        gap = log_p.clamp(min=-1e4)
+        weight = weight + upstream.h * (maps.tile_entropy[t0:t1] - gap - outputs.entropy)
+    mass = log_p.exp() * weight * problem.logit_scale
+    if problem.softcap is not None:
+        zbar = tile_lse - columns_of_tiles(problem, spec, t0, t1, log_p).log()[:, None]
+        mass *= 1 - (zbar / problem.softcap).clamp(-1, 1).square()
+    return mass.masked_fill_(row_live[t0:t1], 0)
+
+
+def columns_of_tiles(problem: Problem, spec: Spec, t0: int, t1: int, like: Tensor) -> Tensor:
+    """(t1 - t0,) number of columns of each tile: BLOCK_V, fewer in the last; dtype and device of ``like``."""
+    assert spec.block_v is not None
+    columns = torch.full((t1 - t0,), float(spec.block_v), dtype=like.dtype, device=like.device)
+    if t1 == spec.tiles(problem.v):
+        columns[-1] = problem.v - (t1 - 1) * spec.block_v
+    return columns
+

@@ -1,0 +1,151 @@
+"""What would run and why, and how much of the logits the filter leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce import checks, ops, registry
+from cce.errors import BackendUnavailable
+from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+from cce.worklist import live_fraction as fraction_of
+from cce.worklist import work_list
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of :func:`explain`.
+
+    Attributes:
+        backend: the one that would run, or None if none can.
+        reasons: for every backend, why it cannot run; an empty list if it can.
+        spec: the resolved spec.
+        problem: the metadata the choice was made from.
+    """
+
+    backend: str | None
+    reasons: dict[str, list[str]]
+    spec: Spec
+    problem: Problem
+
+    def __str__(self) -> str:
+        p, s = self.problem, self.spec
+        lines = [
+            f"N={p.n} D={p.d} V={p.v}, e {p.e_dtype}, c {p.c_dtype}, on {p.device}",
+            f"would run: {self.backend or 'nothing'}",
+            f"filter={s.filter!r} threshold={s.threshold:.3g} compensate={s.compensate}, "
+            f"tiles {s.block_n} x {s.block_v}, scratch {s.scratch_bytes / 2**20:.0f} MiB",
+        ]
+        for name, found in self.reasons.items():
+            lines += [f"  {name}: {'can run' if not found else found[0]}"] + [f"    {more}" for more in found[1:]]
+        return "\n".join(lines)
+
+
+def explain(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    spec: Spec | None = None,
+    **options: Any,
+) -> Explanation:
+    """Which backend would run ``cce.loss(e, c, targets, bias, ...)``, and why each other one would not.
+
+    Takes the arguments of :func:`cce.loss`; nothing is computed.
+
+    Raises:
+        TypeError, ValueError: as :func:`cce.loss`, or an option it does not have.
+
+    >>> print(explain(torch.randn(8, 4), torch.randn(10, 4), torch.zeros(8, dtype=torch.long)).backend)
+    torch
+    """
+    from cce.functional import _autocast, _wanted_gradients, loss
+
+    unknown = sorted(set(options) - set(loss.__kwdefaults__))
+    if unknown:
+        raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option of cce.loss")
+    checks.check_tensors(e, c, targets, bias, options.get("target_weight"))
+    checks.check_options(**_shared_options(options), backend=backend, spec=spec)
+    e, c, bias = _autocast(e, c, bias)
+    soft = options.get("target_weight") is not None
+    problem = ops._problem(
+        e.reshape(-1, c.shape[1]),
+        c,
+        bias,
+        targets.reshape(-1, targets.shape[-1] if soft else 1),
+        options.get("softcap"),
+        float(options.get("logit_scale", 1.0)),
+        "weighted_logit" if options.get("label_smoothing") else "",
+        _wanted_gradients(e, c, bias),
+    )
+    resolved = (spec or Spec()).resolve(problem)
+    reasons = {name: registry.reasons(name, problem, resolved) for name in registry.backends()}
+    try:
+        chosen = registry.choose(backend, problem, resolved).name
+    except BackendUnavailable:
+        chosen = None
+    return Explanation(chosen, reasons, resolved, problem)
+
+
+def live_fraction(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    spec: Spec | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+) -> float:
+    """Fraction of the logits' gradient the backward would compute for a plain mean loss, in [0, 1].
+
+    Arguments as :func:`cce.loss`; ``e`` (..., D), ``c`` (V, D). Runs one forward. 1.0 means that the filter is
+    off or skips nothing. Ignored rows do not count.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`.
+    """
+    checks.check_tensors(e, c, targets, bias, None)
+    checks.check_options(
+        **_shared_options({"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}),
+        backend=backend,
+        spec=spec,
+    )
+    spec = spec or Spec()
+    checks.check_vocab_order(spec, c.shape[0])
+    flat = ops.prepare_targets(targets.reshape(-1, 1), c.shape[0], ignore_index)
+    rows, used = ops._rows_in_use(flat)
+    problem = ops._problem(e.reshape(-1, c.shape[1]), c, bias, used, softcap, logit_scale, "", "e,c")
+    resolved = spec.resolve(problem)
+    if resolved.filter == "none" or problem.n == 0:
+        return 1.0
+    order = spec.vocab_order.to(e.device) if isinstance(spec.vocab_order, Tensor) else None
+    inputs = Inputs(e.detach().reshape(-1, c.shape[1]), c.detach(), used, bias, rows, None, order)
+    outputs, maps = run_forward(backend, inputs, problem, resolved)
+    one = torch.ones_like(outputs.lse)
+    work = work_list(inputs, problem, resolved, outputs, maps, Upstream(one, one[:, None]))
+    return fraction_of(work, problem, resolved)
+
+
+def run_forward(
+    backend: str, inputs: Inputs[Tensor], problem: Problem, spec: Spec
+) -> tuple[Outputs[Tensor], Maps[Tensor]]:
+    """One forward of a backend outside autograd, with maps allocated for it."""
+    wide = getattr(torch, str(spec.accumulate))
+    shape = (spec.tiles(problem.v), problem.n)
+    maps = Maps(**{name: inputs.e.new_empty(shape, dtype=wide) for name in problem.maps(spec)})
+    with torch.no_grad():
+        return registry.choose(backend, problem, spec).forward(inputs, problem, spec, maps), maps
+
+
+def _shared_options(options: dict[str, Any]) -> dict[str, Any]:
+    defaults = {"ignore_index": -100, "shift": 0, "softcap": None, "logit_scale": 1.0, "vocab_parallel": None}
+    return {name: options.get(name, default) for name, default in defaults.items()}

@@ -1,0 +1,316 @@
+"""``cce.terms`` and ``cce.loss``: the front end over every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce import checks, ops
+from cce.spec import Spec
+
+_DEFAULT_SPEC = Spec()
+
+
+class Terms(NamedTuple):
+    """Per-token results of :func:`terms`; those not asked for are None.
+
+    Attributes:
+        nll: negative log-likelihood of the target, nats; with soft targets ``sum_k w_k (lse - z[target_k])``.
+        lse: log-sum-exp of the logits.
+        entropy: of the softmax, nats.
+        prediction: int64, the vocabulary entry with the largest logit. Not differentiable.
+    """
+
+    nll: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    prediction: Tensor | None = None
+
+
+class _Rows(NamedTuple):
+    """What the operator returns, per row of the flattened ``e`` (M,), and what the front end needs to go on."""
+
+    lse: Tensor
+    target_logits: Tensor  # (M, K)
+    entropy: Tensor
+    weighted_logit: Tensor
+    prediction: Tensor
+    targets: Tensor  # (M, K), -1 where ignored
+    coefficients: Tensor | None  # (M, K) target_weight, 0 where ignored
+    shape: torch.Size  # of one value a token, before the shift
+
+
+def terms(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    outputs: Sequence[str] = checks.OUTPUTS,
+    ignore_index: int = -100,
+    shift: int = 0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    target_weight: Tensor | None = None,
+    backend: str = "auto",
+    spec: Spec | None = None,
+    vocab_parallel: Any = None,
+) -> Terms:
+    """Per-token log-likelihood, log-sum-exp, entropy and prediction of ``softmax(e c^T)``, without the logits.
+
+    Args:
+        e: (..., D) hidden states; bfloat16, float16, float32 or float64.
+        c: (V, D) classifier, one row a vocabulary entry; may differ from ``e`` in dtype. Under autocast both
+            are cast as ``torch.nn.functional.linear`` would.
+        targets: integers of ``e``'s leading shape, in [0, V) or ``ignore_index``; with ``target_weight``, (..., K).
+        bias: (V,), added to the logits. Entries of -inf mask vocabulary entries.
+        outputs: names out of "nll", "lse", "entropy", "prediction"; only these are computed.
+        ignore_index: targets of this value cost nothing; their rows are 0 in every output, -1 in ``prediction``.
+        shift: ``targets[..., s:]`` are predicted from ``e[..., :-s, :]``, without a copy of ``e``; the results
+            have the shape of ``targets[..., s:]``.
+        softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``.
+        target_weight: (..., K) weights of K-sparse soft targets (top-k distillation); differentiable.
+        backend: "auto", or one of :func:`cce.backends`.
+        spec: how to compute it; None means ``cce.Spec()``.
+        vocab_parallel: reserved for sharded vocabularies; must be None in this release.
+
+    Returns:
+        Terms: tensors of ``targets``' shape (without K; shortened by ``shift``), float32, or float64 for float64
+        inputs. ``nll``, ``lse`` and ``entropy`` are differentiable once; ``nll`` and ``entropy`` of ordinary
+        targets are never negative.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named with its value. A target outside [0, V) on a GPU is a
+            device-side assertion unless CCE_CHECK_TARGETS=1.
+        BackendUnavailable: the backend cannot run this problem; all reasons are listed.
+
+    Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025, section 4.
+
+    >>> e, c = torch.eye(3), torch.eye(3)
+    >>> terms(e, c, torch.tensor([0, 1, 2]), outputs=["prediction"]).prediction
+    tensor([0, 1, 2])
+    """
+    checks.check_outputs(outputs)
+    extra = [name for name in ("entropy", "prediction") if name in outputs]
+    rows = _rows(
+        e,
+        c,
+        targets,
+        bias,
+        extra,
+        None,
+        ignore_index=ignore_index,
+        shift=shift,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        target_weight=target_weight,
+        backend=backend,
+        spec=spec,
+        vocab_parallel=vocab_parallel,
+    )
+    found = {
+        "nll": _nll(rows, rows.coefficients) if "nll" in outputs else None,
+        "lse": rows.lse if "lse" in outputs else None,
+        "entropy": rows.entropy if "entropy" in outputs else None,
+        "prediction": rows.prediction if "prediction" in outputs else None,
+    }
+    return Terms(**{name: None if x is None else _unflatten(x, rows.shape, shift) for name, x in found.items()})
+
+
+def loss(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    shift: int = 0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    target_weight: Tensor | None = None,
+    backend: str = "auto",
+    spec: Spec | None = None,
+    vocab_parallel: Any = None,
+) -> Tensor:
+    """Cross-entropy of ``softmax(e c^T)`` against ``targets``, as ``F.cross_entropy(F.linear(e, c, bias), targets)``.
+
+    Arguments not listed are those of :func:`terms`.
+
+    Args:
+        reduction: "none", "sum", or "mean" over the weights in use: the sum of ``token_weight`` (1 each if None)
+            times the target's class weight, as ``F.cross_entropy`` divides. Soft targets divide by the token
+            weights alone. With no weight in use at all, "mean" is NaN, as in PyTorch.
+        label_smoothing: in [0, 1]; mixes the target with the uniform distribution over V.
+        z_loss: ``z_loss * lse**2`` is added to each token's loss (PaLM, arXiv 2204.02311, section 5).
+        weight: (V,) class weights.
+        token_weight: one weight a token, of ``targets``' shape (without K); differentiable.
+
+    Returns:
+        Tensor: a scalar, or with "none" one value a token, in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`terms`.
+
+    >>> e, c = torch.eye(3), torch.eye(3)
+    >>> loss(e, c, torch.tensor([0, 1, 2]))
+    tensor(0.5514)
+    """
+    checks.check_tensors(e, c, targets, bias, target_weight)
+    lead = targets.shape if target_weight is None else targets.shape[:-1]
+    checks.check_loss_options(
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        weight=weight,
+        token_weight=token_weight,
+        c=c,
+        lead=lead,
+    )
+    rows = _rows(
+        e,
+        c,
+        targets,
+        bias,
+        ["weighted_logit"] if label_smoothing else [],
+        _wide(weight) / c.shape[0] if weight is not None and label_smoothing else None,
+        ignore_index=ignore_index,
+        shift=shift,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        target_weight=target_weight,
+        backend=backend,
+        spec=spec,
+        vocab_parallel=vocab_parallel,
+    )
+    in_use = (rows.targets >= 0).any(1).to(rows.lse.dtype)
+    coefficients = _class_weighted(rows, weight)
+    per_token = _nll(rows, coefficients)
+    if label_smoothing:
+        mass = 1.0 if weight is None else weight.to(rows.lse.dtype).mean()
+        per_token = (1 - label_smoothing) * per_token + label_smoothing * (mass * rows.lse - rows.weighted_logit)
+    if z_loss:
+        per_token = per_token + z_loss * rows.lse.square()
+    if token_weight is not None:
+        flat = _shifted(token_weight, shift, token_weight.ndim, 0).reshape(-1).to(rows.lse.dtype)
+        per_token, in_use = per_token * flat, in_use * flat
+    if reduction == "none":
+        return _unflatten(per_token, rows.shape, shift)
+    if reduction == "sum":
+        return per_token.sum()
+    if weight is not None and target_weight is None and coefficients is not None:
+        in_use = in_use * coefficients[:, 0]
+    return per_token.sum() / in_use.sum()
+
+
+def _rows(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    extra: list[str],
+    logit_weight: Tensor | None,
+    *,
+    ignore_index: int,
+    shift: int,
+    softcap: float | None,
+    logit_scale: float,
+    target_weight: Tensor | None,
+    backend: str,
+    spec: Spec | None,
+    vocab_parallel: Any,
+) -> _Rows:
+    """Checks, flattens and runs the operator."""
+    checks.check_tensors(e, c, targets, bias, target_weight)
+    checks.check_options(
+        ignore_index=ignore_index,
+        shift=shift,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        backend=backend,
+        spec=spec,
+        vocab_parallel=vocab_parallel,
+    )
+    spec = _DEFAULT_SPEC if spec is None else spec
+    checks.check_vocab_order(spec, c.shape[0])
+    lead = targets.ndim - (target_weight is not None)
+    checks.check_shift(shift, targets, lead)
+    shape = targets.shape[:lead]
+    k = 1 if target_weight is None else targets.shape[-1]
+    flat = ops.prepare_targets(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
+    e, c, bias = _autocast(e, c, bias)
+    order = spec.vocab_order
+    found = ops.forward(
+        e.reshape(-1, c.shape[1]),
+        c,
+        bias,
+        flat,
+        logit_weight,
+        order.to(e.device) if isinstance(order, Tensor) else None,
+        backend,
+        spec.key,
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        ",".join(extra),
+        _wanted_gradients(e, c, bias),
+    )
+    coefficients = None
+    if target_weight is not None:
+        coefficients = _shifted(target_weight, shift, lead, 0).reshape(-1, k).to(found[0].dtype)
+        coefficients = coefficients.masked_fill(flat < 0, 0)
+    return _Rows(*found[:5], flat, coefficients, shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:
+    """Which gradients may be asked for, so that the forward keeps maps only if they will be used."""
+    if not torch.is_grad_enabled():
+        return ""
+    return ",".join(n for n, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad)
+
+
+def _autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The casts F.linear makes under autocast (which leaves float64 alone)."""
+    device = e.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (e.dtype, c.dtype):
+        return e, c, bias
+    dtype = torch.get_autocast_dtype(device)
+    return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _shifted(x: Tensor, shift: int, lead: int, fill: int) -> Tensor:
+    """``x[..., shift:]`` along dimension ``lead - 1``, filled up at the end: what each row of ``e`` predicts."""
+    if not shift:
+        return x
+    moved = x.narrow(lead - 1, shift, x.shape[lead - 1] - shift)
+    tail = torch.full_like(x.narrow(lead - 1, 0, shift), fill)
+    return torch.cat([moved, tail], dim=lead - 1)
+
+
+def _unflatten(x: Tensor, shape: torch.Size, shift: int) -> Tensor:
+    x = x.reshape(shape)
+    return x if not shift else x.narrow(-1, 0, shape[-1] - shift)
+
+
+def _nll(rows: _Rows, coefficients: Tensor | None) -> Tensor:
+    """(M,) sum_k w_k (lse - z_k); 0 in ignored rows, where both are 0."""
+    gap = rows.lse[:, None] - rows.target_logits
+    return gap[:, 0] if coefficients is None else (coefficients * gap).sum(1)
+
+
+def _class_weighted(rows: _Rows, weight: Tensor | None) -> Tensor | None:
+    """(M, K) target weights times class weights, 0 where ignored; None if both are 1."""
+    if weight is None:
+        return rows.coefficients
+    of_target = weight.to(rows.lse.dtype)[rows.targets.clamp(min=0)].masked_fill(rows.targets < 0, 0)
+    return of_target if rows.coefficients is None else of_target * rows.coefficients

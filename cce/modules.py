@@ -1,0 +1,90 @@
+"""``cce.LinearCrossEntropy``: a language model's head and its loss in one module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cce import checks
+from cce.functional import loss
+
+
+class LinearCrossEntropy(nn.Module):
+    """A linear head that returns the loss of its logits without making them.
+
+    Its parameters are named, shaped and initialised as those of ``nn.Linear(in_features, out_features)``: it
+    loads such a head's state dict, and its ``weight`` can be tied to an embedding's.
+
+    Args:
+        in_features: D.
+        out_features: V.
+        bias: adds a learnable (V,) bias.
+        device, dtype: of the parameters.
+        **options: the keyword options of :func:`cce.loss`, for example ``softcap``, ``spec`` or ``backend``.
+
+    Raises:
+        TypeError, ValueError: a size is not a positive int, or an option is unknown (its value is checked when used).
+
+    >>> head = LinearCrossEntropy(16, 100, label_smoothing=0.1)
+    >>> head(torch.randn(4, 7, 16), torch.randint(100, (4, 7))).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        checks.check_sizes(in_features, out_features)
+        accepted = set(loss.__kwdefaults__) - {"token_weight", "target_weight"}
+        unknown = sorted(set(options) - accepted)
+        if unknown:
+            raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option out of {sorted(accepted)}")
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        # Class weights follow the module to its device; they are no part of a head's state dict.
+        self.register_buffer("class_weight", options.pop("weight", None), persistent=False)
+        self.options = options
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear`` does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, e: Tensor, targets: Tensor, *, token_weight: Tensor | None = None, target_weight: Tensor | None = None
+    ) -> Tensor:
+        """The loss of hidden states ``e`` (..., D) against ``targets``; arguments as :func:`cce.loss`."""
+        return loss(
+            e,
+            self.weight,
+            targets,
+            self.bias,
+            weight=self.class_weight,
+            token_weight=token_weight,
+            target_weight=target_weight,
+            **self.options,
+        )
+
+    def logits(self, e: Tensor) -> Tensor:
+        """(..., V) logits after scale and softcap, for generation."""
+        z = nn.functional.linear(e, self.weight, self.bias) * self.options.get("logit_scale", 1.0)
+        softcap = self.options.get("softcap")
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"

@@ -1,0 +1,304 @@
+"""The PyTorch operators ``cce::forward`` and ``cce::backward``.
+
+They are what torch.compile sees as one node each. Everything that depends on values or chooses a backend
+happens inside them: the check of the targets, the selection of the rows in use, the resolution of the spec.
+Optional outputs and maps that were not asked for are empty tensors, since an operator's outputs cannot be None.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce import registry
+from cce.problem import EXTRA_OUTPUTS, Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+_MAPS = ("tile_lse", "tile_max", "tile_entropy")
+
+
+@torch.library.custom_op("cce::prepare_targets", mutates_args=())
+def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
+    """``targets`` as int64 with -1 for ``ignore_index``; an entry outside [0, v) is an error, and never read.
+
+    On a CPU the error is a ValueError here. On a GPU it is a device-side assertion, so that nothing waits;
+    with CCE_CHECK_TARGETS=1 in the environment it is a ValueError there too, at the price of a synchronisation.
+    """
+    targets = targets.to(torch.int64, copy=True)
+    ignored = targets == ignore_index
+    bad = ((targets < 0) | (targets >= v)) & ~ignored
+    if targets.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1":
+        if bool(bad.any()):
+            where = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"targets: got {int(targets[tuple(where)])} at index {tuple(where)}, "
+                f"expected values in [0, {v}) or ignore_index={ignore_index}"
+            )
+    else:
+        torch._assert_async(~bad.any())
+    return targets.masked_fill_(ignored | bad, -1)
+
+
+@prepare_targets.register_fake
+def _(targets: Tensor, v: int, ignore_index: int) -> Tensor:
+    return torch.empty_like(targets, dtype=torch.int64)
+
+
+@torch.library.custom_op("cce::forward", mutates_args=())
+def forward(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_weight: Tensor | None,
+    vocab_order: Tensor | None,
+    backend: str,
+    spec: str,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: str,
+    grads: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs per row of ``e`` (0, and -1 for the prediction, where the row is ignored), then the maps.
+
+    Args:
+        e: (M, D). c: (V, D). bias, logit_weight, vocab_order: (V,).
+        targets: (M, K) from ``prepare_targets``.
+        backend: a name, or "auto". spec: its ``key``.
+        outputs: comma-separated extra outputs. grads: those of "e", "c" and "bias" a gradient may be wanted for.
+    """
+    rows, used = _rows_in_use(targets)
+    problem = _problem(e, c, bias, used, softcap, logit_scale, outputs, grads)
+    resolved = Spec.from_key(spec).resolve(problem)
+    empty = _empty_outputs(e, targets, problem, resolved)
+    chosen = registry.choose(backend, problem, resolved)
+    if problem.n == 0:
+        return empty
+    inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
+    maps = _maps(empty[5:], problem.n)
+    found = chosen.forward(inputs, problem, resolved, maps)
+    return (*_scatter(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
+
+
+@forward.register_fake
+def _(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_weight: Tensor | None,
+    vocab_order: Tensor | None,
+    backend: str,
+    spec: str,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: str,
+    grads: str,
+) -> tuple[Tensor, ...]:
+    problem = _problem(e, c, bias, targets, softcap, logit_scale, outputs, grads)
+    return _empty_outputs(e, targets, problem, Spec.from_key(spec).resolve(problem))
+
+
+@torch.library.custom_op("cce::backward", mutates_args=())
+def backward(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_weight: Tensor | None,
+    vocab_order: Tensor | None,
+    saved: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    backend: str,
+    spec: str,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: str,
+    grads: str,
+    wanted: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dE (M, D), dC (V, D) and dbias (V,) in their inputs' dtypes; those not ``wanted`` are empty.
+
+    ``saved`` is lse, target_logits, entropy and the maps of the forward; ``upstream`` the gradients of lse,
+    target_logits, entropy and weighted_logit, empty where there is none. ``grads`` is the forward's, from which
+    its choice of backend and spec is made again.
+    """
+    rows, used = _rows_in_use(targets)
+    problem = _problem(e, c, bias, used, softcap, logit_scale, outputs, grads)
+    resolved = Spec.from_key(spec).resolve(problem)
+    if problem.n == 0:
+        return _fill(e, c, bias, wanted, lambda x: torch.zeros_like(x, memory_format=torch.contiguous_format))
+    chosen = registry.choose(backend, problem, resolved)
+    lse, target_logits, entropy = (_select(x, rows) for x in saved[:3])
+    asked = _problem(e, c, bias, used, softcap, logit_scale, outputs, wanted)
+    found = chosen.backward(
+        Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
+        asked,
+        resolved,
+        Outputs(lse, target_logits, entropy if entropy.numel() else None),
+        _maps(saved[3:], problem.n),
+        _upstream(upstream, used, rows, lse),
+    )
+    return _finish(found, e, c, bias, rows)
+
+
+@backward.register_fake
+def _(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_weight: Tensor | None,
+    vocab_order: Tensor | None,
+    saved: Sequence[Tensor],
+    upstream: Sequence[Tensor],
+    backend: str,
+    spec: str,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: str,
+    grads: str,
+    wanted: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fill(e, c, bias, wanted, lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    e, c, bias, targets, logit_weight, vocab_order, *ctx.options = inputs
+    lse, target_logits, entropy, _, prediction, *maps = output
+    ctx.mark_non_differentiable(prediction, *maps)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, lse, target_logits, entropy, *maps)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
+    e, c, bias, targets, logit_weight, vocab_order, *saved = ctx.saved_tensors
+    wanted = ",".join(name for name, need in zip(("e", "c", "bias"), ctx.needs_input_grad[:3], strict=True) if need)
+    upstream = [e.new_empty(0) if grad is None else grad for grad in grads[:4]]
+    de, dc, dbias = backward(e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, wanted)
+    needs = ctx.needs_input_grad
+    return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 9)
+
+
+forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple:
+    raise RuntimeError(
+        "cce: second derivatives are not implemented, since they would need the logits again; "
+        "use torch.nn.functional.cross_entropy(torch.nn.functional.linear(e, c), targets) for double backward"
+    )
+
+
+backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+def _rows_in_use(targets: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Indices of the rows with a target, or None if all have one; and their targets (N, K)."""
+    in_use = (targets >= 0).any(1)
+    rows = in_use.nonzero()[:, 0]
+    if len(rows) == len(targets):
+        return None, targets
+    return rows, targets.index_select(0, rows)
+
+
+def _problem(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: str,
+    grads: str,
+) -> Problem:
+    names = set(grads.split(","))
+    return Problem(
+        n=targets.shape[0],
+        v=c.shape[0],
+        d=c.shape[1],
+        k=targets.shape[1],
+        e_dtype=e.dtype,
+        c_dtype=c.dtype,
+        device=e.device.type,
+        bias=bias is not None,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        outputs=frozenset(outputs.split(",")) & frozenset(EXTRA_OUTPUTS),
+        grad_e="e" in names,
+        grad_c="c" in names,
+        grad_bias="bias" in names,
+    )
+
+
+def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:
+    """Outputs and maps as they are for ignored rows; the maps are not initialised."""
+    m, wide = e.shape[0], getattr(torch, str(spec.accumulate))
+    maps = problem.maps(spec)
+
+    def row(name: str, value: int = 0, dtype: torch.dtype = wide) -> Tensor:
+        return e.new_full((m if name in problem.outputs else 0,), value, dtype=dtype)
+
+    return (
+        e.new_zeros(m, dtype=wide),
+        e.new_zeros(targets.shape, dtype=wide),
+        row("entropy"),
+        row("weighted_logit"),
+        row("prediction", -1, torch.int64),
+        *(e.new_empty((spec.tiles(problem.v), m) if name in maps else (0, 0), dtype=wide) for name in _MAPS),
+    )
+
+
+def _maps(tensors: Sequence[Tensor], n: int) -> Maps[Tensor]:
+    """Views of the first ``n`` columns; a (0, 0) tensor stands for a map that is not kept."""
+    views = {name: x[:, :n] if x.numel() else None for name, x in zip(_MAPS, tensors, strict=True)}
+    return Maps(**views)
+
+
+def _scatter(found: Outputs[Tensor], empty: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
+    """The outputs at their places among all rows of ``e``."""
+    values = (found.lse, found.target_logits, found.entropy, found.weighted_logit, found.prediction)
+    placed = []
+    for value, place in zip(values, empty, strict=True):
+        if value is None:
+            placed.append(place)
+        elif rows is None:
+            placed.append(value.to(place.dtype))
+        else:
+            placed.append(place.index_copy_(0, rows, value.to(place.dtype)))
+    return placed
+
+
+def _select(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None or x.numel() == 0 else x.index_select(0, rows)
+
+
+def _upstream(grads: Sequence[Tensor], targets: Tensor, rows: Tensor | None, lse: Tensor) -> Upstream[Tensor]:
+    a, target, h, s = (_select(x, rows).to(lse.dtype) if x.numel() else None for x in grads)
+    g = torch.zeros_like(targets, dtype=lse.dtype) if target is None else target.neg()
+    return Upstream(torch.zeros_like(lse) if a is None else a, g.masked_fill(targets < 0, 0), h, s)
+
+
+def _finish(
+    found: Gradients[Tensor], e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in their inputs' dtypes, dE at its rows' places."""
+    de = e.new_empty(0) if found.de is None else found.de.to(e.dtype)
+    if rows is not None and found.de is not None:
+        de = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, de)
+    dc = c.new_empty(0) if found.dc is None else found.dc.to(c.dtype)
+    dbias = c.new_empty(0) if found.dbias is None or bias is None else found.dbias.to(bias.dtype)
+    return de, dc, dbias
+
+
+def _fill(e: Tensor, c: Tensor, bias: Tensor | None, wanted: str, make: Any) -> tuple[Tensor, Tensor, Tensor]:
+    names = set(wanted.split(","))
+    return (
+        make(e) if "e" in names else e.new_empty(0),
+        make(c) if "c" in names else c.new_empty(0),
+        make(bias) if bias is not None and "bias" in names else c.new_empty(0),
+    )

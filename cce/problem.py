@@ -1,0 +1,161 @@
+"""The metadata of one call, and the arrays that travel between the front end and a backend.
+
+The array classes are generic: the kernels fill them with torch tensors, the reference with NumPy arrays.
+Symbols are those of docs/design.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from cce.spec import Spec
+
+A = TypeVar("A")
+
+#: What a backend computes beside ``lse`` and the targets' logits, only when asked.
+EXTRA_OUTPUTS = ("entropy", "weighted_logit", "prediction")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Metadata of one call: everything a backend needs to say whether it can run it.
+
+    Args:
+        n: rows of ``e`` in use (ignored rows are already left out).
+        v, d: rows and columns of ``c``.
+        k: target entries a row; 1 for ordinary targets.
+        e_dtype, c_dtype: dtypes of ``e`` and ``c``.
+        device: device type, "cpu", "cuda", ...
+        bias: a bias is added to the logits.
+        softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``.
+        outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
+        grad_e, grad_c, grad_bias: the gradients that will be wanted.
+    """
+
+    n: int
+    v: int
+    d: int
+    k: int = 1
+    e_dtype: torch.dtype = torch.float32
+    c_dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    bias: bool = False
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    outputs: frozenset[str] = frozenset()
+    grad_e: bool = False
+    grad_c: bool = False
+    grad_bias: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype whose arithmetic the products use: the wider of ``e``'s and ``c``'s."""
+        return torch.promote_types(self.e_dtype, self.c_dtype)
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.grad_e or self.grad_c or self.grad_bias
+
+    def maps(self, spec: Spec) -> frozenset[str]:
+        """The fields of :class:`Maps` that the backward of a resolved ``spec`` reads."""
+        if not self.needs_grad or spec.filter == "none":
+            return frozenset()
+        names = {"tile_max"} if spec.filter == "element" else {"tile_lse"}
+        if spec.compensate:
+            names |= {"tile_lse", "tile_entropy"} if "entropy" in self.outputs else {"tile_lse"}
+        return frozenset(names)
+
+
+@dataclass(frozen=True)
+class Inputs(Generic[A]):
+    """What a kernel reads.
+
+    Attributes:
+        e: (M, D), any strides.
+        c: (V, D), any strides.
+        targets: (N, K) int64, vocabulary entries; -1 stands for no target.
+        bias: (V,) or None.
+        rows: (N,) int64, ascending: row i of the problem is ``e[rows[i]]``. None when N = M.
+        logit_weight: (V,) weights u of ``weighted_logit``; None stands for 1 / V.
+        vocab_order: (V,) int64 permutation, or None for the natural order.
+    """
+
+    e: A
+    c: A
+    targets: A
+    bias: A | None = None
+    rows: A | None = None
+    logit_weight: A | None = None
+    vocab_order: A | None = None
+
+
+@dataclass(frozen=True)
+class Outputs(Generic[A]):
+    """Per row of the problem, in the accumulation dtype.
+
+    Attributes:
+        lse: (N,) log-sum-exp of the row's logits.
+        target_logits: (N, K) ``z[i, targets[i, k]]``, 0 where the target is -1.
+        entropy: (N,) of the softmax, nats; never negative.
+        weighted_logit: (N,) ``sum_v u_v z[i, v]``.
+        prediction: (N,) int64, the vocabulary entry of the largest logit, the first in the vocabulary order if tied.
+    """
+
+    lse: A
+    target_logits: A
+    entropy: A | None = None
+    weighted_logit: A | None = None
+    prediction: A | None = None
+
+
+@dataclass(frozen=True)
+class Maps(Generic[A]):
+    """Per tile of the forward, kept for the backward; all (T, N), None where :meth:`Problem.maps` has no need.
+
+    Attributes:
+        tile_lse: log-sum-exp of the row over vocabulary block t.
+        tile_max: its largest logit.
+        tile_entropy: entropy of the row's softmax restricted to the block.
+    """
+
+    tile_lse: A | None = None
+    tile_max: A | None = None
+    tile_entropy: A | None = None
+
+
+@dataclass(frozen=True)
+class Upstream(Generic[A]):
+    """Gradients of the caller's loss, in the accumulation dtype.
+
+    With p the softmax and H the entropy of a row,
+    ``dz[i, j] = p_ij (a_i + h_i (lse_i - H_i - z_ij)) - sum_k g_ik [j = targets_ik] + s_i u_j``.
+
+    Attributes:
+        a: (N,) of ``lse``.
+        g: (N, K) of ``target_logits``, negated: the gradient of a negative log-likelihood.
+        h: (N,) of ``entropy``, or None.
+        s: (N,) of ``weighted_logit``, or None.
+    """
+
+    a: A
+    g: A
+    h: A | None = None
+    s: A | None = None
+
+
+@dataclass(frozen=True)
+class Gradients(Generic[A]):
+    """What the backward returns; None for what was not asked.
+
+    Attributes:
+        de: (N, D), in ``e``'s or the accumulation dtype.
+        dc: (V, D), in ``c``'s dtype.
+        dbias: (V,), in the accumulation dtype.
+    """
+
+    de: A | None = None
+    dc: A | None = None
+    dbias: A | None = None

@@ -1,0 +1,134 @@
+"""Which backends there are, and which one runs a problem.
+
+Nothing here imports a kernel framework: a backend's module is loaded when it is first asked for, and a
+module that cannot be loaded is a reason, not an ImportError.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import entry_points
+
+from cce.backends.base import Backend
+from cce.errors import BackendUnavailable
+from cce.problem import Problem
+from cce.spec import Spec
+
+#: Entry-point group through which other packages add backends: ``name = "module:BackendClass"``.
+ENTRY_POINT_GROUP = "cce.backends"
+
+#: ``backend="auto"`` takes the first of these that supports the problem. The reference is an oracle and
+#: other packages' backends are a choice of the user's: both run only when named.
+AUTO_ORDER = ("torch",)
+
+_BUILT_IN = {
+    "torch": "cce.backends.torch:TorchBackend",
+    "reference": "cce.backends.reference:ReferenceBackend",
+}
+_registered: dict[str, Callable[[], Backend]] = {}
+_loaded: dict[str, Backend] = {}
+
+
+def register_backend(name: str, factory: Callable[[], Backend], *, replace: bool = False) -> None:
+    """Adds a backend under ``name``.
+
+    Args:
+        name: what users pass as ``backend=``.
+        factory: called once, at first use, without arguments; usually the :class:`Backend` subclass itself.
+        replace: allow an existing name.
+
+    Raises:
+        TypeError: ``name`` is not a string, or ``factory`` is not callable.
+        ValueError: ``name`` is empty, "auto", or taken while ``replace`` is False.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r} of type {type(name).__name__}, expected a string")
+    if not name or name == "auto":
+        raise ValueError(f"name: got {name!r}, expected a non-empty name other than 'auto'")
+    if not callable(factory):
+        raise TypeError(f"factory: got {factory!r}, expected a callable that returns a Backend")
+    if name in backends() and not replace:
+        raise ValueError(f"name: a backend called {name!r} exists already, expected another name or replace=True")
+    _registered[name] = factory
+    _loaded.pop(name, None)
+
+
+def unregister_backend(name: str) -> None:
+    """Removes what :func:`register_backend` added; ValueError if there is no such name."""
+    if name not in _registered:
+        raise ValueError(f"name: got {name!r}, expected one of {sorted(_registered)}")
+    del _registered[name]
+    _loaded.pop(name, None)
+
+
+def backends() -> list[str]:
+    """Names of all backends: the built-in ones, those of entry points, those registered.
+
+    >>> "torch" in backends()
+    True
+    """
+    return list(dict.fromkeys([*_BUILT_IN, *_entry_points(), *_registered]))
+
+
+def check_name(name: object) -> None:
+    """ValueError/TypeError if ``name`` is neither "auto" nor a backend's name."""
+    if not isinstance(name, str):
+        raise TypeError(f"backend: got {name!r} of type {type(name).__name__}, expected a string")
+    if name != "auto" and name not in backends():
+        raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, backends()))}")
+
+
+def load(name: str) -> Backend:
+    """The backend called ``name``, imported on first use.
+
+    Raises:
+        BackendUnavailable: its module, or a package it needs, cannot be loaded.
+    """
+    if name not in _loaded:
+        try:
+            backend = _factory(name)()
+        except Exception as error:  # whatever a third party's import raises is a reason, not our crash
+            raise BackendUnavailable(f"backend {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not isinstance(backend, Backend):
+            raise BackendUnavailable(f"backend {name!r} is a {type(backend).__name__}, not a cce Backend")
+        _loaded[name] = backend
+    return _loaded[name]
+
+
+def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
+    """Why backend ``name`` cannot run ``problem``; empty if it can."""
+    try:
+        return load(name).unsupported(problem, spec)
+    except BackendUnavailable as error:
+        return [str(error)]
+
+
+def choose(name: str, problem: Problem, spec: Spec) -> Backend:
+    """The backend that runs ``problem``: the one named, or for "auto" the first able one of ``AUTO_ORDER``.
+
+    Raises:
+        BackendUnavailable: it cannot; the message lists the reasons of every backend tried.
+    """
+    tried = {}
+    for candidate in AUTO_ORDER if name == "auto" else (name,):
+        tried[candidate] = reasons(candidate, problem, spec)
+        if not tried[candidate]:
+            return load(candidate)
+    lines = [f"  {candidate}: {reason}" for candidate, found in tried.items() for reason in found]
+    raise BackendUnavailable("\n".join([f"no backend can run {problem} with {spec}:", *lines]))
+
+
+def _factory(name: str) -> Callable[[], Backend]:
+    if name in _registered:
+        return _registered[name]
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    return _entry_points()[name].load()
+
+
+@lru_cache(maxsize=1)
+def _entry_points() -> dict:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -1,0 +1,108 @@
+"""The work list: which tiles the backward computes (docs/algorithm.md, step 3), for every torch-fed backend."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """The live tiles of one backward.
+
+    Attributes:
+        row_order: (N,) int64; block b holds rows ``row_order[b * BLOCK_N : (b + 1) * BLOCK_N]``.
+        live: (B, T) bool, per tile (b, t).
+        row_live: (T, N) bool, the same per row in the rows' own order.
+    """
+
+    row_order: Tensor
+    live: Tensor
+    row_live: Tensor
+
+
+def work_list(
+    inputs: Inputs[Tensor],
+    problem: Problem,
+    spec: Spec,
+    outputs: Outputs[Tensor],
+    maps: Maps[Tensor],
+    upstream: Upstream[Tensor],
+) -> WorkList:
+    """The live tiles under a resolved ``spec``; no host synchronisation."""
+    hit = _hits(inputs, problem, spec, outputs, maps, upstream)  # (T, N)
+    n, block_n = problem.n, _size(spec.block_n)
+    if spec.row_order == "live" and block_n > 1:
+        row_order = hit.sum(0).argsort(stable=True)
+    else:
+        row_order = torch.arange(n, device=hit.device)
+    blocks = -(-n // block_n)
+    padded = torch.nn.functional.pad(hit[:, row_order], (0, blocks * block_n - n))
+    live = padded.view(-1, blocks, block_n).any(-1)  # (T, B)
+    block_of_row = torch.empty_like(row_order).scatter_(0, row_order, torch.arange(n, device=hit.device) // block_n)
+    return WorkList(row_order, live.T, live.index_select(1, block_of_row))
+
+
+def all_live(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> WorkList:
+    """The work list of ``filter="none"``."""
+    device = inputs.e.device
+    tiles, blocks = spec.tiles(problem.v), -(-problem.n // _size(spec.block_n))
+    return WorkList(
+        torch.arange(problem.n, device=device),
+        torch.ones(blocks, tiles, dtype=torch.bool, device=device),
+        torch.ones(tiles, problem.n, dtype=torch.bool, device=device),
+    )
+
+
+def live_fraction(work: WorkList, problem: Problem, spec: Spec) -> float:
+    """Area of the live tiles over N V."""
+    block_v = _size(spec.block_v)
+    widths = torch.full((spec.tiles(problem.v),), block_v, dtype=torch.float64)
+    widths[-1] = problem.v - (len(widths) - 1) * block_v
+    rows = work.row_live.sum(1).to("cpu", torch.float64)
+    return float((rows * widths).sum() / (problem.n * problem.v))
+
+
+def target_positions(inputs: Inputs[Tensor]) -> Tensor:
+    """(N, K) int64: place of each target along the vocabulary as the tiles see it; -1 stays -1."""
+    if inputs.vocab_order is None:
+        return inputs.targets
+    order = inputs.vocab_order
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return torch.where(inputs.targets < 0, inputs.targets, place[inputs.targets.clamp(min=0)])
+
+
+def _hits(
+    inputs: Inputs[Tensor],
+    problem: Problem,
+    spec: Spec,
+    outputs: Outputs[Tensor],
+    maps: Maps[Tensor],
+    upstream: Upstream[Tensor],
+) -> Tensor:
+    """(T, N): the row needs the tile, by the filter's rule or for a target in it."""
+    quantity = maps.tile_max if spec.filter == "element" else maps.tile_lse
+    assert quantity is not None and spec.threshold is not None
+    hit = quantity > outputs.lse + math.log(spec.threshold)
+    # A row nobody sends a gradient to (a masked token, say) has nothing to compute.
+    active = (upstream.a != 0) | (upstream.g != 0).any(1)
+    if upstream.h is not None:
+        active |= upstream.h != 0
+    # Targets mark their tile; those that do not count mark a row T that is cut off again.
+    tiles = hit.shape[0]
+    counts = (inputs.targets >= 0) & (upstream.g != 0)
+    tile = torch.where(counts, target_positions(inputs) // _size(spec.block_v), tiles)
+    marks = torch.zeros(tiles + 1, problem.n, dtype=torch.bool, device=hit.device)
+    marks.scatter_(0, tile.T, True)
+    return hit.logical_or_(marks[:tiles]).logical_and_(active)
+
+
+def _size(block: int | None) -> int:
+    assert block is not None, "a resolved spec is needed"
+    return block
