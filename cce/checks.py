@@ -49,7 +49,8 @@ def check_options(
     if softcap is not None:
         _number("softcap", softcap, "None or a finite number > 0", lambda x: x > 0)
     _number("logit_scale", logit_scale, "a finite number > 0", lambda x: x > 0)
-    registry.check_name(backend)
+    if not torch.compiler.is_compiling():  # the operator looks the name up again when it runs
+        registry.check_name(backend)
     if spec is not None and not isinstance(spec, Spec):
         raise TypeError(f"spec: got {spec!r} of type {type(spec).__name__}, expected a cce.Spec or None")
     if vocab_parallel is not None:

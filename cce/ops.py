@@ -80,7 +80,8 @@ def forward(
         return empty
     inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
     maps = _maps(empty[5:], problem.n)
-    found = chosen.forward(inputs, problem, resolved, maps)
+    with _own_dtypes(e):
+        found = chosen.forward(inputs, problem, resolved, maps)
     return (*_scatter(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
 
 
@@ -135,14 +136,15 @@ def backward(
     chosen = registry.choose(backend, problem, resolved)
     lse, target_logits, entropy = (_select(x, rows) for x in saved[:3])
     asked = _problem(e, c, bias, used, softcap, logit_scale, outputs, wanted)
-    found = chosen.backward(
-        Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
-        asked,
-        resolved,
-        Outputs(lse, target_logits, entropy if entropy.numel() else None),
-        _maps(saved[3:], problem.n),
-        _upstream(upstream, used, rows, lse),
-    )
+    with _own_dtypes(e):
+        found = chosen.backward(
+            Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
+            asked,
+            resolved,
+            Outputs(lse, target_logits, entropy if entropy.numel() else None),
+            _maps(saved[3:], problem.n),
+            _upstream(upstream, used, rows, lse),
+        )
     return _finish(found, e, c, bias, rows)
 
 
@@ -195,6 +197,11 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple:
 
 
 backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+def _own_dtypes(e: Tensor) -> torch.autocast:
+    """The front end has cast what autocast casts; a backend's own float32 arithmetic stays float32."""
+    return torch.autocast(e.device.type, enabled=False)
 
 
 def _rows_in_use(targets: Tensor) -> tuple[Tensor | None, Tensor]:

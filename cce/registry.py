@@ -111,6 +111,7 @@ def choose(name: str, problem: Problem, spec: Spec) -> Backend:
     Raises:
         BackendUnavailable: it cannot; the message lists the reasons of every backend tried.
     """
+    check_name(name)
     tried = {}
     for candidate in AUTO_ORDER if name == "auto" else (name,):
         tried[candidate] = reasons(candidate, problem, spec)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
+from cce.worklist import WorkList, work_list
 
 
 class Backend(ABC):
@@ -44,3 +45,15 @@ class Backend(ABC):
         upstream: Upstream[Tensor],
     ) -> Gradients[Tensor]:
         """Gradients ``problem`` asks for; must leave every argument unchanged (a graph may be retained)."""
+
+    def work_list(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        outputs: Outputs[Tensor],
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> WorkList:
+        """The live tiles :meth:`backward` computes under a filter; overridden by a backend that finds its own."""
+        return work_list(inputs, problem, spec, outputs, maps, upstream)

@@ -1,0 +1,64 @@
+"""The `reference` backend: the float64 NumPy execution of the spec, behind the same interface as the kernels."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cce.backends.base import Backend
+from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.reference import tiled
+from cce.spec import Spec
+
+Fields = TypeVar("Fields", Inputs, Maps, Outputs, Upstream, Gradients)
+
+
+class ReferenceBackend(Backend):
+    """The oracle, for comparisons and for reading: CPU tensors only, and slow."""
+
+    name = "reference"
+
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        if problem.device != "cpu":
+            return [f"runs in NumPy on CPU tensors, not on {problem.device!r}"]
+        return []
+
+    def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
+        outputs, found = tiled.forward(to_numpy(inputs), problem, spec)
+        for name, target in vars(maps).items():
+            if target is not None:
+                target.copy_(torch.from_numpy(getattr(found, name)))
+        return to_torch(outputs)
+
+    def backward(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        outputs: Outputs[Tensor],
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Gradients[Tensor]:
+        arrays = (to_numpy(x) for x in (outputs, maps, upstream))
+        return to_torch(tiled.backward(to_numpy(inputs), problem, spec, *arrays))
+
+
+def to_numpy(fields: Fields) -> Fields:
+    """The same dataclass with float64 and int64 arrays in place of tensors."""
+    return type(fields)(**{name: None if x is None else as_array(x) for name, x in vars(fields).items()})
+
+
+def to_torch(fields: Fields) -> Fields:
+    """The same dataclass with tensors in place of arrays."""
+    return type(fields)(
+        **{name: None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for name, x in vars(fields).items()}
+    )
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """A float64 (or int64) copy on the host."""
+    x = x.detach().cpu()
+    return x.to(torch.float64).numpy() if x.is_floating_point() else x.to(torch.int64).numpy()

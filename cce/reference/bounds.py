@@ -1,0 +1,124 @@
+"""How far a backend may err: a-priori bounds on the rounding, from dtypes, sizes and magnitudes alone.
+
+The model. u is the unit roundoff of the accumulation, u_in that of the products' inputs. Of n roundings of a
+sum the errors are taken as independent, so they grow as ``LAMBDA sqrt(n) u`` (Higham and Mary, *A new approach
+to probabilistic rounding error analysis*, SISC 2019) on the sum of the magnitudes of its terms:
+
+- a logit errs by ``delta = scale (LAMBDA sqrt(D) + 2) u |e|.|c| + FEW u |z|``, entry by entry, times the slope of
+  the softcap;
+- ``p = exp(z - lse)`` by ``eps = delta + d_lse + FEW u (1 + |z| + |lse|)``, relative: entries without probability
+  count for nothing, however large their logit, and -inf has no error at all;
+- ``dz`` by ``eps |p-part|`` and its own arithmetic; stored in the input dtype it adds u_in |dz|, independent from
+  entry to entry, so the product with c adds the root of the sum of squares, ``LAMBDA u_in sqrt(dz^2 c^2)``;
+- the products' sums by ``LAMBDA sqrt(V or N) u (|dz| |c|)``, the result by u_out of its own dtype.
+
+A dead tile with compensation is one more column of dz, with the mean row of the tile as its row of c. Bounds are
+for the answer of the *tiled* oracle on the same live set; what the filter drops is no rounding and not in them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.reference.dense import embeddings, logit_weights, logits, masked_to_zero, softmax
+from cce.reference.gradient_bounds import Columns, gradient_bounds, with_tiles
+from cce.reference.roundoff import FEW, LAMBDA, Roundoff
+from cce.spec import Spec
+
+Array = np.ndarray
+
+
+def error_norm(x: Array, reference: Array) -> float:
+    """``||x - reference||``, Frobenius; equal infinities differ by 0, anything else not finite gives inf.
+
+    >>> error_norm(np.array([1.0, -np.inf]), np.array([1.0, -np.inf])), error_norm(np.array([np.nan]), np.zeros(1))
+    (0.0, inf)
+    """
+    x, reference = np.asarray(x, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if x.shape != reference.shape:
+        raise ValueError(f"x: got shape {x.shape}, expected the reference's {reference.shape}")
+    with np.errstate(invalid="ignore"):
+        difference = np.where(x == reference, 0.0, x - reference)
+    return float(np.linalg.norm(difference)) if np.isfinite(difference).all() else math.inf
+
+
+def relative_error(x: Array, reference: Array) -> float:
+    """``||x - reference|| / ||reference||``, for reports; 0 where both are zero, inf where only the reference is."""
+    error = error_norm(x, reference)
+    norm = float(np.linalg.norm(np.where(np.isfinite(reference), reference, 0.0)))
+    return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
+
+
+def bounds(
+    inputs: Inputs[Array],
+    problem: Problem,
+    spec: Spec,
+    outputs: Outputs[Array],
+    upstream: Upstream[Array] | None = None,
+    gradients: Gradients[Array] | None = None,
+    product_roundoff: float = 0.0,
+) -> dict[str, float]:
+    """Largest allowed ``error_norm(x, reference)`` of every output and gradient.
+
+    Absolute, so that a zero reference is no special case; over the reference's norm they are a tolerance.
+
+    Args:
+        inputs, problem: float64 copies of the values the backend gets; the dtypes that set its roundoffs.
+        spec: resolved; its filter and threshold say which tiles the gradients hold.
+        outputs, upstream, gradients: of the oracle; without the last two only the outputs are bounded.
+        product_roundoff: to which a product rounds its inputs: 2**-10 for tf32 (truncation), 0 if it does not.
+
+    Returns:
+        "lse", "target_logits", "entropy", "weighted_logit", "de", "dc", "dbias": those the arguments hold.
+    """
+    unit = Roundoff.of(problem, product_roundoff)
+    z = logits(inputs, problem)
+    delta = _logit_error(inputs, problem, z, unit)
+    d_lse, d_entropy = _row_errors(z, delta, outputs.lse, unit)
+    at_target = np.take_along_axis(delta, np.maximum(inputs.targets, 0), axis=1)
+    result = {"lse": d_lse, "target_logits": np.where(inputs.targets < 0, 0.0, at_target)}
+    result |= {} if outputs.entropy is None else {"entropy": d_entropy}
+    if outputs.weighted_logit is not None:
+        # sum_v |u_v| (delta + rounding of a sum of V terms), over the entries that are not masked.
+        error = delta + LAMBDA * math.sqrt(problem.v) * unit.u * np.abs(masked_to_zero(z))
+        result["weighted_logit"] = error @ np.abs(logit_weights(inputs, problem))
+    if upstream is not None and gradients is not None:
+        columns = Columns.of_entries(inputs, z, delta, outputs)
+        columns = with_tiles(columns, inputs, problem, spec, outputs, upstream, unit)
+        rows = (d_lse, d_entropy)
+        result |= gradient_bounds(columns, inputs, problem, spec, outputs, upstream, gradients, rows, unit)
+    return {name: float(np.linalg.norm(array)) for name, array in result.items()}
+
+
+def _logit_error(inputs: Inputs[Array], problem: Problem, z: Array, unit: Roundoff) -> Array:
+    """``delta``, how far a logit may err, (N, V); 0 where it is -inf."""
+    e, c = embeddings(inputs), inputs.c
+    delta = (LAMBDA * math.sqrt(problem.d) + 2) * unit.u * (np.abs(e) @ np.abs(c).T)
+    if inputs.bias is not None:
+        delta += 2 * unit.u * np.abs(masked_to_zero(inputs.bias))
+    if unit.product > 0:
+        # Both inputs of each product rounded: an independent part, and truncation's, which shrinks all alike.
+        delta += unit.product * (LAMBDA * np.sqrt(2 * (e**2 @ (c**2).T)) + 2 * np.abs(e @ c.T))
+    delta *= abs(problem.logit_scale)
+    if problem.softcap is not None:
+        # tanh shrinks the error by its slope, to second order; computed through exp it errs by a few u itself.
+        slope = 1.0 - (z / problem.softcap) ** 2
+        delta = (slope + 2 * delta / problem.softcap) * delta + FEW * unit.u * problem.softcap
+    delta = delta + FEW * unit.u * np.abs(masked_to_zero(z))
+    return np.where(np.isneginf(z), 0.0, delta)
+
+
+def _row_errors(z: Array, delta: Array, lse: Array, unit: Roundoff) -> tuple[Array, Array]:
+    """How far lse and entropy may err, (N,) each."""
+    p, z_abs, lse_abs = softmax(z, lse), np.abs(masked_to_zero(z)), np.abs(masked_to_zero(lse))
+    sums = LAMBDA * math.sqrt(z.shape[1]) * unit.u
+    # d lse = sum_j p_j (d z_j + rounding of exp's argument) + the sum's.
+    exponent = delta + FEW * unit.u * (1 + z_abs + lse_abs[:, None])
+    d_lse = (p * exponent).sum(axis=1) + sums + FEW * unit.u * lse_abs
+    # H = sum_j p_j (lse - z_j): each term errs by its p and by its logit.
+    surprise = 1 + np.abs(masked_to_zero(lse)[:, None] - masked_to_zero(z))
+    d_entropy = d_lse + (p * (exponent + sums) * surprise).sum(axis=1)
+    return d_lse, d_entropy

@@ -1,0 +1,79 @@
+"""What is added to the gradients outside the tiles: the compensation, and the weighted logit's rank-one term.
+
+Source: docs/design.md, section 4.4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.reference.dense import embeddings, logit_weights, masked_to_zero
+from cce.reference.worklist import Tiling, WorkList
+
+Array = np.ndarray
+
+
+def dropped_mass(
+    problem: Problem,
+    tiling: Tiling,
+    outputs: Outputs[Array],
+    maps: Maps[Array],
+    upstream: Upstream[Array],
+    work: WorkList,
+) -> Array:
+    """``m``, the sum of dx over each dead (row, tile) pair, (T, N); 0 on live pairs.
+
+    ``m_it = scale f_it exp(tile_lse_it - lse_i) (a_i + h_i (lse_i - H_i - (tile_lse_it - H_it)))``: the sum over
+    the tile of ``p (a + h (lse - H - z))``, because ``tile_lse - H_t`` is the mean of z under the tile's softmax.
+    f is the softcap's derivative at one representative logit; without a softcap m is exact.
+    """
+    assert maps.tile_lse is not None, "the compensation needs tile_lse"
+    tile_lse, lse = masked_to_zero(maps.tile_lse), masked_to_zero(outputs.lse)  # [T, N], [N]
+    coefficient = np.broadcast_to(upstream.a, tile_lse.shape)
+    if upstream.h is not None:
+        assert outputs.entropy is not None and maps.tile_entropy is not None, "needs entropy and tile_entropy"
+        coefficient = coefficient + upstream.h * ((lse - tile_lse) - outputs.entropy + maps.tile_entropy)
+    # A masked tile, or a masked row, has no mass.
+    dropped = ~work.row_live & ~np.isneginf(maps.tile_lse)
+    m: Array = problem.logit_scale * np.where(dropped, np.exp(tile_lse - lse), 0.0) * coefficient
+    if problem.softcap is not None:
+        # zbar = log mean_j exp(z_j), between the least and the largest logit of the tile.
+        zbar = tile_lse - np.log(tiling.cols)[:, None]
+        m = m * (1.0 - (zbar / problem.softcap) ** 2)
+    return m
+
+
+def compensation(
+    inputs: Inputs[Array],
+    problem: Problem,
+    tiling: Tiling,
+    outputs: Outputs[Array],
+    maps: Maps[Array],
+    upstream: Upstream[Array],
+    work: WorkList,
+) -> tuple[Array, Array, Array]:
+    """de, dc and dbias of the dead tiles, as if dx were m / n_t in each of their n_t columns.
+
+    Returns:
+        ``de_i = sum_t m_it cbar_t``; ``dc_v = sum_i m_it e_i / n_t`` and ``dbias_v = sum_i m_it / n_t`` for v in t.
+    """
+    m = dropped_mass(problem, tiling, outputs, maps, upstream, work)  # [T, N]
+    cbar = np.stack([inputs.c[tiling.vocabulary(t)].mean(axis=0) for t in range(tiling.T)])  # [T, D]
+    share = m / tiling.cols[:, None]  # [T, N]
+    tile_of = tiling.tile_of  # [V]
+    return m.T @ cbar, (share @ embeddings(inputs))[tile_of], share.sum(axis=1)[tile_of]
+
+
+def weighted_logit_term(inputs: Inputs[Array], problem: Problem, s: Array) -> tuple[Array, Array, Array]:
+    """de, dc and dbias of ``sum_i s_i sum_v u_v z_iv`` without a softcap: rank one, in closed form.
+
+    The filter has no say in it: s_i u_v is as large in a tile without probability as in any other.
+    """
+    u = logit_weights(inputs, problem)  # [V]
+    scale = problem.logit_scale
+    return (
+        scale * np.outer(s, u @ inputs.c),
+        scale * np.outer(u, s @ embeddings(inputs)),
+        scale * u * s.sum(),
+    )

@@ -1,0 +1,11 @@
+"""The conformance kit: any registered backend against the float64 reference.
+
+``check_backend("name")`` in Python, or ``pytest --pyargs cce.testing --backend name``.
+"""
+
+from cce.testing.behaviours import BEHAVIOURS
+from cce.testing.cases import CASES, Case
+from cce.testing.check import Result, run_case
+from cce.testing.report import Report, check_backend
+
+__all__ = ["BEHAVIOURS", "CASES", "Case", "Report", "Result", "check_backend", "run_case"]

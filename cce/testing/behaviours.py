@@ -1,0 +1,206 @@
+"""What users of a PyTorch loss rely on, checked through ``cce.loss`` and ``cce.terms`` on any backend.
+
+Each function takes a backend's name and a device and raises AssertionError with what went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import cce
+
+Behaviour = Callable[[str, str], None]
+N, D, V = 48, 32, 193
+_EXACT = cce.Spec(filter="none")
+
+
+def _data(device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(3)
+    e = torch.randn(N, D, generator=rng).to(device, dtype).requires_grad_()
+    c = torch.randn(V, D, generator=rng).to(device, dtype).requires_grad_()
+    return e, c, torch.randint(V, (N,), generator=rng).to(device)
+
+
+def _near(x: Tensor, y: Tensor, what: str, tolerance: float = 2e-5) -> None:
+    x, y = x.detach().double(), y.detach().double()
+    error = float((x - y).norm() / y.norm().clamp(min=1e-30))
+    assert error <= tolerance, f"{what}: relative error {error:.3g}, allowed {tolerance:.3g}"
+
+
+def _dense(e: Tensor, c: Tensor, t: Tensor, **options: object) -> Tensor:
+    return F.cross_entropy(F.linear(e.double(), c.double()), t, **options)  # type: ignore[arg-type]
+
+
+def same_bits_every_run(backend: str, device: str) -> None:
+    """Losses and gradients of repeated runs are bitwise equal, filtered and not."""
+    for spec in (_EXACT, cce.Spec(filter="element", threshold=1e-3)):
+        e, c, t = _data(device)
+        runs = []
+        for _ in range(5):
+            loss = cce.loss(e, c, t, backend=backend, spec=spec)
+            runs.append([loss, *torch.autograd.grad(loss, (e, c))])
+        for other in runs[1:]:
+            assert all(torch.equal(x, y) for x, y in zip(runs[0], other, strict=True)), f"bits differ under {spec}"
+
+
+def second_backward(backend: str, device: str) -> None:
+    """A retained graph gives the same gradients again."""
+    e, c, t = _data(device)
+    loss = cce.loss(e, c, t, backend=backend, spec=cce.Spec(filter="element"))
+    first = torch.autograd.grad(loss, (e, c), retain_graph=True)
+    second = torch.autograd.grad(loss, (e, c))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True)), "the second backward differs"
+
+
+def per_token_gradients(backend: str, device: str) -> None:
+    """``reduction="none"`` with a gradient of its own for each token."""
+    e, c, t = _data(device)
+    w = torch.linspace(-1, 2, N, device=device)
+    found = torch.autograd.grad(cce.loss(e, c, t, reduction="none", backend=backend, spec=_EXACT), (e, c), w)
+    expected = torch.autograd.grad(_dense(e, c, t, reduction="none"), (e, c), w.double())
+    for name, x, y in zip(("dE", "dC"), found, expected, strict=True):
+        _near(x, y, name)
+
+
+def ignored_rows(backend: str, device: str) -> None:
+    """Ignored rows give 0, no gradient, and take no part in the mean; a row of NaN may hide behind one."""
+    e, c, t = _data(device)
+    with torch.no_grad():
+        e[5] = torch.nan
+    t[5], t[7:20] = -100, -100
+    loss = cce.loss(e, c, t, backend=backend, spec=_EXACT)
+    de, dc = torch.autograd.grad(loss, (e, c))
+    kept = t != -100
+    expected = _dense(e[kept], c, t[kept])
+    _near(loss, expected, "loss")
+    want_e, want_c = torch.autograd.grad(expected, (e, c))
+    _near(de[kept], want_e[kept], "dE")
+    _near(dc, want_c, "dC")
+    assert bool((de[~kept] == 0).all()), "an ignored row has a gradient"
+    out = cce.terms(e, c, t, backend=backend)
+    assert out.nll is not None and out.prediction is not None
+    assert bool((out.nll[~kept] == 0).all()) and bool((out.prediction[~kept] == -1).all()), "outputs of ignored rows"
+
+
+def all_rows_ignored(backend: str, device: str) -> None:
+    """As PyTorch: the sum is 0, the mean NaN, the gradients 0."""
+    e, c, t = _data(device)
+    t.fill_(-100)
+    loss = cce.loss(e, c, t, reduction="sum", backend=backend)
+    de, dc = torch.autograd.grad(loss, (e, c))
+    assert loss.item() == 0 and not de.any() and not dc.any(), "something is left of ignored rows"
+    mean = cce.loss(e, c, t, backend=backend)
+    assert bool(mean.isnan()), "the mean over nothing is not NaN"
+    de, dc = torch.autograd.grad(mean, (e, c))
+    assert not de.any() and not dc.any(), "the mean over nothing has gradients"
+
+
+def shift_is_slicing(backend: str, device: str) -> None:
+    """``shift=s`` equals slicing both arguments."""
+    e, c, t = _data(device)
+    e3, t2 = e.view(3, 16, D), t.view(3, 16)
+    for shift in (1, 5):
+        found = cce.loss(e3, c, t2, shift=shift, reduction="none", backend=backend, spec=_EXACT)
+        expected = cce.loss(e3[:, :-shift], c, t2[:, shift:], reduction="none", backend=backend, spec=_EXACT)
+        assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+        _near(found, expected, "loss")
+        pairs = (torch.autograd.grad(x.square().sum(), (e, c)) for x in (found, expected))
+        for name, x, y in zip(("dE", "dC"), *pairs, strict=True):
+            _near(x, y, name)
+
+
+def frozen_inputs(backend: str, device: str) -> None:
+    """A frozen argument gets no gradient, and the other one the same as ever."""
+    e, c, t = _data(device)
+    de, dc = torch.autograd.grad(cce.loss(e, c, t, backend=backend, spec=_EXACT), (e, c))
+    only_e = torch.autograd.grad(cce.loss(e, c.detach(), t, backend=backend, spec=_EXACT), e)[0]
+    only_c = torch.autograd.grad(cce.loss(e.detach(), c, t, backend=backend, spec=_EXACT), c)[0]
+    _near(only_e, de, "dE with frozen c")
+    _near(only_c, dc, "dC with frozen e")
+
+
+def no_grad_mode(backend: str, device: str) -> None:
+    """Without gradients the same loss, and no graph."""
+    e, c, t = _data(device)
+    with torch.no_grad():
+        loss = cce.loss(e, c, t, backend=backend)
+    assert not loss.requires_grad
+    _near(loss, _dense(e, c, t), "loss")
+
+
+def never_negative(backend: str, device: str) -> None:
+    """A target with p = 1 has a loss of at least 0, in every dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        e, c, t = _data(device, dtype)
+        with torch.no_grad():
+            e.copy_(c[t] * 8)
+        out = cce.terms(e, c, t, outputs=("nll", "entropy"), backend=backend)
+        assert out.nll is not None and out.entropy is not None
+        assert bool((out.nll >= 0).all()) and bool((out.entropy >= 0).all()), "a negative loss or entropy"
+
+
+def bad_target(backend: str, device: str) -> None:
+    """A target outside [0, V) is a ValueError that names it (on a GPU it would end the process: not run there)."""
+    if device != "cpu":
+        return
+    e, c, t = _data(device)
+    for bad in (V, -1, 2**40):
+        t[3] = bad
+        try:
+            cce.loss(e, c, t, backend=backend)
+        except ValueError as error:
+            assert str(bad) in str(error), f"{error} does not name {bad}"
+        else:
+            raise AssertionError(f"target {bad} was accepted")
+
+
+def autocast(backend: str, device: str) -> None:
+    """Under autocast the inputs are rounded as F.linear's are, and float32 leaves get float32 gradients."""
+    e, c, t = _data(device)
+    with torch.autocast(device, torch.bfloat16):
+        loss = cce.loss(e, c, t, backend=backend, spec=_EXACT)
+    de, dc = torch.autograd.grad(loss, (e, c))
+    assert de.dtype == dc.dtype == torch.float32
+    rounded = _dense(e.bfloat16(), c.bfloat16(), t)
+    _near(loss, rounded, "loss")
+    for name, x, y in zip(("dE", "dC"), (de, dc), torch.autograd.grad(rounded, (e, c)), strict=True):
+        _near(x, y, name, tolerance=2e-2)
+
+
+def compiled(backend: str, device: str) -> None:
+    """``torch.compile(fullgraph=True)`` with a dynamic number of rows gives the eager numbers."""
+    e, c, t = _data(device)
+
+    def step(e: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        out = cce.terms(e, c, t, outputs=("nll", "entropy"), softcap=5.0, backend=backend)
+        assert out.nll is not None and out.entropy is not None
+        return out.nll.sum() + out.entropy.mean() + cce.loss(e, c, t, z_loss=1e-3, label_smoothing=0.1, backend=backend)
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (N, 17, 31):
+        rows = e.detach()[:n].requires_grad_()
+        want = torch.autograd.grad(step(rows, c, t[:n]), (rows, c))
+        found = torch.autograd.grad(fast(rows, c, t[:n]), (rows, c))
+        for name, x, y in zip(("dE", "dC"), found, want, strict=True):
+            _near(x, y, name)
+
+
+BEHAVIOURS: tuple[Behaviour, ...] = (
+    same_bits_every_run,
+    second_backward,
+    per_token_gradients,
+    ignored_rows,
+    all_rows_ignored,
+    shift_is_slicing,
+    frozen_inputs,
+    no_grad_mode,
+    never_negative,
+    bad_target,
+    autocast,
+    compiled,
+)

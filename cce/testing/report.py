@@ -1,0 +1,112 @@
+"""All cases and behaviours in one call, and the record a claim is made from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cce import registry
+from cce.testing.behaviours import BEHAVIOURS
+from cce.testing.cases import CASES, Case
+from cce.testing.check import Result, run_case
+
+
+@dataclass
+class Report:
+    """What :func:`check_backend` found.
+
+    Attributes:
+        backend, device: what was checked, and where.
+        results: one a case.
+        behaviours: name of each behaviour, and its failure or "".
+    """
+
+    backend: str
+    device: str
+    results: list[Result] = field(default_factory=list)
+    behaviours: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """No case failed, and some ran; cases a backend refuses with a reason do not count against it."""
+        ran = [result for result in self.results if not result.refused]
+        return bool(ran) and all(result.passed for result in ran) and not any(self.behaviours.values())
+
+    @property
+    def failures(self) -> list[str]:
+        lines = [f"{result.case}: {line}" for result in self.results for line in result.failures]
+        return lines + [f"{name}: {line}" for name, line in self.behaviours.items() if line]
+
+    def worst(self) -> dict[str, float]:
+        """Per quantity, the largest relative error of all cases."""
+        names = {name for result in self.results for name in result.relative}
+        return {name: max(r.relative.get(name, 0.0) for r in self.results) for name in sorted(names)}
+
+    def __str__(self) -> str:
+        refused = sum(bool(result.refused) for result in self.results)
+        head = (
+            f"{self.backend} on {self.device}: {'passed' if self.passed else 'FAILED'}, {len(self.results)} cases "
+            f"({refused} refused), {len(self.behaviours)} behaviours"
+        )
+        return "\n".join([head, *(f"  {line}" for line in self.failures)])
+
+    def write(self, path: str | Path, **facts: Any) -> None:
+        """Writes the record as JSON: device, versions, cases, errors, and the ``facts`` given (a commit, a date)."""
+        record = {**environment(self.device), **facts, **asdict(self), "passed": self.passed, "worst": self.worst()}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def check_backend(name: str, device: str = "cpu", cases: Iterable[Case] = CASES, behaviours: bool = True) -> Report:
+    """Holds a registered backend, a third party's too, to the float64 reference.
+
+    Args:
+        name: as in ``backend=``.
+        device: torch device type the tensors live on.
+        cases: which ones; all by default.
+        behaviours: also check what goes through ``cce.loss`` (retained graphs, ignored rows, compile, ...).
+
+    Raises:
+        BackendUnavailable: it cannot be loaded.
+
+    >>> from cce.testing import CASES, check_backend
+    >>> check_backend("torch", cases=CASES[:3], behaviours=False).passed
+    True
+    """
+    backend = registry.load(name)
+    report = Report(name, device)
+    rounding = product_roundoff(device)
+    report.results = [run_case(backend, case, device, rounding) for case in cases]
+    for behaviour in BEHAVIOURS if behaviours else ():
+        try:
+            behaviour(name, device)
+            report.behaviours[behaviour.__name__] = ""
+        except AssertionError as error:
+            report.behaviours[behaviour.__name__] = str(error) or "failed"
+    return report
+
+
+def product_roundoff(device: str) -> float:
+    """Roundoff of float32 products' factors: tf32's where PyTorch is set to use it."""
+    tf32 = device == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return 2.0**-10 if tf32 else 0.0
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device and versions, for records."""
+    versions = {name: _version(name) for name in ("cce", "torch", "numpy", "triton", "cupy-cuda13x", "numba-cuda")}
+    hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

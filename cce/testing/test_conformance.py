@@ -1,0 +1,24 @@
+"""The conformance suite: every case and behaviour, on every backend given with ``--backend``."""
+
+from __future__ import annotations
+
+import pytest
+
+from cce import registry
+from cce.testing.behaviours import BEHAVIOURS, Behaviour
+from cce.testing.cases import CASES, Case
+from cce.testing.check import run_case
+from cce.testing.report import product_roundoff
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(backend_name: str, case: Case, device: str) -> None:
+    result = run_case(registry.load(backend_name), case, device, product_roundoff(device))
+    if result.refused:
+        pytest.skip("; ".join(result.refused))
+    assert not result.failures, "\n".join(result.failures)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
+def test_behaviour(backend_name: str, behaviour: Behaviour, device: str) -> None:
+    behaviour(backend_name, device)
