@@ -62,7 +62,9 @@ def check_options(
 def check_shift(shift: int, targets: Tensor, lead: int) -> None:
     """``shift`` moves along the last of the ``lead`` leading dimensions."""
     if shift and lead < 1:
-        raise ValueError(f"shift: got {shift} with targets of shape {tuple(targets.shape)}, expected a sequence dimension")
+        raise ValueError(
+            f"shift: got {shift} with targets of shape {tuple(targets.shape)}, expected a sequence dimension"
+        )
     if shift and shift >= targets.shape[lead - 1]:
         raise ValueError(f"shift: got {shift}, expected less than the sequence length {targets.shape[lead - 1]}")
 

@@ -48,4 +48,3 @@ def columns_of_tiles(problem: Problem, spec: Spec, t0: int, t1: int, like: Tenso
     if t1 == spec.tiles(problem.v):
         columns[-1] = problem.v - (t1 - 1) * spec.block_v
     return columns
-

@@ -87,4 +87,6 @@ class LinearCrossEntropy(nn.Module):
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
+        )

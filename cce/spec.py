@@ -180,7 +180,9 @@ def _permutation(order: Any) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(order)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"Spec.vocab_order: got a {type(order).__name__}, expected a permutation of range(V)") from error
+        raise TypeError(
+            f"Spec.vocab_order: got a {type(order).__name__}, expected a permutation of range(V)"
+        ) from error
     if tensor.ndim != 1 or tensor.dtype.is_floating_point or tensor.dtype in (torch.bool, torch.complex64):
         raise TypeError(
             f"Spec.vocab_order: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected a 1-D integer tensor"

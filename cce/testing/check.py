@@ -77,9 +77,7 @@ def solve(case: Case, device: str, product_roundoff: float = 0.0) -> Oracle:
     work = tiled.work_list(arrays, problem, spec, outputs, maps, gradients_in)
     gradients = tiled.backward(arrays, problem, spec, outputs, maps, gradients_in)
     allowed = bounds(arrays, problem, spec, outputs, gradients_in, gradients, product_roundoff)
-    return Oracle(
-        problem, spec, inputs, upstream, outputs, gradients, work.row_live, work.live_fraction, allowed
-    )
+    return Oracle(problem, spec, inputs, upstream, outputs, gradients, work.row_live, work.live_fraction, allowed)
 
 
 def run_case(backend: Backend, case: Case, device: str = "cpu", product_roundoff: float = 0.0) -> Result:

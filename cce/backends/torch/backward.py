@@ -225,9 +225,7 @@ def _take(fields: Outputs[Tensor] | Upstream[Tensor], rows: slice | Tensor):  # 
     return replace(fields, **taken)
 
 
-def _within(
-    targets: tuple[Tensor, Tensor, Tensor], n0: int, n1: int, total: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _within(targets: tuple[Tensor, Tensor, Tensor], n0: int, n1: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
     """The target entries of rows n0 to n1, counted from n0."""
     if n0 == 0 and n1 == total:
         return targets

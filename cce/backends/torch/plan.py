@@ -68,4 +68,3 @@ def _logit_buffers(problem: Problem, arithmetic: Arithmetic) -> int:
     arrays = 2 if "entropy" in problem.outputs or problem.softcap is not None else 1
     copy = arithmetic.operand.itemsize if arithmetic.operand != arithmetic.result else 0
     return arrays * arithmetic.result.itemsize + copy
-

@@ -1,0 +1,117 @@
+"""``cce info``: versions, devices, and what every backend can run here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+import cce
+from cce.cli.arguments import available_devices, explain_training
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, _SubParsersAction
+
+#: Distributions that may provide a package, the first one installed is shown.
+OPTIONAL = {
+    "triton": ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"),
+    "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+    "numba": ("numba",),
+    "numba-cuda": ("numba-cuda",),
+    "transformers": ("transformers",),
+}
+
+
+class Section(NamedTuple):
+    """A titled list of (name, value) rows."""
+
+    title: str
+    rows: list[tuple[str, str]]
+
+
+def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
+    """Adds the command."""
+    text = "Versions, devices, and every backend with the reasons why it cannot run here."
+    commands.add_parser("info", help=text[0].lower() + text[1:-1], description=text).set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the sections, as tables where ``rich`` is installed."""
+    sections = [versions(), devices(), *(backends(torch.device(name)) for name in available_devices())]
+    if find_spec("rich") is None:
+        print("\n\n".join(map(plain, sections)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for section in sections:
+        table = Table(title=section.title, title_justify="left", show_header=False, width=console.width)
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(ratio=1)
+        for name, value in section.rows:
+            table.add_row(name, Text(value))  # Text: a reason may hold square brackets, which are not markup
+        console.print(table)
+
+
+def plain(section: Section) -> str:
+    """A section as text without any library.
+
+    >>> print(plain(Section("Devices", [("cpu", "2 threads"), ("cuda:0", "H100")])))
+    Devices
+      cpu     2 threads
+      cuda:0  H100
+    """
+    width = max(len(name) for name, _ in section.rows)
+    lines = [f"  {name:{width}}  " + value.replace("\n", "\n" + " " * (width + 4)) for name, value in section.rows]
+    return "\n".join([section.title, *lines])
+
+
+def versions() -> Section:
+    """Of Python and of packages; none of the optional ones is imported."""
+    rows = [("cce", cce.__version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
+    rows += [(name, version(name)) for name in ("torch", "numpy")]
+    rows += [(name, _first_version(names)) for name, names in OPTIONAL.items()]
+    return Section("Versions", rows)
+
+
+def devices() -> Section:
+    """The CPU and every accelerator PyTorch can use."""
+    rows = [("cpu", f"{torch.get_num_threads()} threads of {os.cpu_count()} cores")]
+    accelerator = available_devices()[0]
+    count = torch.accelerator.device_count() if accelerator != "cpu" else 0
+    rows += [(f"{accelerator}:{i}", _accelerator(accelerator, i)) for i in range(count)]
+    return Section("Devices", rows)
+
+
+def backends(device: torch.device) -> Section:
+    """Every backend on ``device``, in the dtype models are trained in there."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = explain_training(device, dtype)
+    rows = [(name, "can run" if not reasons else "\n".join(reasons)) for name, reasons in found.reasons.items()]
+    rows.append(("auto", f"runs {found.backend}" if found.backend else "no backend can run"))
+    return Section(f"Backends on {device}, {str(dtype).removeprefix('torch.')}", rows)
+
+
+def _first_version(distributions: tuple[str, ...]) -> str:
+    for name in distributions:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _accelerator(kind: str, index: int) -> str:
+    if kind == "cuda":
+        found = torch.cuda.get_device_properties(index)
+        return f"{found.name}, capability {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB"
+    if kind == "xpu":
+        return f"{torch.xpu.get_device_name(index)}"
+    return "available"

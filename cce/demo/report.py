@@ -1,0 +1,100 @@
+"""The results of a demo run, and the tables that show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from cce.demo.evaluate import Accuracy
+from cce.demo.measure import Cost
+from cce.demo.train import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything a run found out.
+
+    Attributes:
+        dense, fused: the training runs with the ordinary loss and with cce.
+        dense_cost, fused_cost: of the two losses.
+        gradient_bytes: of dE and dC together, which every loss has to hold.
+        mode: of the run with cce, for a heading: "exact" or "filtered".
+        measured: tokens N of the measurements.
+        accuracy: of the filter on the trained model.
+    """
+
+    dense: Run
+    fused: Run
+    dense_cost: Cost
+    fused_cost: Cost
+    gradient_bytes: int
+    mode: str
+    measured: int
+    accuracy: Accuracy
+
+    @property
+    def largest_difference(self) -> float:
+        """Between the two loss curves, over all steps."""
+        return max(abs(a - b) for a, b in zip(self.dense.losses, self.fused.losses, strict=True))
+
+
+def mebibytes(count: int | None) -> str:
+    """A number of bytes for the reader; a dash if it is not known.
+
+    >>> mebibytes(3 * 2**20), mebibytes(None)
+    ('3.0 MiB', '–')
+    """
+    return "–" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints the tables."""
+    console.print()
+    console.print(_comparison(report))
+    console.print()
+    console.print(_accuracy(report.accuracy, report.measured))
+
+
+def _comparison(report: Report) -> Table:
+    dense, fused = report.dense_cost, report.fused_cost
+    table = Table(title="Training with both losses", title_justify="left")
+    table.add_column("")
+    for heading in ("cross_entropy(linear)", f"cce, {report.mode}", "cce / dense"):
+        table.add_column(heading, justify="right")
+
+    def row(name: str, left: str, right: str, ratio: float | None = None) -> None:
+        table.add_row(name, left, right, "" if ratio is None else f"{ratio:.2f}")
+
+    row("loss at the start", f"{report.dense.losses[0]:.3f}", f"{report.fused.losses[0]:.3f}")
+    row("loss at the end", f"{report.dense.final_loss:.3f}", f"{report.fused.final_loss:.3f}")
+    row("largest difference of the curves", "", f"{report.largest_difference:.1e}")
+    speeds = report.dense.tokens_per_second, report.fused.tokens_per_second
+    row("training, tokens a second", f"{speeds[0]:,.0f}", f"{speeds[1]:,.0f}", speeds[1] / speeds[0])
+    table.add_section()
+    ratio = fused.peak_bytes / dense.peak_bytes if fused.peak_bytes and dense.peak_bytes else None
+    row("peak memory of the loss", mebibytes(dense.peak_bytes), mebibytes(fused.peak_bytes), ratio)
+    gradients = mebibytes(report.gradient_bytes)
+    row("  of which the two gradients", gradients, gradients)
+    times = [f"{cost.seconds * 1e3:,.1f} ms" for cost in (dense, fused)]
+    row("time of the loss per step", times[0], times[1], fused.seconds / dense.seconds)
+    table.caption = f"Memory and time: forward and backward of the loss on N = {report.measured} held-out tokens."
+    table.caption_justify = "left"
+    return table
+
+
+def _accuracy(accuracy: Accuracy, measured: int) -> Table:
+    table = Table(title="The filter on the trained model", title_justify="left")
+    table.add_column("computation, from bfloat16 inputs")
+    for heading in ("tiles computed", "error of dE", "error of dC"):
+        table.add_column(heading, justify="right")
+    for name, (de, dc) in accuracy.errors.items():
+        live = f"{accuracy.live_fraction:.1%}" if name.startswith("cce") else "100.0%"
+        table.add_row(name, live, f"{de:.2%}", f"{dc:.2%}")
+    table.caption = (
+        f"Softmax values up to {accuracy.threshold:.2g} may be left out. "
+        f"Relative errors against float64, N = {measured} held-out tokens."
+    )
+    table.caption_justify = "left"
+    return table

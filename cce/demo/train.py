@@ -1,0 +1,116 @@
+"""The training loop: the same for every loss function, down to the batches and the initial weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cce
+from cce.demo.config import Options, Size
+from cce.demo.model import LanguageModel
+
+#: ``loss(e, c, targets)``: e (N, D), c (V, D), targets (N,) to the mean loss.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+#: Called after every step with the loss and the tokens a second so far.
+OnStep = Callable[[float, float], None]
+
+# AdamW's learning rates at their peak. The table of tokens and the head are rows that a short run visits
+# once or twice: they take larger steps than the blocks.
+TABLE_RATE, BLOCK_RATE = 3e-3, 1e-3
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run.
+
+    Attributes:
+        model: as trained.
+        losses: of every step's batch, before the step.
+        tokens_per_second: mean over the run.
+    """
+
+    model: LanguageModel
+    losses: list[float]
+    tokens_per_second: float
+
+    @property
+    def final_loss(self) -> float:
+        """Mean of the last tenth of the steps: a single batch is noisy."""
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(tail) / len(tail)
+
+
+def dense_loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
+    """The ordinary cross-entropy, which keeps all logits (N, V)."""
+    return F.cross_entropy(F.linear(e, c), targets)
+
+
+def cce_loss(backend: str, spec: cce.Spec) -> Loss:
+    """``cce.loss`` with a backend and a spec, as a function of the same arguments as :func:`dense_loss`."""
+
+    def loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
+        return cce.loss(e, c, targets, backend=backend, spec=spec)
+
+    return loss
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, through autocast, on GPUs that have it; float32 elsewhere."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """The autocast context of :func:`training_dtype`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=training_dtype(device) == torch.bfloat16)
+
+
+def train(loss: Loss, tokens: Tensor, options: Options, size: Size, on_step: OnStep) -> Run:
+    """Trains a new model on ``tokens`` (L,) with ``loss``; two calls differ in nothing but ``loss``."""
+    torch.manual_seed(options.seed)
+    model = LanguageModel(size).to(options.device)
+    batches = torch.Generator().manual_seed(options.seed)
+    optimizer, schedule = _optimizer(model, options.steps)
+    losses = []
+    start = time.perf_counter()
+    for step in range(1, options.steps + 1):
+        inputs, targets = _batch(tokens, size, batches, options.device)
+        with precision(options.device):
+            value = loss(model(inputs).flatten(0, 1), model.head, targets.flatten())
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(value.item())
+        on_step(losses[-1], step * targets.numel() / (time.perf_counter() - start))
+    seconds = time.perf_counter() - start
+    return Run(model, losses, options.steps * size.batch * size.context / seconds)
+
+
+def _optimizer(model: LanguageModel, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW with a linear warm-up over a tenth of the steps, then a half cosine to zero."""
+    blocks = list(model.blocks.parameters())
+    tables = [p for p in model.parameters() if all(p is not other for other in blocks)]
+    groups = [{"params": tables, "lr": TABLE_RATE}, {"params": blocks, "lr": BLOCK_RATE}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    warm_up = max(1, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _batch(tokens: Tensor, size: Size, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
+    starts = torch.randint(len(tokens) - size.context, (size.batch,), generator=generator)
+    windows = tokens[starts[:, None] + torch.arange(size.context + 1)].to(device)  # [B, L + 1]
+    return windows[:, :-1], windows[:, 1:]
