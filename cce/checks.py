@@ -70,6 +70,7 @@ def check_shift(shift: int, targets: Tensor, lead: int) -> None:
 
 
 def check_vocab_order(spec: Spec, v: int) -> None:
+    """A vocabulary order has an entry for every row of ``c``."""
     order = spec.vocab_order
     if order is not None and len(order) != v:
         raise ValueError(f"spec.vocab_order: got {len(order)} entries, expected V = {v}")
@@ -141,7 +142,7 @@ def _float_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {expected}")
 
 
-def _shape(name: str, value: Tensor, expected: tuple, meaning: str) -> None:
+def _shape(name: str, value: Tensor, expected: tuple[Any, ...], meaning: str) -> None:
     if tuple(value.shape) != expected:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}, {meaning}")
 

@@ -65,9 +65,9 @@ def explain(
     >>> print(explain(torch.randn(8, 4), torch.randn(10, 4), torch.zeros(8, dtype=torch.long)).backend)
     torch
     """
-    from cce.functional import _autocast, _wanted_gradients, loss
+    from cce.functional import LOSS_OPTIONS, _autocast, _wanted_gradients
 
-    unknown = sorted(set(options) - set(loss.__kwdefaults__))
+    unknown = sorted(set(options) - LOSS_OPTIONS)
     if unknown:
         raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option of cce.loss")
     checks.check_tensors(e, c, targets, bias, options.get("target_weight"))

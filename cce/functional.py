@@ -265,7 +265,8 @@ def _rows(
     if target_weight is not None:
         coefficients = _shifted(target_weight, shift, lead, 0).reshape(-1, k).to(found[0].dtype)
         coefficients = coefficients.masked_fill(flat < 0, 0)
-    return _Rows(*found[:5], flat, coefficients, shape)
+    lse, target_logits, entropy, weighted_logit, prediction, *_ = found
+    return _Rows(lse, target_logits, entropy, weighted_logit, prediction, flat, coefficients, shape)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -314,3 +315,7 @@ def _class_weighted(rows: _Rows, weight: Tensor | None) -> Tensor | None:
         return rows.coefficients
     of_target = weight.to(rows.lse.dtype)[rows.targets.clamp(min=0)].masked_fill(rows.targets < 0, 0)
     return of_target if rows.coefficients is None else of_target * rows.coefficients
+
+
+#: Names of :func:`loss`'s keyword options.
+LOSS_OPTIONS = frozenset(loss.__kwdefaults__ or ())

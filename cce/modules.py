@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cce import checks
-from cce.functional import loss
+from cce.functional import LOSS_OPTIONS, loss
 
 
 class LinearCrossEntropy(nn.Module):
@@ -45,7 +45,7 @@ class LinearCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_sizes(in_features, out_features)
-        accepted = set(loss.__kwdefaults__) - {"token_weight", "target_weight"}
+        accepted = LOSS_OPTIONS - {"token_weight", "target_weight"}
         unknown = sorted(set(options) - accepted)
         if unknown:
             raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option out of {sorted(accepted)}")
@@ -53,6 +53,7 @@ class LinearCrossEntropy(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         # Class weights follow the module to its device; they are no part of a head's state dict.
+        self.class_weight: Tensor | None
         self.register_buffer("class_weight", options.pop("weight", None), persistent=False)
         self.options = options
         self.reset_parameters()

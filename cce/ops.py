@@ -77,7 +77,7 @@ def forward(
     empty = _empty_outputs(e, targets, problem, resolved)
     chosen = registry.choose(backend, problem, resolved)
     if problem.n == 0:
-        return empty
+        return empty  # type: ignore[return-value]  # eight of them
     inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
     maps = _maps(empty[5:], problem.n)
     with _own_dtypes(e):
@@ -169,7 +169,7 @@ def _(
     return _fill(e, c, bias, wanted, lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     e, c, bias, targets, logit_weight, vocab_order, *ctx.options = inputs
     lse, target_logits, entropy, _, prediction, *maps = output
     ctx.mark_non_differentiable(prediction, *maps)
@@ -177,7 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, lse, target_logits, entropy, *maps)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     e, c, bias, targets, logit_weight, vocab_order, *saved = ctx.saved_tensors
     wanted = ",".join(name for name, need in zip(("e", "c", "bias"), ctx.needs_input_grad[:3], strict=True) if need)
     upstream = [e.new_empty(0) if grad is None else grad for grad in grads[:4]]
@@ -189,7 +189,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
 forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple:
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError(
         "cce: second derivatives are not implemented, since they would need the logits again; "
         "use torch.nn.functional.cross_entropy(torch.nn.functional.linear(e, c), targets) for double backward"

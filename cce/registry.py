@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from cce.backends.base import Backend
 from cce.errors import BackendUnavailable
@@ -131,5 +131,5 @@ def _factory(name: str) -> Callable[[], Backend]:
 
 
 @lru_cache(maxsize=1)
-def _entry_points() -> dict:
+def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

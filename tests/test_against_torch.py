@@ -114,7 +114,9 @@ def test_probability_targets(
 @pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
 def test_linear(biased: bool, weighted: bool, label_smoothing: float, reduction: str) -> None:
     """A classifier that is no identity: gradients of ``e``, ``c`` and ``bias`` too."""
-    e, c, bias = (torch.randn(*s, generator=rng(), dtype=torch.float64).requires_grad_() for s in ((12, 5), (V, 5), (V,)))
+    e, c, bias = (
+        torch.randn(*s, generator=rng(), dtype=torch.float64).requires_grad_() for s in ((12, 5), (V, 5), (V,))
+    )
     targets, ignore_index = make_targets((12,), "default")
     options: dict[str, Any] = dict(
         reduction=reduction,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.reference import tiled
 from cce.spec import Spec
 
-Fields = TypeVar("Fields", Inputs, Maps, Outputs, Upstream, Gradients)
+Fields = TypeVar("Fields", Inputs[Any], Maps[Any], Outputs[Any], Upstream[Any], Gradients[Any])
 
 
 class ReferenceBackend(Backend):
@@ -42,8 +42,9 @@ class ReferenceBackend(Backend):
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Gradients[Tensor]:
-        arrays = (to_numpy(x) for x in (outputs, maps, upstream))
-        return to_torch(tiled.backward(to_numpy(inputs), problem, spec, *arrays))
+        return to_torch(
+            tiled.backward(to_numpy(inputs), problem, spec, to_numpy(outputs), to_numpy(maps), to_numpy(upstream))
+        )
 
 
 def to_numpy(fields: Fields) -> Fields:

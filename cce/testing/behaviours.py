@@ -150,12 +150,12 @@ def bad_target(backend: str, device: str) -> None:
     e, c, t = _data(device)
     for bad in (V, -1, 2**40):
         t[3] = bad
+        message = "nothing was raised"
         try:
             cce.loss(e, c, t, backend=backend)
         except ValueError as error:
-            assert str(bad) in str(error), f"{error} does not name {bad}"
-        else:
-            raise AssertionError(f"target {bad} was accepted")
+            message = str(error)
+        assert str(bad) in message, f"target {bad}: {message}"
 
 
 def autocast(backend: str, device: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -114,6 +115,7 @@ def run_case(backend: Backend, case: Case, device: str = "cpu", product_roundoff
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Uninitialised tensors hold NaN inside, and an operation without a deterministic form raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it CUDA's products refuse the mode
     before = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)

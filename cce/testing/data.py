@@ -39,7 +39,7 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs[Tensor]:
     rows = None if case.m is None else torch.randperm(m, generator=rng)[: case.n].sort().values
     bias = _bias(case, rng) if case.bias else None
     used = e if rows is None else e[rows]
-    inputs = Inputs(
+    return Inputs(
         e=_view(e.to(case.e_dtype), case.strided, device),
         c=_view(c.to(case.c_dtype), case.strided, device),
         targets=_targets(case, used, c, bias, rng).to(device),
@@ -48,7 +48,6 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs[Tensor]:
         logit_weight=torch.rand(case.v, generator=rng).to(device) if case.logit_weight else None,
         vocab_order=torch.randperm(case.v, generator=rng).to(device) if case.vocab_order else None,
     )
-    return inputs
 
 
 def make_upstream(case: Case, device: str, dtype: torch.dtype, seed: int = 1) -> Upstream[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -219,9 +220,12 @@ def _scaled(upstream: Upstream[Tensor], logit_scale: float, norm: Tensor | None)
     return Upstream(**{name: None if x is None else x * factor for name, x in vars(upstream).items()})
 
 
-def _take(fields: Outputs[Tensor] | Upstream[Tensor], rows: slice | Tensor):  # type: ignore[no-untyped-def]
+Fields = TypeVar("Fields", Outputs[Tensor], Upstream[Tensor])
+
+
+def _take(fields: Fields, rows: slice | Tensor) -> Fields:
     """The same dataclass with only ``rows`` of every field."""
-    taken = {name: None if x is None else x[rows] for name, x in vars(fields).items()}
+    taken: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vars(fields).items()}
     return replace(fields, **taken)
 
 

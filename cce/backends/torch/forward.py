@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class RowBlock:
         m, tile_lse, tile_entropy = tile_sums(tiles, entropy="entropy" in self.problem.outputs)
         here = slice(self.n0, self.n0 + len(z))
         for target, value in ((maps.tile_max, m), (maps.tile_lse, tile_lse), (maps.tile_entropy, tile_entropy)):
-            if target is not None:
+            if target is not None and value is not None:
                 target[chunk.t0 : chunk.t1, here] = value.T
         if self.online:
             before = [] if self.running is None else [self.running]
@@ -191,5 +192,8 @@ def _capped_weights(problem: Problem) -> bool:
 
 
 def _concatenate(blocks: list[Outputs[Tensor]]) -> Outputs[Tensor]:
-    columns = {name: [getattr(block, name) for block in blocks] for name in vars(blocks[0])}
-    return Outputs(**{name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()})
+    def all_rows(name: str) -> Any:
+        parts = [getattr(block, name) for block in blocks]
+        return None if parts[0] is None else torch.cat(parts)
+
+    return Outputs(**{name: all_rows(name) for name in vars(blocks[0])})

@@ -1,0 +1,35 @@
+"""``python -m cce.testing --backend NAME --out FILE``: checks a backend and writes the record of it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import subprocess
+import sys
+
+from cce.testing.report import check_backend
+
+
+def main() -> int:
+    """Runs the kit; exit status 1 if the backend fails it."""
+    parser = argparse.ArgumentParser(prog="python -m cce.testing", description=__doc__)
+    parser.add_argument("--backend", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", help="JSON file for the record")
+    parser.add_argument("--commit", default=None, help="commit to record (the checkout's, if it is one)")
+    options = parser.parse_args()
+    report = check_backend(options.backend, options.device)
+    print(report)
+    if options.out:
+        today = datetime.date.today().isoformat()
+        report.write(options.out, date=today, commit=options.commit or _commit())
+    return 0 if report.passed else 1
+
+
+def _commit() -> str | None:
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
