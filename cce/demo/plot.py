@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from cce.demo.report import Report
 
-DENSE_COLOR, FUSED_COLOR, GRADIENT_COLOR, INK = "#e8963c", "#2b5c8a", "#c9ced6", "#333333"
+DENSE_COLOR, FUSED_COLOR, INK = "#e8963c", "#2b5c8a", "#333333"
 MIB = 2**20
 
 
@@ -32,8 +32,8 @@ def _curves(axes: Axes, report: Report) -> None:
     axes.plot(steps, report.dense.losses, color=DENSE_COLOR, linewidth=5, alpha=0.55, marker=_marker(report))
     axes.plot(steps, report.fused.losses, color=FUSED_COLOR, linewidth=1.4, marker=_marker(report))
     axes.set_title("The same loss curve", loc="left", color=INK, weight="bold")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("loss of the batch (nats per token)")
+    axes.set_xlabel("training step", color=INK)
+    axes.set_ylabel("loss of the batch (nats per token)", color=INK)
     axes.grid(axis="y", color="#eeeeee")
     text: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "va": "top", "fontsize": 10}
     axes.annotate("cross_entropy(linear(e, c)), wide", (0.98, 0.97), color=DENSE_COLOR, weight="bold", **text)
@@ -54,20 +54,28 @@ def _memory(axes: Axes, report: Report) -> None:
         return
     names = ["cross_entropy\n(linear(e, c))", f"cce.loss(e, c)\n{report.mode}"]
     totals = [peak / MIB for peak in peaks if peak is not None]
-    gradients = report.gradient_bytes / MIB
-    rest = [max(0.0, total - gradients) for total in totals]
-    axes.bar(names, rest, color=[DENSE_COLOR, FUSED_COLOR], width=0.55)
-    axes.bar(names, [gradients] * 2, bottom=rest, color=GRADIENT_COLOR, width=0.55)
+    axes.bar(names, totals, color=[DENSE_COLOR, FUSED_COLOR], width=0.55)
     for i, total in enumerate(totals):
         axes.annotate(
             f"{total:,.0f} MiB",
-            (i, rest[i] + gradients),
-            xytext=(0, 4),
+            (i, total),
+            xytext=(0, 5),
             textcoords="offset points",
             ha="center",
             color=INK,
             weight="bold",
+            fontsize=11,
         )
-    axes.annotate("the two gradients,\nneeded by any loss", (0.5, 0), color=INK)
-    axes.set_ylabel("memory beyond the inputs (MiB)")
+    gradients = report.gradient_bytes / MIB
+    axes.axhline(gradients, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"dE and dC alone:\n{gradients:,.0f} MiB",
+        (0.5, gradients),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="center",
+        color=INK,
+        fontsize=9,
+    )
+    axes.set_ylabel("memory beyond the inputs (MiB)", color=INK)
     axes.set_ylim(0, max(totals) * 1.12)

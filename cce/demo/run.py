@@ -127,6 +127,7 @@ def _measure(
     costs = measure(losses, e, c, targets, size.repeats)
     with precision(options.device):
         spec = cce.explain(e, c, targets, backend=options.backend, spec=options.spec).spec
+    filtered = cce.explain(e.bfloat16(), c.bfloat16(), targets, spec=cce.Spec(filter="element")).spec
     return Report(
         dense=runs["dense"],
         fused=runs["cce"],
@@ -135,5 +136,6 @@ def _measure(
         gradient_bytes=e.nbytes + c.nbytes,
         mode="exact" if spec.filter == "none" else "filtered",
         measured=len(e),
+        threshold=float(filtered.threshold or 0.0),
         accuracy=evaluate(e, c, targets, options.backend),
     )

@@ -84,7 +84,7 @@ def train(loss: Loss, tokens: Tensor, options: Options, size: Size, on_step: OnS
         inputs, targets = _batch(tokens, size, batches, options.device)
         with precision(options.device):
             value = loss(model(inputs).flatten(0, 1), model.head, targets.flatten())
-        value.backward()
+        torch.autograd.backward(value)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -59,7 +59,8 @@ class Case:
 
 
 EVERYTHING = ("entropy", "weighted_logit", "prediction")
-_FILTERED = {"filter": "element", "block_n": 16, "block_v": 32, "threshold": 2.0**-9}
+_BLOCKS = {"block_n": 16, "block_v": 32}
+_FILTERED = {**_BLOCKS, "filter": "element", "threshold": 2.0**-9}
 _MASS = {**_FILTERED, "filter": "tile", "threshold": 2.0**-6}
 
 
@@ -151,7 +152,7 @@ def _dtypes() -> list[Case]:
         replace(plain, name="mixed-bf16-f32", e_dtype=BF16),
         replace(plain, name="mixed-f32-bf16", c_dtype=BF16),
         replace(filtered, name="mixed-f16-bf16-filtered", e_dtype=F16, c_dtype=BF16),
-        replace(plain, name="default-spec-bf16", data="peaked", e_dtype=BF16, c_dtype=BF16, v=2000, spec={}),
+        replace(plain, name="default-spec-bf16", data="peaked", e_dtype=BF16, c_dtype=BF16, v=2000, spec=_BLOCKS),
         replace(plain, name="float64-sums", spec={"filter": "none", "accumulate": "float64"}),
     ]
     return cases
