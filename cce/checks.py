@@ -71,7 +71,7 @@ def check_shift(shift: int, targets: Tensor, lead: int) -> None:
 
 def check_vocab_order(spec: Spec, v: int) -> None:
     """A vocabulary order has an entry for every row of ``c``."""
-    order = spec.vocab_order
+    order = spec.permutation
     if order is not None and len(order) != v:
         raise ValueError(f"spec.vocab_order: got {len(order)} entries, expected V = {v}")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cce import checks, ops, registry
 from cce.errors import BackendUnavailable
+from cce.order import mean_logit_order
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import live_fraction as fraction_of
@@ -127,8 +128,11 @@ def live_fraction(
     resolved = spec.resolve(problem)
     if resolved.filter == "none" or problem.n == 0:
         return 1.0
-    order = spec.vocab_order.to(e.device) if isinstance(spec.vocab_order, Tensor) else None
-    inputs = Inputs(e.detach().reshape(-1, c.shape[1]), c.detach(), used, bias, rows, None, order)
+    flat_e, c = e.detach().reshape(-1, c.shape[1]), c.detach()
+    order = None if spec.permutation is None else spec.permutation.to(e.device)
+    if resolved.vocab_order == "mean_logit":
+        order = mean_logit_order(flat_e, c, bias, rows)
+    inputs = Inputs(flat_e, c, used, bias, rows, None, order)
     outputs, maps = run_forward(backend, inputs, problem, resolved)
     one = torch.ones_like(outputs.lse)
     work = work_list(inputs, problem, resolved, outputs, maps, Upstream(one, one[:, None]))

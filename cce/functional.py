@@ -246,14 +246,14 @@ def _rows(
     k = 1 if target_weight is None else targets.shape[-1]
     flat = ops.prepare_targets(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
     e, c, bias = _autocast(e, c, bias)
-    order = spec.vocab_order
+    order = spec.permutation
     found = ops.forward(
         e.reshape(-1, c.shape[1]),
         c,
         bias,
         flat,
         logit_weight,
-        order.to(e.device) if isinstance(order, Tensor) else None,
+        None if order is None else order.to(e.device),
         backend,
         spec.key,
         None if softcap is None else float(softcap),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cce import registry
+from cce.order import mean_logit_order
 from cce.problem import EXTRA_OUTPUTS, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 
@@ -62,8 +63,8 @@ def forward(
     logit_scale: float,
     outputs: str,
     grads: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs per row of ``e`` (0, and -1 for the prediction, where the row is ignored), then the maps.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs per row of ``e`` (0, and -1 for the prediction, where the row is ignored), the maps, the order used.
 
     Args:
         e: (M, D). c: (V, D). bias, logit_weight, vocab_order: (V,).
@@ -77,10 +78,12 @@ def forward(
     empty = _empty_outputs(e, targets, problem, resolved)
     chosen = registry.choose(backend, problem, resolved)
     if problem.n == 0:
-        return empty  # type: ignore[return-value]  # eight of them
-    inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
-    maps = _maps(empty[5:], problem.n)
+        return empty  # type: ignore[return-value]  # nine of them
+    maps, order = _maps(empty[5:8], problem.n), empty[8]
     with _own_dtypes(e):
+        if order.numel() and vocab_order is None:
+            vocab_order = order.copy_(mean_logit_order(e, c, bias, rows))
+        inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
         found = chosen.forward(inputs, problem, resolved, maps)
     return (*_scatter(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
 
@@ -171,9 +174,11 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     e, c, bias, targets, logit_weight, vocab_order, *ctx.options = inputs
-    lse, target_logits, entropy, _, prediction, *maps = output
-    ctx.mark_non_differentiable(prediction, *maps)
+    lse, target_logits, entropy, _, prediction, *maps, order = output
+    ctx.mark_non_differentiable(prediction, *maps, order)
     ctx.set_materialize_grads(False)
+    if vocab_order is None and order.numel():
+        vocab_order = order
     ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, lse, target_logits, entropy, *maps)
 
 
@@ -257,6 +262,7 @@ def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> 
         row("weighted_logit"),
         row("prediction", -1, torch.int64),
         *(e.new_empty((spec.tiles(problem.v), m) if name in maps else (0, 0), dtype=wide) for name in _MAPS),
+        e.new_empty(problem.v if spec.vocab_order == "mean_logit" else 0, dtype=torch.int64),
     )
 
 

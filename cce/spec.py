@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 FILTERS = ("none", "element", "tile")
 LSE_ACCUMULATIONS = ("tile", "online")
 ROW_ORDERS = ("live", "natural")
+VOCAB_ORDERS = ("mean_logit", "natural")
 ACCUMULATES = ("float32", "float64")
 
-# Below these thresholds what is skipped, once compensated, is no larger than the rounding of a dense
-# computation in the dtype (docs/numerics.md has the measurements; float32 is filtered only on request).
-_THRESHOLD = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15, torch.float32: 2.0**-12, torch.float64: 2.0**-12}
+# What is skipped below these thresholds, once compensated, errs no more than a dense computation in the dtype
+# (docs/numerics.md has the measurements); float32 and float64 are filtered only on request.
+_THRESHOLD = {torch.float16: 2.0**-16}
+_THRESHOLD_ELSE = 2.0**-13
 
-# (block_n, block_v) by device type. A GPU's tile is what its matrix unit works on. On a CPU a tile's rows
-# are gathered one by one, so narrow blocks cost nothing and skip more.
-_BLOCKS = {"cpu": (8, 128)}
-_GPU_BLOCKS = (128, 128)
+# What a GPU's matrix unit works on. Narrower blocks would skip more on a CPU, but also err more at a given
+# threshold (docs/numerics.md); and so every device finds the same live tiles.
+_BLOCK_N, _BLOCK_V = 128, 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,12 +47,15 @@ class Spec:
         filter: "none" is exact; "element" skips a tile whose largest softmax value is at most
             ``threshold`` in every row (the rule of arXiv 2411.09009, section 4.3); "tile" compares the
             row's probability mass in the tile. A tile that holds a target of its rows is never skipped.
-        threshold: probability, in (0, 1).
+        threshold: probability, in (0, 1); None means 2**-16 for fp16 inputs, else 2**-13.
         compensate: replaces what is skipped by its mass times the mean row of the tile (design.md, 4.4).
         accumulate: dtype in which gradients are summed, "float32" or "float64"; never less than the inputs'.
         scratch_bytes: bytes of temporary logits and their gradients a backend may hold.
         row_order: "live" puts rows with equally many hits into the same block; "natural" keeps the order given.
-        vocab_order: (V,) permutation: tile t covers ``vocab_order[t * block_v : (t + 1) * block_v]``.
+        vocab_order: "mean_logit" sorts the vocabulary by its logits for the mean row of ``e``, anew in every call
+            (one product with a vector), so that a tile's entries are alike and their mean row stands for them
+            well; "natural" leaves it. Or a (V,) permutation of your own: tile t covers
+            ``vocab_order[t * block_v : (t + 1) * block_v]``. None means "mean_logit" where a filter is on.
 
     Raises:
         TypeError, ValueError: a field has the wrong type, or is outside what is listed above.
@@ -69,7 +73,7 @@ class Spec:
     accumulate: str | None = None
     scratch_bytes: int = 128 * 2**20
     row_order: str = "live"
-    vocab_order: torch.Tensor | Sequence[int] | None = None
+    vocab_order: torch.Tensor | Sequence[int] | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_n", "block_v", "scratch_bytes"):
@@ -81,7 +85,9 @@ class Spec:
         _check_threshold(self.threshold)
         if not isinstance(self.compensate, bool):
             raise TypeError(f"Spec.compensate: got {self.compensate!r}, expected True or False")
-        if self.vocab_order is not None:
+        if isinstance(self.vocab_order, str):
+            _check_choice("vocab_order", self.vocab_order, VOCAB_ORDERS)
+        elif self.vocab_order is not None:
             object.__setattr__(self, "vocab_order", _permutation(self.vocab_order))
         # Read by the front end inside torch.compile, where building the string would break the graph.
         object.__setattr__(self, "key", _key(self))
@@ -100,15 +106,21 @@ class Spec:
 
     def resolve(self, problem: Problem) -> Spec:
         """This spec with no field left at None; what the backends receive."""
-        block_n, block_v = _BLOCKS.get(problem.device, _GPU_BLOCKS)
+        filter = _resolve_filter(self.filter, problem)
         return dataclasses.replace(
             self,
-            block_n=self.block_n or block_n,
-            block_v=self.block_v or block_v,
-            filter=_resolve_filter(self.filter, problem),
-            threshold=self.threshold or _THRESHOLD[problem.dtype],
+            block_n=self.block_n or _BLOCK_N,
+            block_v=self.block_v or _BLOCK_V,
+            filter=filter,
+            threshold=self.threshold or _THRESHOLD.get(problem.dtype, _THRESHOLD_ELSE),
             accumulate=_resolve_accumulate(self.accumulate, problem),
+            vocab_order=_resolve_order(self.vocab_order, filter, problem),
         )
+
+    @property
+    def permutation(self) -> torch.Tensor | None:
+        """The (V,) permutation given as ``vocab_order``, if one was."""
+        return self.vocab_order if isinstance(self.vocab_order, torch.Tensor) else None
 
     def tiles(self, v: int) -> int:
         """Number of vocabulary blocks T of a vocabulary of ``v`` entries (a resolved spec)."""
@@ -118,10 +130,10 @@ class Spec:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Spec):
             return NotImplemented
-        mine, theirs = self.vocab_order, other.vocab_order
+        mine, theirs = self.permutation, other.permutation
         if mine is None or theirs is None:
             return self.key == other.key and mine is theirs
-        return self.key == other.key and torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+        return self.key == other.key and torch.equal(mine, theirs)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -136,13 +148,25 @@ def _resolve_filter(filter: str | None, problem: Problem) -> str:
     return "element" if problem.dtype in (torch.bfloat16, torch.float16) else "none"
 
 
+def _resolve_order(
+    order: torch.Tensor | Sequence[int] | str | None, filter: str, problem: Problem
+) -> torch.Tensor | Sequence[int] | str:
+    if isinstance(order, torch.Tensor):
+        return order
+    # An order is worth its gathers only where tiles will be skipped.
+    if filter == "none" or not problem.needs_grad:
+        return "natural"
+    return order or "mean_logit"
+
+
 def _resolve_accumulate(accumulate: str | None, problem: Problem) -> str:
     return "float64" if problem.dtype == torch.float64 else accumulate or "float32"
 
 
 def _key(spec: Spec) -> str:
     fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
-    del fields["vocab_order"]
+    if spec.permutation is not None:
+        fields["vocab_order"] = "natural"  # it travels beside the key, as a tensor
     return json.dumps(fields)
 
 
@@ -181,7 +205,8 @@ def _permutation(order: Any) -> torch.Tensor:
         tensor = torch.as_tensor(order)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"Spec.vocab_order: got a {type(order).__name__}, expected a permutation of range(V)"
+            f"Spec.vocab_order: got a {type(order).__name__}, "
+            f"expected {', '.join(map(repr, VOCAB_ORDERS))} or a permutation of range(V)"
         ) from error
     if tensor.ndim != 1 or tensor.dtype.is_floating_point or tensor.dtype in (torch.bool, torch.complex64):
         raise TypeError(

@@ -202,7 +202,7 @@ SPEC = [
     order("complex128", torch.zeros(1, dtype=torch.complex128), TypeError, "torch.complex128"),
     order("2-D", [[0, 1]], TypeError, "(1, 2)"),
     order("scalar", 3, TypeError, "()"),
-    order("str", "abc", TypeError, "str"),
+    order("unknown", "abc", ValueError, "'abc'"),
     order("set", {0, 1}, TypeError, "set"),
     order("ragged", [[0], [1, 2]], TypeError, "list"),
     order("sparse", torch.arange(3).to_sparse(), TypeError, "torch.sparse_coo"),

@@ -66,10 +66,11 @@ def able_backend(name: str, device: torch.device, dtypes: list[torch.dtype], spe
         found = explain_training(device, dtype, name, spec)
         if found.backend is None:
             candidates = found.reasons if name == "auto" else {name: found.reasons[name]}
-            reasons = "; ".join(reason for reasons in candidates.values() for reason in reasons)
+            # split and join: a reason may be another package's ImportError of several lines.
+            why = "; ".join(" ".join(reason.split()) for reasons in candidates.values() for reason in reasons)
             able = [other for other, reasons in found.reasons.items() if not reasons]
             raise UsageError(
-                f"--backend: got {name!r}, which cannot run {dtype} on {device} ({reasons}); "
+                f"--backend: got {name!r}, which cannot run {dtype} on {device} ({why}); "
                 f"expected one that can: {', '.join(able) or 'none here'}"
             )
     return name

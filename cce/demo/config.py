@@ -48,7 +48,7 @@ class Size:
         repeats: how often the time is measured; the median is reported.
     """
 
-    text_bytes: int = 12_000_000
+    text_bytes: int = 10_000_000
     vocab: int = 32_768
     width: int = 256
     layers: int = 4

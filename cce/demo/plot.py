@@ -31,7 +31,7 @@ def _curves(axes: Axes, report: Report) -> None:
     # The curves lie on each other: the wide one shows at the rims of the narrow one, wherever they agree.
     axes.plot(steps, report.dense.losses, color=DENSE_COLOR, linewidth=5, alpha=0.55, marker=_marker(report))
     axes.plot(steps, report.fused.losses, color=FUSED_COLOR, linewidth=1.4, marker=_marker(report))
-    axes.set_title("The same loss curve", loc="left", color=INK, weight="bold")
+    axes.set_title("Training loss, same seed and batches", loc="left", color=INK, weight="bold")
     axes.set_xlabel("training step", color=INK)
     axes.set_ylabel("loss of the batch (nats per token)", color=INK)
     axes.grid(axis="y", color="#eeeeee")
@@ -54,7 +54,7 @@ def _memory(axes: Axes, report: Report) -> None:
         return
     names = ["cross_entropy\n(linear(e, c))", f"cce.loss(e, c)\n{report.mode}"]
     totals = [peak / MIB for peak in peaks if peak is not None]
-    axes.bar(names, totals, color=[DENSE_COLOR, FUSED_COLOR], width=0.55)
+    axes.bar(names, totals, color=[DENSE_COLOR, FUSED_COLOR], width=0.5)
     for i, total in enumerate(totals):
         axes.annotate(
             f"{total:,.0f} MiB",
@@ -69,7 +69,7 @@ def _memory(axes: Axes, report: Report) -> None:
     gradients = report.gradient_bytes / MIB
     axes.axhline(gradients, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
-        f"dE and dC alone:\n{gradients:,.0f} MiB",
+        f"dE and dC:\n{gradients:,.0f} MiB",
         (0.5, gradients),
         xytext=(0, 5),
         textcoords="offset points",

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cce.demo.evaluate import Accuracy
 from cce.demo.measure import Cost
-from cce.demo.train import Run
+from cce.demo.train import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Report:
         accuracy: of the filter on the trained model.
     """
 
-    dense: Run
-    fused: Run
+    dense: Training
+    fused: Training
     dense_cost: Cost
     fused_cost: Cost
     gradient_bytes: int
@@ -53,18 +53,17 @@ def mebibytes(count: int | None) -> str:
 
 def show(report: Report, console: Console) -> None:
     """Prints the tables."""
-    console.print()
-    console.print(_comparison(report))
-    console.print(
-        f"dense: F.cross_entropy(F.linear(e, c), targets). Loss at the end: mean of the last tenth of the steps.\n"
-        f"Memory and time: forward and backward of the loss on N = {report.measured} held-out tokens.\n"
+    notes = (
+        "dense: F.cross_entropy(F.linear(e, c), targets). Loss at the end: mean of the last tenth of the steps. "
+        f"Memory and time: forward and backward of the loss on N = {report.measured} held-out tokens.",
+        f"Relative errors against float64 on N = {report.measured} held-out tokens. Filtered: tiles without a softmax "
+        f"value above {report.threshold:.2g} are skipped. Compensated: what is skipped is replaced by its mass times "
+        "the tile's mean row. Unordered: without sorting the vocabulary by mean logits first.",
     )
-    console.print(_accuracy(report.accuracy))
-    console.print(
-        f"Relative errors against float64, N = {report.measured} held-out tokens, bfloat16 inputs. Filtered: tiles\n"
-        f"without a softmax value above {report.threshold:.2g} are skipped. Compensated: replaced by their mass times\n"
-        "their mean row. Ordered: tiles of entries with similar mean logits."
-    )
+    for table, note in zip((_comparison(report), _accuracy(report.accuracy)), notes, strict=True):
+        console.print()
+        console.print(table)
+        console.print(note, highlight=False, style="dim")
 
 
 def _comparison(report: Report) -> Table:
@@ -88,7 +87,7 @@ def _comparison(report: Report) -> Table:
     gradients = mebibytes(report.gradient_bytes)
     row("  dE and dC alone", gradients, gradients)
     times = [f"{cost.seconds * 1e3:,.1f} ms" for cost in (dense, fused)]
-    row("time of the loss per step", times[0], times[1], fused.seconds / dense.seconds)
+    row("time of the loss", times[0], times[1], fused.seconds / dense.seconds)
     return table
 
 

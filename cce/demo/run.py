@@ -21,7 +21,7 @@ from cce.demo.plot import draw
 from cce.demo.report import Report, show
 from cce.demo.text import Corpus, TextError, read_corpus
 from cce.demo.tokens import load_tokens
-from cce.demo.train import Loss, Run, cce_loss, dense_loss, precision, train, training_dtype
+from cce.demo.train import Loss, Training, cce_loss, dense_loss, precision, training_dtype
 
 #: Training tokens that a text must have at least, in batches: fewer would be learnt by heart.
 LEAST_BATCHES = 20
@@ -47,7 +47,7 @@ def demo(options: Options, size: Size | None = None, console: Console | None = N
     start = time.perf_counter()
     training, held_out = _tokens(options, size, console)
     losses: dict[str, Loss] = {"dense": dense_loss, "cce": cce_loss(options.backend, options.spec)}
-    runs = {name: _train(name, loss, training, options, size, console) for name, loss in losses.items()}
+    runs = _train(losses, training, options, size, console)
     with console.status("measuring time, memory and accuracy of the loss"):
         e, targets = hidden_states(runs["cce"].model, held_out, options.device)
         c = runs["cce"].model.head.detach()
@@ -101,7 +101,10 @@ def _describe(corpus: Corpus, tokens: int) -> str:
     return f"text: {corpus.source}, {characters} in {files}{skipped}; {tokens:,} tokens"
 
 
-def _train(name: str, loss: Loss, tokens: Tensor, options: Options, size: Size, console: Console) -> Run:
+def _train(
+    losses: Mapping[str, Loss], tokens: Tensor, options: Options, size: Size, console: Console
+) -> dict[str, Training]:
+    """One model a loss. They take turns step by step: what slows the machine down for a while slows down all."""
     columns = (
         TextColumn("{task.description:>5}"),
         BarColumn(),
@@ -109,15 +112,18 @@ def _train(name: str, loss: Loss, tokens: Tensor, options: Options, size: Size, 
         TextColumn("loss {task.fields[loss]:6.3f}  {task.fields[speed]:7,.0f} tokens/s"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
+    runs = {name: Training(loss, tokens, options, size) for name, loss in losses.items()}
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=options.steps, loss=float("nan"), speed=0.0)
-        return train(
-            loss, tokens, options, size, lambda loss, speed: progress.update(task, advance=1, loss=loss, speed=speed)
-        )
+        bars = {name: progress.add_task(name, total=options.steps, loss=float("nan"), speed=0.0) for name in runs}
+        for _ in range(options.steps):
+            for name, run in runs.items():
+                run.step()
+                progress.update(bars[name], advance=1, loss=run.losses[-1], speed=run.tokens_per_second)
+    return runs
 
 
 def _measure(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Training],
     losses: Mapping[str, Loss],
     sample: tuple[Tensor, Tensor, Tensor],
     options: Options,

@@ -34,7 +34,7 @@ def load_tokens(corpus: Corpus, vocab: int) -> Tensor:
     if cached is None:
         tokenizer = train_tokenizer(corpus, vocab)
         encoded = tokenizer.encode_batch_fast(corpus.pieces, add_special_tokens=False)
-        cached = np.concatenate([np.asarray(piece.ids, dtype=np.int32) for piece in encoded])
+        cached = np.fromiter((token for piece in encoded for token in piece.ids), dtype=np.int32)
         _write(folder, cached, tokenizer)
     return torch.from_numpy(cached.astype(np.int64))
 

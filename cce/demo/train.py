@@ -1,11 +1,11 @@
-"""The training loop: the same for every loss function, down to the batches and the initial weights."""
+"""A training step: the same for every loss function, down to the batches and the initial weights."""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,33 +18,9 @@ from cce.demo.model import LanguageModel
 #: ``loss(e, c, targets)``: e (N, D), c (V, D), targets (N,) to the mean loss.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-#: Called after every step with the loss and the tokens a second so far.
-OnStep = Callable[[float, float], None]
-
 # AdamW's learning rates at their peak. The table of tokens and the head are rows that a short run visits
 # once or twice: they take larger steps than the blocks.
 TABLE_RATE, BLOCK_RATE = 3e-3, 1e-3
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished training run.
-
-    Attributes:
-        model: as trained.
-        losses: of every step's batch, before the step.
-        tokens_per_second: mean over the run.
-    """
-
-    model: LanguageModel
-    losses: list[float]
-    tokens_per_second: float
-
-    @property
-    def final_loss(self) -> float:
-        """Mean of the last tenth of the steps: a single batch is noisy."""
-        tail = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(tail) / len(tail)
 
 
 def dense_loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
@@ -72,26 +48,51 @@ def precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=training_dtype(device) == torch.bfloat16)
 
 
-def train(loss: Loss, tokens: Tensor, options: Options, size: Size, on_step: OnStep) -> Run:
-    """Trains a new model on ``tokens`` (L,) with ``loss``; two calls differ in nothing but ``loss``."""
-    torch.manual_seed(options.seed)
-    model = LanguageModel(size).to(options.device)
-    batches = torch.Generator().manual_seed(options.seed)
-    optimizer, schedule = _optimizer(model, options.steps)
-    losses = []
-    start = time.perf_counter()
-    for step in range(1, options.steps + 1):
-        inputs, targets = _batch(tokens, size, batches, options.device)
-        with precision(options.device):
-            value = loss(model(inputs).flatten(0, 1), model.head, targets.flatten())
-        torch.autograd.backward(value)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(value.item())
-        on_step(losses[-1], step * targets.numel() / (time.perf_counter() - start))
-    seconds = time.perf_counter() - start
-    return Run(model, losses, options.steps * size.batch * size.context / seconds)
+class Training:
+    """A model in training. Two of them with the same options and size differ in nothing but ``loss``.
+
+    Args:
+        loss: the loss function.
+        tokens: (L,) training text.
+        options, size: of the run.
+
+    Attributes:
+        model: trained as far as the steps taken.
+        losses: of every step's batch, before the step.
+        seconds: of every step.
+    """
+
+    def __init__(self, loss: Loss, tokens: Tensor, options: Options, size: Size) -> None:
+        torch.manual_seed(options.seed)
+        self.model = LanguageModel(size).to(options.device)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._loss, self._tokens, self._size, self._device = loss, tokens, size, options.device
+        self._batches = torch.Generator().manual_seed(options.seed)
+        self._optimizer, self._schedule = _optimizer(self.model, options.steps)
+
+    def step(self) -> None:
+        """One batch: forward, backward, update."""
+        start = time.perf_counter()
+        inputs, targets = _batch(self._tokens, self._size, self._batches, self._device)
+        with precision(self._device):
+            loss = self._loss(self.model(inputs).flatten(0, 1), self.model.head, targets.flatten())
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+        self.losses.append(loss.item())  # waits for the device, so that the time is right
+        self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of a step of median duration."""
+        return self._size.batch * self._size.context / statistics.median(self.seconds)
+
+    @property
+    def final_loss(self) -> float:
+        """Mean of the last tenth of the steps: a single batch is noisy."""
+        return statistics.fmean(self.losses[-max(1, len(self.losses) // 10) :])
 
 
 def _optimizer(model: LanguageModel, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:

@@ -61,6 +61,11 @@ def along_vocabulary(inputs: Inputs[Tensor], x: Tensor, v0: int, v1: int) -> Ten
     return x.index_select(0, inputs.vocab_order[v0:v1])
 
 
+def gathered(inputs: Inputs[Tensor]) -> bool:
+    """Whether operands have to be gathered: rows of ``e`` are left out, or the vocabulary has its own order."""
+    return inputs.rows is not None or inputs.vocab_order is not None
+
+
 class Rows:
     """The rows of ``e`` a problem uses, in the products' dtype.
 

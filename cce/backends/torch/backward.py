@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary
+from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
 from cce.backends.torch.forward import weighted_rows, weights_along
 from cce.backends.torch.logits import add_at_, logits_, softcap_derivative, softmax_gradient_
-from cce.backends.torch.plan import Plan, fits_whole
+from cce.backends.torch.plan import Plan
 from cce.backends.torch.segments import Segment, Targets, segments
 from cce.compensation import columns_of_tiles, dead_mass
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
@@ -59,8 +59,8 @@ class Run:
     ) -> None:
         self.inputs, self.problem, self.spec = inputs, problem, spec
         self.arithmetic = Arithmetic.choose(problem, spec)
-        self.plan = Plan.choose(problem, spec)
-        self.rows = Rows(inputs, self.arithmetic, keep=fits_whole(problem, spec, self.arithmetic))
+        self.plan = Plan.choose(problem, spec, gathered(inputs))
+        self.rows = Rows(inputs, self.arithmetic, keep=self.plan.keep_rows)
         self.outputs, self.norm = outputs, _norm(upstream, self.arithmetic)
         self.upstream = _scaled(upstream, problem.logit_scale, self.norm)
         wide = inputs.e.new_empty(0, dtype=self.arithmetic.result)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary
+from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
 from cce.backends.torch.logits import logits_
 from cce.backends.torch.plan import Plan
 from cce.problem import Inputs, Maps, Outputs, Problem
@@ -41,7 +41,7 @@ def chunks(problem: Problem, spec: Spec, columns: int) -> list[Chunk]:
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
     """All rows, a block of rows at a time; fills ``maps``."""
     arithmetic = Arithmetic.choose(problem, spec)
-    plan = Plan.choose(problem, spec)
+    plan = Plan.choose(problem, spec, gathered(inputs))
     vocabulary = chunks(problem, spec, plan.columns)
     rows = Rows(inputs, arithmetic, keep=False)
     targets = target_positions(inputs)
@@ -98,9 +98,9 @@ class RowBlock:
     ) -> None:
         n, like = len(targets), inputs.e.new_empty(0, dtype=arithmetic.result)
         self.inputs, self.problem, self.targets, self.n0 = inputs, problem, targets, n0
+        self.tiled = bool(problem.maps(spec))
         self.online = spec.lse_accumulation == "online"
-        self.parts: list[tuple[Tensor, Tensor | None]] = []  # (rows, tiles): tile_lse, tile_entropy
-        self.running: tuple[Tensor, Tensor | None] | None = None  # (rows, 1): the same of all tiles so far
+        self.parts: list[tuple[Tensor, Tensor | None]] = []  # (rows, 1) log-sum-exp and entropy of each chunk
         self.target_logits = like.new_zeros(targets.shape)
         self.weighted = like.new_zeros(n) if _capped_weights(problem) else None
         self.best = like.new_full((n,), -torch.inf)
@@ -113,20 +113,20 @@ class RowBlock:
             self._prediction(chunk, z)
         if self.weighted is not None:
             self.weighted += z @ weights_along(self.inputs, self.problem, chunk.v0, chunk.v1, z)
-        tiles = z.view(len(z), chunk.t1 - chunk.t0, -1)
+        # Without maps nobody asks for the tiles: the chunk is one.
+        tiles = z.view(len(z), chunk.t1 - chunk.t0 if self.tiled else 1, -1)
         m, tile_lse, tile_entropy = tile_sums(tiles, entropy="entropy" in self.problem.outputs)
         here = slice(self.n0, self.n0 + len(z))
         for target, value in ((maps.tile_max, m), (maps.tile_lse, tile_lse), (maps.tile_entropy, tile_entropy)):
             if target is not None and value is not None:
                 target[chunk.t0 : chunk.t1, here] = value.T
+        # One partial a chunk: those of all tiles would be larger than the logits of a piece.
+        self.parts.append(_join([(tile_lse, tile_entropy)]))
         if self.online:
-            before = [] if self.running is None else [self.running]
-            self.running = _join([*before, (tile_lse, tile_entropy)])
-        else:
-            self.parts.append((tile_lse, tile_entropy))
+            self.parts = [_join(self.parts)]
 
     def finish(self) -> Outputs[Tensor]:
-        lse, entropy = _join(self.parts) if self.running is None else self.running
+        lse, entropy = _join(self.parts)
         return Outputs(
             lse[:, 0],
             self.target_logits,
@@ -177,6 +177,8 @@ def _join(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | N
 
     H = sum_t w_t (H_t + lse - tile_lse_t),  w_t = exp(tile_lse_t - lse)
     """
+    if len(parts) == 1 and parts[0][0].shape[1] == 1:
+        return parts[0]
     tile_lse = torch.cat([part[0] for part in parts], 1)
     lse = tile_lse.logsumexp(1, keepdim=True)
     if parts[0][1] is None:

@@ -1,0 +1,71 @@
+"""What ``import cce`` costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["triton", "cupy", "numba", "transformers", "tokenizers", "matplotlib", "rich", "hypothesis", "pytest"]
+
+# Looks at what is asked for, not at what is found: an import tried and caught would count where it is installed.
+LOOK = f"""
+import json, sys, torch
+
+class Watch:
+    asked = []
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY}:
+            self.asked.append(name)
+
+had = set(sys.modules)
+sys.meta_path.insert(0, Watch)
+Watch.find_spec = Watch().find_spec
+BEFORE
+import cce
+AFTER
+new = set(sys.modules) - had
+print(json.dumps([Watch.asked, sorted(name for name in new if name.partition(".")[0] in {HEAVY})]))
+"""
+
+TIME = """
+import time, torch
+start = time.perf_counter()
+import cce
+print(time.perf_counter() - start)
+"""
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def heavy(before: str = "", after: str = "") -> list[list[str]]:
+    return json.loads(run(LOOK.replace("BEFORE", before).replace("AFTER", after)))
+
+
+def test_no_heavy_import() -> None:
+    """Neither a kernel framework nor what only the demo and the tests need, beyond what torch has loaded."""
+    assert heavy() == [[], []]
+
+
+@pytest.mark.parametrize("statement", ["import triton", "try:\n import cupy.cuda\nexcept ImportError: pass"])
+def test_the_watch_sees_an_import(statement: str) -> None:
+    """Also one that fails and is caught, as an optional dependency's is."""
+    caught = f"try:\n exec({statement!r})\nexcept ImportError: pass"
+    asked, _ = heavy(before=caught)
+    assert asked[0] in statement.replace(".cuda", "")
+
+
+def test_a_loss_imports_no_kernel_framework() -> None:
+    """On a CPU, forward and backward."""
+    use = "cce.loss(torch.ones(2, 3, requires_grad=True), torch.ones(4, 3), torch.arange(2)).backward()"
+    asked, loaded = heavy(after=use)
+    assert not {name.partition(".")[0] for name in asked + loaded} & {"cupy", "numba", "transformers"}
+
+
+def test_time_beside_torch() -> None:
+    """Less than 50 ms more than ``import torch``; the best of five, as noise only ever adds."""
+    assert min(float(run(TIME)) for _ in range(5)) < 0.05

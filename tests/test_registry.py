@@ -1,0 +1,277 @@
+"""Backends of others: entry points, registration, reasons, and what is chosen."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import cce
+from cce import registry
+from cce.backends.base import Backend
+from cce.backends.torch import TorchBackend
+from cce.problem import Problem
+
+E, C, T = torch.randn(5, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True), torch.arange(5)
+
+LOOPBACK = """
+    from cce.backends.torch import TorchBackend
+
+    class Loopback(TorchBackend):
+        name = "loopback"
+        calls = []
+
+        def forward(self, *args):
+            self.calls.append("forward")
+            return super().forward(*args)
+
+        def backward(self, *args):
+            self.calls.append("backward")
+            return super().backward(*args)
+"""
+
+
+class Unable(Backend):
+    """Can run nothing, for two reasons."""
+
+    name = "unable"
+
+    def unsupported(self, problem, spec):
+        return [f"N={problem.n} is odd", f"block_v={spec.block_v} is too wide"]
+
+    def forward(self, inputs, problem, spec, maps):
+        raise AssertionError("an unable backend ran")
+
+    def backward(self, inputs, problem, spec, outputs, maps, upstream):
+        raise AssertionError("an unable backend ran")
+
+
+class Second(TorchBackend):
+    """The torch backend under another name."""
+
+    name = "second"
+
+
+@pytest.fixture(autouse=True)
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers, loads or installs is gone after it."""
+    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry, "_loaded", {})
+    registry._entry_points.cache_clear()
+    yield
+    registry._entry_points.cache_clear()
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, str], None]:
+    """Installs a distribution of one module with one entry point, as far as importlib.metadata can tell."""
+
+    def install(name: str, target: str, source: str) -> None:
+        module = target.partition(":")[0]
+        (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[cce.backends]\n{name} = {target}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        imported.append(module)
+        assert metadata.version(module) == "1.0"
+
+    imported: list[str] = []
+    yield install
+    for module in imported:
+        sys.modules.pop(module, None)
+
+
+def test_entry_point(install: Callable[[str, str, str], None]) -> None:
+    """A third party's backend is used by its name, forward and backward, with the same result."""
+    install("loopback", "cce_loopback:Loopback", LOOPBACK)
+    assert cce.backends() == ["torch", "reference", "loopback"]
+    assert cce.explain(E, C, T, backend="loopback").backend == "loopback"
+    found = cce.loss(E, C, T, backend="loopback")
+    de = torch.autograd.grad(found, E)[0]
+    expected = cce.loss(E, C, T, backend="torch")
+    assert torch.equal(found, expected) and torch.equal(de, torch.autograd.grad(expected, E)[0])
+    assert registry.load("loopback").calls == ["forward", "backward"]
+
+
+def test_entry_point_is_loaded_when_it_is_used(install: Callable[[str, str, str], None]) -> None:
+    install("eager", "cce_eager:Backend", "raise SystemExit('imported')")
+    assert "eager" in cce.backends()
+    cce.loss(E, C, T)
+
+
+def test_entry_point_cannot_replace_a_built_in(install: Callable[[str, str, str], None]) -> None:
+    install("torch", "cce_usurper:Loopback", LOOPBACK)
+    assert cce.backends().count("torch") == 1
+    assert type(registry.load("torch")) is TorchBackend
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import no_such_kernel_framework", "ModuleNotFoundError: No module named 'no_such_kernel_framework'"),
+        ("raise ImportError('libcuda.so.1 is missing')", "ImportError: libcuda.so.1 is missing"),
+        ("raise OSError('no driver')", "OSError: no driver"),
+        ("x = 1", "AttributeError"),
+        ("class Loopback: ...", "not a cce Backend"),
+        ("def Loopback(): raise RuntimeError('no device')", "RuntimeError: no device"),
+    ],
+    ids=["import", "library", "driver", "attribute", "class", "constructor"],
+)
+def test_what_cannot_be_loaded_is_a_reason(install: Callable[[str, str, str], None], source: str, reason: str) -> None:
+    install("broken", "cce_broken:Loopback", source)
+    explanation = cce.explain(E, C, T)
+    assert explanation.backend == "torch"
+    assert reason in explanation.reasons["broken"][0] and reason in str(explanation)
+    assert cce.explain(E, C, T, backend="broken").backend is None
+    with pytest.raises(cce.BackendUnavailable, match=re.escape(reason)):
+        cce.loss(E, C, T, backend="broken")
+
+
+def test_auto_takes_no_third_party_and_no_reference(install: Callable[[str, str, str], None]) -> None:
+    """Not even where nothing else can run; a loss does not so much as load them."""
+    install("loopback", "cce_loopback:Loopback", LOOPBACK)
+    cce.register_backend("mine", Second)
+    cce.loss(E, C, T)
+    assert set(registry._loaded) == {"torch"}
+    assert cce.explain(E, C, T).backend == "torch"
+    cce.register_backend("torch", Unable, replace=True)
+    with pytest.raises(cce.BackendUnavailable, match="torch: N=5 is odd"):
+        cce.loss(E, C, T)
+    assert cce.explain(E, C, T).backend is None
+
+
+def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    cce.register_backend("unable", Unable)
+    cce.register_backend("second", Second)
+    monkeypatch.setattr(registry, "AUTO_ORDER", ("unable", "second", "torch"))
+    cce.loss(E, C, T)
+    assert set(registry._loaded) == {"unable", "second"}
+    assert cce.explain(E, C, T).backend == "second"
+
+
+def test_explain_names_a_backend_as_users_do() -> None:
+    """By the name it was registered under, whatever its class calls itself."""
+    cce.register_backend("mine", TorchBackend)
+    assert cce.explain(E, C, T, backend="mine").backend == "mine"
+
+
+def test_unavailable_lists_all_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of every backend tried, beside the problem and the spec they were found for."""
+    cce.register_backend("unable", Unable)
+    cce.register_backend("gone", lambda: 1 / 0)
+    monkeypatch.setattr(registry, "AUTO_ORDER", ("unable", "gone"))
+    with pytest.raises(cce.BackendUnavailable) as caught:
+        cce.loss(E, C, T, spec=cce.Spec(block_v=77))
+    message = str(caught.value)
+    for part in (
+        "unable: N=5 is odd",
+        "unable: block_v=77 is too wide",
+        "gone:",
+        "ZeroDivisionError",
+        "Problem(n=5, v=9",
+    ):
+        assert part in message, message
+    with pytest.raises(cce.BackendUnavailable) as caught:
+        cce.loss(E, C, T, backend="unable")
+    assert "gone" not in str(caught.value)
+    assert cce.explain(E, C, T).reasons["unable"] == ["N=5 is odd", "block_v=128 is too wide"]
+
+
+def test_named_backend_never_falls_back() -> None:
+    cce.register_backend("unable", Unable)
+    with pytest.raises(cce.BackendUnavailable, match="N=5 is odd"):
+        cce.loss(E, C, T, backend="unable")
+
+
+def test_no_backend_means_no_loss_without_rows_either() -> None:
+    """A batch whose rows are all ignored must not hide that the backend cannot run."""
+    cce.register_backend("unable", Unable)
+    with pytest.raises(cce.BackendUnavailable):
+        cce.loss(E, C, torch.full((5,), -100), backend="unable")
+
+
+def test_register_replace_unregister() -> None:
+    made = []
+
+    def factory() -> Backend:
+        made.append(TorchBackend())
+        return made[-1]
+
+    cce.register_backend("mine", factory)
+    assert "mine" in cce.backends() and not made
+    cce.loss(E, C, T, backend="mine")
+    cce.loss(E, C, T, backend="mine").backward()
+    assert len(made) == 1
+    with pytest.raises(ValueError, match=r"'mine' exists already"):
+        cce.register_backend("mine", Unable)
+    cce.register_backend("mine", Unable, replace=True)
+    with pytest.raises(cce.BackendUnavailable):
+        cce.loss(E, C, T, backend="mine")
+    cce.unregister_backend("mine")
+    assert "mine" not in cce.backends()
+    with pytest.raises(ValueError, match="'mine'"):
+        cce.loss(E, C, T, backend="mine")
+    with pytest.raises(ValueError, match="'mine'"):
+        cce.unregister_backend("mine")
+
+
+def test_replaced_built_in_returns() -> None:
+    cce.register_backend("torch", Unable, replace=True)
+    with pytest.raises(cce.BackendUnavailable, match="N=5 is odd"):
+        cce.loss(E, C, T)
+    cce.unregister_backend("torch")
+    cce.loss(E, C, T)
+    assert type(registry.load("torch")) is TorchBackend
+
+
+def test_a_factory_may_succeed_later() -> None:
+    """A failure is not remembered: a driver may come back, a package be installed."""
+    ready = False
+
+    def factory() -> Backend:
+        if not ready:
+            raise RuntimeError("not ready")
+        return TorchBackend()
+
+    cce.register_backend("slow", factory)
+    with pytest.raises(cce.BackendUnavailable, match="not ready"):
+        cce.loss(E, C, T, backend="slow")
+    ready = True
+    cce.loss(E, C, T, backend="slow")
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"label_smoothing": 0.1}], ids=str)
+def test_scratch_too_small_names_what_is_needed(options: dict) -> None:
+    with pytest.raises(cce.BackendUnavailable, match="scratch_bytes=1 ") as caught:
+        cce.loss(E, C, T, spec=cce.Spec(scratch_bytes=1), **options)
+    needed = int(re.search(r"less than the (\d+) bytes", str(caught.value))[1])
+    with pytest.raises(cce.BackendUnavailable):
+        cce.loss(E, C, T, spec=cce.Spec(scratch_bytes=needed - 1), **options)
+    found = cce.loss(E, C, T, spec=cce.Spec(scratch_bytes=needed), **options)
+    torch.testing.assert_close(found, cce.loss(E, C, T, **options))
+    torch.autograd.grad(found, (E, C))
+
+
+def test_unsupported_sees_the_problem_of_the_call() -> None:
+    """Ignored rows are left out, the spec is resolved, and the gradients are those that are wanted."""
+    seen: list[tuple[Problem, cce.Spec]] = []
+
+    class Watching(TorchBackend):
+        def unsupported(self, problem, spec):
+            seen.append((problem, spec))
+            return super().unsupported(problem, spec)
+
+    cce.register_backend("watching", Watching)
+    cce.loss(E, C.detach(), torch.tensor([0, -100, 1, -100, 2]), backend="watching")
+    problem, spec = seen[0]
+    assert (problem.n, problem.v, problem.d) == (3, 9, 3)
+    assert (problem.grad_e, problem.grad_c) == (True, False)
+    assert spec.filter == "none" and spec.block_n and spec.block_v and spec.accumulate == "float32"
