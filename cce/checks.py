@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +43,8 @@ def check_options(
 ) -> None:
     """The options ``terms`` and ``loss`` share."""
     _integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {ignore_index}, expected an int of at most 64 bits")
     _integer("shift", shift)
     if shift < 0:
         raise ValueError(f"shift: got {shift}, expected an int >= 0")
@@ -94,11 +96,7 @@ def check_loss_options(
         raise kind(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
     _number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda x: 0 <= x <= 1)
     _number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
-    if weight is not None:
-        _float_tensor("weight", weight)
-        _shape("weight", weight, (c.shape[0],), "(V,)")
-        if weight.requires_grad:
-            raise ValueError("weight: got a tensor that requires grad, expected class weights without (detach it)")
+    check_class_weight(weight, c.shape[0])
     if token_weight is not None:
         _tensor("token_weight", token_weight)
         if token_weight.dtype not in (*FLOATS, *INTEGERS, torch.bool):
@@ -107,8 +105,20 @@ def check_loss_options(
     _same_device(c, weight=weight, token_weight=token_weight)
 
 
-def check_sizes(in_features: Any, out_features: Any) -> None:
-    """The sizes of ``LinearCrossEntropy``."""
+def check_class_weight(weight: Any, v: int) -> None:
+    """(V,) class weights, or None."""
+    if weight is None:
+        return
+    _float_tensor("weight", weight)
+    _shape("weight", weight, (v,), "(V,)")
+    if weight.requires_grad:
+        raise ValueError("weight: got a tensor that requires grad, expected class weights without (detach it)")
+
+
+def check_head(in_features: Any, out_features: Any, dtype: Any) -> None:
+    """The sizes and the dtype of ``LinearCrossEntropy``."""
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype: got {dtype!r}, expected one of {FLOATS} or None")
     for name, value in (("in_features", in_features), ("out_features", out_features)):
         _integer(name, value)
         if value < 1:
@@ -154,12 +164,13 @@ def _same_device(first: Tensor, **others: Any) -> None:
 
 
 def _integer(name: str, value: Any) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected an int")
 
 
 def _number(name: str, value: Any, expected: str, valid: Any) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
-    if not -math.inf < value < math.inf or not valid(value):  # math.isfinite would break a compiled graph
+    # math.isfinite would break a compiled graph, and raise on an int beyond the floats.
+    if not -sys.float_info.max <= value <= sys.float_info.max or not valid(value):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cce import checks, ops, registry
 from cce.errors import BackendUnavailable
+from cce.functional import LOSS_OPTIONS, _autocast, _wanted_gradients
 from cce.order import mean_logit_order
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
@@ -66,15 +67,17 @@ def explain(
     >>> print(explain(torch.randn(8, 4), torch.randn(10, 4), torch.zeros(8, dtype=torch.long)).backend)
     torch
     """
-    from cce.functional import LOSS_OPTIONS, _autocast, _wanted_gradients
-
     unknown = sorted(set(options) - LOSS_OPTIONS)
     if unknown:
         raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option of cce.loss")
+    soft = options.get("target_weight") is not None
     checks.check_tensors(e, c, targets, bias, options.get("target_weight"))
     checks.check_options(**_shared_options(options), backend=backend, spec=spec)
+    lead = targets.shape[:-1] if soft else targets.shape
+    checks.check_loss_options(**_loss_options(options), c=c, lead=lead)
+    checks.check_shift(options.get("shift", 0), targets, len(lead))
+    checks.check_vocab_order(spec or Spec(), c.shape[0])
     e, c, bias = _autocast(e, c, bias)
-    soft = options.get("target_weight") is not None
     problem = ops._problem(
         e.reshape(-1, c.shape[1]),
         c,
@@ -88,7 +91,7 @@ def explain(
     resolved = (spec or Spec()).resolve(problem)
     reasons = {name: registry.reasons(name, problem, resolved) for name in registry.backends()}
     try:
-        chosen = registry.choose(backend, problem, resolved).name
+        chosen = registry.choose_name(backend, problem, resolved)
     except BackendUnavailable:
         chosen = None
     return Explanation(chosen, reasons, resolved, problem)
@@ -123,6 +126,7 @@ def live_fraction(
     spec = spec or Spec()
     checks.check_vocab_order(spec, c.shape[0])
     flat = ops.prepare_targets(targets.reshape(-1, 1), c.shape[0], ignore_index)
+    e, c, bias = _autocast(e, c, bias)
     rows, used = ops._rows_in_use(flat)
     problem = ops._problem(e.reshape(-1, c.shape[1]), c, bias, used, softcap, logit_scale, "", "e,c")
     resolved = spec.resolve(problem)
@@ -148,6 +152,11 @@ def run_forward(
     maps = Maps(**{name: inputs.e.new_empty(shape, dtype=wide) for name in problem.maps(spec)})
     with torch.no_grad():
         return registry.choose(backend, problem, spec).forward(inputs, problem, spec, maps), maps
+
+
+def _loss_options(options: dict[str, Any]) -> dict[str, Any]:
+    names = {"reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0, "weight": None, "token_weight": None}
+    return {name: options.get(name, default) for name, default in names.items()}
 
 
 def _shared_options(options: dict[str, Any]) -> dict[str, Any]:

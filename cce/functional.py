@@ -207,7 +207,8 @@ def loss(
         return per_token.sum()
     if weight is not None and target_weight is None and coefficients is not None:
         in_use = in_use * coefficients[:, 0]
-    return per_token.sum() / in_use.sum()
+    total = in_use.sum()
+    return per_token.sum() / torch.where(total == 0, torch.nan, total)
 
 
 def _rows(

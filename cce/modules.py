@@ -44,7 +44,7 @@ class LinearCrossEntropy(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        checks.check_sizes(in_features, out_features)
+        checks.check_head(in_features, out_features, dtype)
         accepted = LOSS_OPTIONS - {"token_weight", "target_weight"}
         unknown = sorted(set(options) - accepted)
         if unknown:
@@ -52,6 +52,7 @@ class LinearCrossEntropy(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        checks.check_class_weight(options.get("weight"), out_features)
         # Class weights follow the module to its device; they are no part of a head's state dict.
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", options.pop("weight", None), persistent=False)

@@ -57,6 +57,8 @@ def register_backend(name: str, factory: Callable[[], Backend], *, replace: bool
 
 def unregister_backend(name: str) -> None:
     """Removes what :func:`register_backend` added; ValueError if there is no such name."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {name!r} of type {type(name).__name__}, expected a string")
     if name not in _registered:
         raise ValueError(f"name: got {name!r}, expected one of {sorted(_registered)}")
     del _registered[name]
@@ -111,12 +113,17 @@ def choose(name: str, problem: Problem, spec: Spec) -> Backend:
     Raises:
         BackendUnavailable: it cannot; the message lists the reasons of every backend tried.
     """
+    return load(choose_name(name, problem, spec))
+
+
+def choose_name(name: str, problem: Problem, spec: Spec) -> str:
+    """The name of the backend :func:`choose` returns."""
     check_name(name)
     tried = {}
     for candidate in AUTO_ORDER if name == "auto" else (name,):
         tried[candidate] = reasons(candidate, problem, spec)
         if not tried[candidate]:
-            return load(candidate)
+            return candidate
     lines = [f"  {candidate}: {reason}" for candidate, found in tried.items() for reason in found]
     raise BackendUnavailable("\n".join([f"no backend can run {problem} with {spec}:", *lines]))
 

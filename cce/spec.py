@@ -187,7 +187,7 @@ def _check_positive_int(name: str, value: object, *, optional: bool) -> None:
 def _check_choice(name: str, value: object, choices: tuple[str, ...], *, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"Spec.{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
@@ -208,7 +208,12 @@ def _permutation(order: Any) -> torch.Tensor:
             f"Spec.vocab_order: got a {type(order).__name__}, "
             f"expected {', '.join(map(repr, VOCAB_ORDERS))} or a permutation of range(V)"
         ) from error
-    if tensor.ndim != 1 or tensor.dtype.is_floating_point or tensor.dtype in (torch.bool, torch.complex64):
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if tensor.layout != torch.strided:
+        raise TypeError(f"Spec.vocab_order: got layout {tensor.layout}, expected a dense (strided) tensor")
+    if tensor.is_meta:
+        raise ValueError(f"Spec.vocab_order: got a tensor on {tensor.device}, expected one with values")
+    if tensor.ndim != 1 or tensor.dtype not in integers:
         raise TypeError(
             f"Spec.vocab_order: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected a 1-D integer tensor"
         )

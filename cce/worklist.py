@@ -35,7 +35,7 @@ def work_list(
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
 ) -> WorkList:
-    """The live tiles under a resolved ``spec``; no host synchronisation."""
+    """The live tiles under a resolved ``spec``; no host synchronisation. Takes up to 3 bytes a (row, tile) meanwhile."""
     hit = _hits(inputs, problem, spec, outputs, maps, upstream)  # (T, N)
     n, block_n = problem.n, _size(spec.block_n)
     if spec.row_order == "live" and block_n > 1:
@@ -43,9 +43,14 @@ def work_list(
     else:
         row_order = torch.arange(n, device=hit.device)
     blocks = -(-n // block_n)
-    padded = torch.nn.functional.pad(hit[:, row_order], (0, blocks * block_n - n))
-    live = padded.view(-1, blocks, block_n).any(-1)  # (T, B)
-    block_of_row = torch.empty_like(row_order).scatter_(0, row_order, torch.arange(n, device=hit.device) // block_n)
+    hit = hit.index_select(1, row_order)  # one (T, N) at a time: rebinding lets the last one go
+    if blocks * block_n != n:
+        hit = torch.nn.functional.pad(hit, (0, blocks * block_n - n))
+    live = hit.view(-1, blocks, block_n).any(-1)  # (T, B)
+    del hit
+    block_of_row = torch.empty_like(row_order).scatter_(
+        0, row_order, torch.arange(n, device=row_order.device) // block_n
+    )
     return WorkList(row_order, live.T, live.index_select(1, block_of_row))
 
 

@@ -233,7 +233,7 @@ REGISTER = [
 
 UNREGISTER = [
     *(Bad(f"name-{x!r}", {"name": x}, ValueError, "name", repr(x)) for x in ("torch", "nobody", "")),
-    Bad("name-3", {"name": 3}, ValueError, "name", "3"),
+    Bad("name-3", {"name": 3}, TypeError, "name", "3"),
     Bad("name-list", {"name": ["mine"]}, TypeError, "name", "['mine']"),
 ]
 

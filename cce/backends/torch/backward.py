@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +18,27 @@ from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import work_list
 
-# Tiles whose compensation is computed in one go.
-_TILES = 64
+
+@dataclass
+class Skipped:
+    """What compensates the tiles the filter skips.
+
+    Attributes:
+        maps, upstream, row_live: what their mass is made from.
+        step: tiles of a group.
+        t0, t1: the group of tiles that ``dc`` and ``dbias`` are for.
+        dc: (t1 - t0, D), what every row of a tile's dC gets besides its live part.
+        dbias: (t1 - t0,), the same of the bias.
+    """
+
+    maps: Maps[Tensor]
+    upstream: Upstream[Tensor]
+    row_live: Tensor
+    step: int
+    t0: int = 0
+    t1: int = 0
+    dc: Tensor | None = None
+    dbias: Tensor | None = None
 
 
 def backward(
@@ -41,7 +60,7 @@ def backward(
         run.add_rank_one(upstream.s)
     found = segments(problem, spec, run.plan.columns, row_live)
     targets = Targets(inputs, run.upstream, found)
-    for index, segment in enumerate(found):
+    for index, segment in enumerate(s.located() for s in found):
         run.segment(segment, targets.of(index, segment))
     return run.finish()
 
@@ -68,28 +87,29 @@ class Run:
         self.de = wide.new_zeros(problem.n, problem.d) if problem.grad_e else None
         self.dbias = wide.new_zeros(problem.v) if problem.grad_bias else None
         self.dc = inputs.c.new_empty(problem.v, problem.d) if problem.grad_c else None
-        # What every row of a tile's dC, and every column's dbias, gets besides its live part.
-        self.dc_tile: Tensor | None = None  # (T, D)
-        self.dbias_tile: Tensor | None = None  # (T,)
+        self.skipped: Skipped | None = None
         self.rank_one: Tensor | None = None  # (D,): dC_v += u_v rank_one
 
     def compensate(self, maps: Maps[Tensor], upstream: Upstream[Tensor], row_live: Tensor) -> None:
-        """dE += m cbar; the rows (m^T e)_t / BLOCK_V are kept until their tile's dC is written."""
-        problem, spec, tiles = self.problem, self.spec, self.spec.tiles(self.problem.v)
-        dc_tile, dbias_tile = [], []
-        for t0 in range(0, tiles, _TILES):
-            t1 = min(tiles, t0 + _TILES)
-            mass = dead_mass(problem, spec, self.outputs, maps, upstream, row_live, t0, t1)  # (t, N)
-            if self.norm is not None:
-                mass /= self.norm
-            columns = columns_of_tiles(problem, spec, t0, t1, mass)
-            if self.de is not None:
-                self.de.addmm_(mass.T, self._mean_rows(t0, t1))
-            if self.dc is not None:
-                dc_tile.append(self._times_e(mass) / columns[:, None])
-            dbias_tile.append(mass.sum(1) / columns)
-        self.dc_tile = torch.cat(dc_tile) if dc_tile else None
-        self.dbias_tile = torch.cat(dbias_tile)
+        """Has the skipped tiles compensated, a group at a time, as the walk along the vocabulary reaches them."""
+        self.skipped = Skipped(maps, upstream, row_live, self.plan.tiles)
+
+    def _compensate_up_to(self, t: int) -> None:
+        """The group of tile ``t``: dE += m cbar; the rows (m^T e)_t / BLOCK_V are kept until its dC is written."""
+        skipped = self.skipped
+        if skipped is None or t < skipped.t1:
+            return
+        problem, spec = self.problem, self.spec
+        t1 = min(spec.tiles(problem.v), t + skipped.step)
+        mass = dead_mass(problem, spec, self.outputs, skipped.maps, skipped.upstream, skipped.row_live, t, t1)  # (t, N)
+        if self.norm is not None:
+            mass /= self.norm
+        columns = columns_of_tiles(problem, spec, t, t1, mass)
+        if self.de is not None:
+            self.de.addmm_(mass.T, self._mean_rows(t, t1))
+        skipped.t0, skipped.t1 = t, t1
+        skipped.dbias = mass.sum(1) / columns
+        skipped.dc = self._times_e(mass) / columns[:, None] if self.dc is not None else None
 
     def add_rank_one(self, s: Tensor) -> None:
         """The gradient of sum_v u_v z_v without a softcap: dE_i += s_i sum_v u_v c_v, dC_v += u_v sum_i s_i e_i."""
@@ -103,6 +123,8 @@ class Run:
 
     def segment(self, segment: Segment, targets: tuple[Tensor, Tensor, Tensor]) -> None:
         """One run of tiles: its live rows block by block, then its rows of dC."""
+        if segment.rows is not None:
+            self._compensate_up_to(segment.t0)
         slab = self._slab(segment)
         total = self.problem.n if segment.rows is None else len(segment.rows)
         c = self.arithmetic.columns(self.inputs, segment.v0, segment.v1) if total else None
@@ -166,14 +188,15 @@ class Run:
 
     def _write(self, segment: Segment, slab: Tensor | None, empty: bool) -> None:
         """Adds what is the same for a tile's rows, undoes the scaling, and stores dC in its dtype."""
-        if self.dbias_tile is not None and self.dbias is not None and segment.rows is not None:
-            self.dbias[segment.v0 : segment.v1] += self.dbias_tile[segment.t0]
+        skipped = self.skipped if segment.rows is not None else None
+        if skipped is not None and skipped.dbias is not None and self.dbias is not None:
+            self.dbias[segment.v0 : segment.v1] += skipped.dbias[segment.t0 - skipped.t0]
         if slab is None or self.dc is None:
             return
         if empty:
             slab.zero_()
-        if self.dc_tile is not None and segment.rows is not None:
-            slab += self.dc_tile[segment.t0]
+        if skipped is not None and skipped.dc is not None:
+            slab += skipped.dc[segment.t0 - skipped.t0]
         if self.rank_one is not None:
             slab.addr_(weights_along(self.inputs, self.problem, segment.v0, segment.v1, slab), self.rank_one)
         if self.norm is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,9 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
     vocabulary = chunks(problem, spec, plan.columns)
     rows = Rows(inputs, arithmetic, keep=False)
     targets = target_positions(inputs)
+    closed_form = None
+    if "weighted_logit" in problem.outputs and problem.softcap is None:
+        closed_form = _closed_form(inputs, problem, arithmetic, rows, plan)
     buffer = inputs.e.new_empty(plan.rows * plan.columns, dtype=arithmetic.result)
     blocks = []
     for n0, n1 in plan.row_blocks(problem.n):
@@ -57,8 +60,8 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
             block.add(chunk, z, maps)
         blocks.append(block.finish())
     outputs = _concatenate(blocks)
-    if "weighted_logit" in problem.outputs and problem.softcap is None:
-        return Outputs(**{**vars(outputs), "weighted_logit": _closed_form(inputs, problem, arithmetic, rows)})
+    if closed_form is not None:
+        return replace(outputs, weighted_logit=closed_form)
     return outputs
 
 
@@ -79,14 +82,14 @@ def weighted_rows(inputs: Inputs[Tensor], problem: Problem, arithmetic: Arithmet
     return total
 
 
-def _closed_form(inputs: Inputs[Tensor], problem: Problem, arithmetic: Arithmetic, rows: Rows) -> Tensor:
+def _closed_form(inputs: Inputs[Tensor], problem: Problem, arithmetic: Arithmetic, rows: Rows, plan: Plan) -> Tensor:
     """(N,) sum_v u_v z_iv = logit_scale (e_i . sum_v u_v c_v + sum_v u_v bias_v): no logit is needed."""
-    mean = weighted_rows(inputs, problem, arithmetic, step=4096)
+    mean = weighted_rows(inputs, problem, arithmetic, step=plan.columns)
     offset = mean.new_zeros(())
     if inputs.bias is not None:
         u = weights_along(inputs, problem, 0, problem.v, mean)
         offset = u @ along_vocabulary(inputs, inputs.bias, 0, problem.v).to(mean.dtype)
-    pieces = [rows.block(n0, min(problem.n, n0 + 4096)).to(mean.dtype) @ mean for n0 in range(0, problem.n, 4096)]
+    pieces = [rows.block(n0, n1).to(mean.dtype) @ mean for n0, n1 in plan.row_blocks(problem.n)]
     return (torch.cat(pieces) + offset) * problem.logit_scale
 
 

@@ -30,15 +30,15 @@ def softmax_gradient_(
 
     ``outputs`` and ``upstream`` hold the rows of this piece; ``u`` its logit weights, used only under a softcap.
     """
-    lse = outputs.lse[:, None]
+    log_p = z.sub_(outputs.lse[:, None])
     if upstream.h is None:
-        z.sub_(lse).exp_().mul_(upstream.a[:, None])
+        log_p.exp_().mul_(upstream.a[:, None])
     else:
         assert outputs.entropy is not None
-        p = torch.sub(z, lse).exp_()
-        # Masked logits (-inf) have p = 0: bound them, or 0 * inf would be NaN.
-        z.clamp_(min=torch.finfo(z.dtype).min / 4).neg_().add_(lse - outputs.entropy[:, None])
-        z.mul_(upstream.h[:, None]).add_(upstream.a[:, None]).mul_(p)
+        p = log_p.exp()
+        # p is 0 long before log p = -1e4; a bound, or masked logits (-inf) would make 0 * inf = NaN.
+        log_p.clamp_(min=-1e4).neg_().sub_(outputs.entropy[:, None])
+        log_p.mul_(upstream.h[:, None]).add_(upstream.a[:, None]).mul_(p)
     if upstream.s is not None and problem.softcap is not None:
         z += upstream.s[:, None] * u
     return z

@@ -15,17 +15,23 @@ _PREFERRED = {"cpu": (1024, 1024)}
 _PREFERRED_GPU = (8192, 4096)
 
 
+# At most so many skipped tiles are compensated in one go.
+_TILES = 64
+
+
 @dataclass(frozen=True)
 class Plan:
     """Rows and columns of a piece of the logits; ``columns`` is a multiple of BLOCK_V.
 
     Attributes:
         keep_rows: a copy of all rows of ``e``, gathered and in the products' dtype, is made once and kept.
+        tiles: skipped tiles that are compensated in one go; an eighth of the budget is theirs.
     """
 
     rows: int
     columns: int
     keep_rows: bool
+    tiles: int
 
     @classmethod
     def choose(cls, problem: Problem, spec: Spec, gathered: bool) -> Plan:
@@ -37,6 +43,12 @@ class Plan:
         kept = problem.n * problem.d * Arithmetic.choose(problem, spec).operand.itemsize
         keep = 4 * kept <= spec.scratch_bytes  # a quarter of the budget at most
         budget = spec.scratch_bytes - (kept if keep else 0)
+        group = 0
+        if spec.filter != "none" and spec.compensate:
+            budget -= spec.scratch_bytes // 8
+            # A tile takes some vectors of N, its mean row of c and its product with e.
+            one = (6 * problem.n + 4 * problem.d) * Arithmetic.choose(problem, spec).result.itemsize
+            group = max(1, min(_TILES, spec.scratch_bytes // 8 // one))
         rows, columns = _PREFERRED.get(problem.device, _PREFERRED_GPU)
         rows = min(rows, problem.n)
         tiles = max(1, min(columns, problem.v + spec.block_v - 1) // spec.block_v)
@@ -45,7 +57,7 @@ class Plan:
                 tiles = (tiles + 1) // 2
             else:
                 rows = (rows + 1) // 2
-        return cls(rows, tiles * spec.block_v, keep)
+        return cls(rows, tiles * spec.block_v, keep, group)
 
     def row_blocks(self, n: int) -> list[tuple[int, int]]:
         """First and last row of every block of ``n`` rows."""
@@ -55,8 +67,8 @@ class Plan:
 def minimum_scratch(problem: Problem, spec: Spec) -> int:
     """Bytes below which not even one row of one tile can be worked on."""
     assert spec.block_v is not None
-    # Beside a kept copy of the rows, which takes a quarter of the budget, three quarters are left.
-    return -(-4 * _scratch(problem, spec, 1, spec.block_v, gathered=True) // 3)
+    # A kept copy of the rows takes up to a quarter of the budget, and the compensation an eighth.
+    return 2 * _scratch(problem, spec, 1, spec.block_v, gathered=True)
 
 
 def _scratch(problem: Problem, spec: Spec, rows: int, columns: int, gathered: bool) -> int:
@@ -71,7 +83,8 @@ def _scratch(problem: Problem, spec: Spec, rows: int, columns: int, gathered: bo
     operands = (rows * e_copies + columns * c_copies) * problem.d * narrow
     slab = columns * problem.d * wide if gathered or problem.c_dtype != arithmetic.result else 0
     gathered_de = 2 * rows * problem.d * wide if filtered else 0
-    return rows * columns * _logit_buffers(problem, arithmetic) + operands + slab + gathered_de
+    vectors = 24 * rows * (problem.k + 1) * 8 + 4 * columns * wide
+    return rows * columns * _logit_buffers(problem, arithmetic) + operands + slab + gathered_de + vectors
 
 
 def _logit_buffers(problem: Problem, arithmetic: Arithmetic) -> int:

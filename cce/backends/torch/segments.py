@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,34 +17,37 @@ from cce.worklist import target_positions
 class Segment:
     """Vocabulary tiles t0 to t1 (columns v0 to v1) whose live rows are the same.
 
-    ``rows`` (L,) int64, ascending, or None for all rows of the problem.
+    ``live`` (N,) bool marks them, None stands for all. ``rows`` (L,) int64, ascending, are their indices, made by
+    :meth:`located` when the walk arrives: those of all tiles at once would take more than the logits.
     """
 
     t0: int
     t1: int
     v0: int
     v1: int
-    rows: Tensor | None
+    live: Tensor | None = None
+    rows: Tensor | None = None
+
+    def located(self) -> Segment:
+        """The segment with its rows."""
+        return self if self.live is None else replace(self, rows=self.live.nonzero()[:, 0])
 
 
 def segments(problem: Problem, spec: Spec, columns: int, row_live: Tensor | None) -> list[Segment]:
     """The whole vocabulary; neighbouring tiles that are live in all rows are joined up to ``columns``."""
     if row_live is None:
-        return [Segment(k.t0, k.t1, k.v0, k.v1, None) for k in chunks(problem, spec, columns)]
+        return [Segment(k.t0, k.t1, k.v0, k.v1) for k in chunks(problem, spec, columns)]
     assert spec.block_v is not None
     live = row_live.sum(1).tolist()
-    row_of_pair = row_live.nonzero()[:, 1]  # sorted by tile, then by row
     found: list[Segment] = []
-    first = 0
     for t, count in enumerate(live):
         v0, v1 = t * spec.block_v, min(problem.v, (t + 1) * spec.block_v)
-        rows = None if count == problem.n else row_of_pair[first : first + count]
-        first += count
         last = found[-1] if found else None
-        if rows is None and last is not None and last.rows is None and _joins(last, v1, columns, spec.block_v):
-            found[-1] = Segment(last.t0, t + 1, last.v0, v1, None)
+        whole = count == problem.n
+        if whole and last is not None and last.live is None and _joins(last, v1, columns, spec.block_v):
+            found[-1] = Segment(last.t0, t + 1, last.v0, v1)
         else:
-            found.append(Segment(t, t + 1, v0, v1, rows))
+            found.append(Segment(t, t + 1, v0, v1, None if whole else row_live[t]))
     return found
 
 
@@ -59,7 +62,8 @@ class Targets:
     """
 
     def __init__(self, inputs: Inputs[Tensor], upstream: Upstream[Tensor], found: list[Segment]) -> None:
-        place = target_positions(inputs)
+        # An entry without gradient is no entry: its tile may be dead, and its row not among the segment's.
+        place = torch.where(upstream.g == 0, -1, target_positions(inputs))
         k = place.shape[1]
         order = place.flatten().argsort(stable=True)
         self.place = place.flatten()[order]
