@@ -38,7 +38,7 @@ def segments(problem: Problem, spec: Spec, columns: int, row_live: Tensor | None
     if row_live is None:
         return [Segment(k.t0, k.t1, k.v0, k.v1) for k in chunks(problem, spec, columns)]
     assert spec.block_v is not None
-    live = row_live.sum(1).tolist()
+    live = [count for tiles in row_live.split(16) for count in tiles.sum(1).tolist()]
     found: list[Segment] = []
     for t, count in enumerate(live):
         v0, v1 = t * spec.block_v, min(problem.v, (t + 1) * spec.block_v)
