@@ -94,6 +94,7 @@ CASES: dict[str, dict[str, Any]] = {
     "order": {"vocab_order": True, **BF16},
     "rows-ignored": {"m": 750, **BF16},
     "strided": {"strided": True},
+    "wide-rows": {"n": 1500, "d": 128, "v": 1000, **BF16},  # all rows of e, widened, take 0.75 MiB
     "only-e": {"wanted": ("e",), **BF16},
     "only-c": {"wanted": ("c",), **BF16},
     "filtered": FILTER,
