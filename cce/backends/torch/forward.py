@@ -187,7 +187,7 @@ def _join(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | N
     if parts[0][1] is None:
         return lse, None
     tile_entropy = torch.cat([part[1] for part in parts if part[1] is not None], 1)
-    log_w = tile_lse - lse
+    log_w = tile_lse - lse.masked_fill(lse == -torch.inf, 0)  # a chunk of masked entries: no -inf + inf
     terms = log_w.exp() * (tile_entropy - log_w.clamp(min=-1e4))
     return lse, terms.sum(1, keepdim=True)
 
