@@ -53,8 +53,7 @@ def vectors(problem: Problem) -> int:
 
 
 def work_list(problem: Problem, spec: Spec) -> int:
-    # While it is made: three flags a row and tile.
-    return 0 if spec.filter == "none" else 3 * problem.n * spec.tiles(problem.v)
+    return 0 if spec.filter == "none" else problem.n * spec.tiles(problem.v)
 
 
 def test_the_meter_sees_temporaries() -> None:

@@ -9,7 +9,7 @@ from cce.problem import Problem
 from cce.spec import Spec
 
 # Rows and columns of logits, by device type. On a CPU 1024 x 1024 float32 logits (4 MB) stay near the
-# cores between the product and the softmax; measured best of 128..1024 x 256..4096 (performance notes).
+# cores between the product and the softmax; 512..4096 columns differ by less than the noise (performance notes).
 _PREFERRED = {"cpu": (1024, 1024)}
 # On a GPU a piece has to fill the chip, and every piece costs a dozen launches.
 _PREFERRED_GPU = (8192, 4096)
