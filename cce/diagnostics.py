@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cce import checks, ops, registry
 from cce.errors import BackendUnavailable
-from cce.functional import LOSS_OPTIONS, _autocast, _wanted_gradients
+from cce.functional import LOSS_OPTIONS, autocast, wanted_gradients
 from cce.order import mean_logit_order
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.rows import rows_in_use
 from cce.spec import Spec
 from cce.worklist import live_fraction as fraction_of
 from cce.worklist import work_list
@@ -77,8 +78,8 @@ def explain(
     checks.check_loss_options(**_loss_options(options), c=c, lead=lead)
     checks.check_shift(options.get("shift", 0), targets, len(lead))
     checks.check_vocab_order(spec or Spec(), c.shape[0])
-    e, c, bias = _autocast(e, c, bias)
-    problem = ops._problem(
+    e, c, bias = autocast(e, c, bias)
+    problem = Problem.of(
         e.reshape(-1, c.shape[1]),
         c,
         bias,
@@ -86,7 +87,7 @@ def explain(
         options.get("softcap"),
         float(options.get("logit_scale", 1.0)),
         "weighted_logit" if options.get("label_smoothing") else "",
-        _wanted_gradients(e, c, bias),
+        wanted_gradients(e, c, bias),
     )
     resolved = (spec or Spec()).resolve(problem)
     reasons = {name: registry.reasons(name, problem, resolved) for name in registry.backends()}
@@ -126,9 +127,9 @@ def live_fraction(
     spec = spec or Spec()
     checks.check_vocab_order(spec, c.shape[0])
     flat = ops.prepare_targets(targets.reshape(-1, 1), c.shape[0], ignore_index)
-    e, c, bias = _autocast(e, c, bias)
-    rows, used = ops._rows_in_use(flat)
-    problem = ops._problem(e.reshape(-1, c.shape[1]), c, bias, used, softcap, logit_scale, "", "e,c")
+    e, c, bias = autocast(e, c, bias)
+    rows, used = rows_in_use(flat)
+    problem = Problem.of(e.reshape(-1, c.shape[1]), c, bias, used, softcap, logit_scale, "", "e,c")
     resolved = spec.resolve(problem)
     if resolved.filter == "none" or problem.n == 0:
         return 1.0

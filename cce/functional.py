@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce import checks, ops
+from cce import checks, onepass, ops
 from cce.spec import Spec
 
 _DEFAULT_SPEC = Spec()
@@ -30,17 +30,41 @@ class Terms(NamedTuple):
     prediction: Tensor | None = None
 
 
+class _Flat(NamedTuple):
+    """The arguments of a call, one row a token."""
+
+    e: Tensor  # (M, D)
+    c: Tensor
+    bias: Tensor | None
+    targets: Tensor  # (M, K), -1 where ignored
+    coefficients: Tensor | None  # (M, K) target_weight, 0 where ignored
+    shape: torch.Size  # of one value a token, before the shift
+    shift: int
+    softcap: float | None
+    logit_scale: float
+    backend: str
+    spec: Spec
+
+    @property
+    def order(self) -> Tensor | None:
+        order = self.spec.permutation
+        return None if order is None else order.to(self.e.device)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of the outputs: the accumulation dtype."""
+        inputs = torch.promote_types(self.e.dtype, self.c.dtype)
+        return torch.float64 if "float64" in (self.spec.accumulate, str(inputs)[6:]) else torch.float32
+
+
 class _Rows(NamedTuple):
-    """What the operator returns, per row of the flattened ``e`` (M,), and what the front end needs to go on."""
+    """What the operator returns, per row of the flattened ``e`` (M,)."""
 
     lse: Tensor
     target_logits: Tensor  # (M, K)
     entropy: Tensor
     weighted_logit: Tensor
     prediction: Tensor
-    targets: Tensor  # (M, K), -1 where ignored
-    coefficients: Tensor | None  # (M, K) target_weight, 0 where ignored
-    shape: torch.Size  # of one value a token, before the shift
 
 
 def terms(
@@ -95,13 +119,11 @@ def terms(
     """
     checks.check_outputs(outputs)
     extra = [name for name in ("entropy", "prediction") if name in outputs]
-    rows = _rows(
+    flat = _flatten(
         e,
         c,
         targets,
         bias,
-        extra,
-        None,
         ignore_index=ignore_index,
         shift=shift,
         softcap=softcap,
@@ -111,13 +133,14 @@ def terms(
         spec=spec,
         vocab_parallel=vocab_parallel,
     )
+    rows = _run(flat, extra)
     found = {
-        "nll": _nll(rows, rows.coefficients) if "nll" in outputs else None,
+        "nll": _nll(rows, flat.coefficients) if "nll" in outputs else None,
         "lse": rows.lse if "lse" in outputs else None,
         "entropy": rows.entropy if "entropy" in outputs else None,
         "prediction": rows.prediction if "prediction" in outputs else None,
     }
-    return Terms(**{name: None if x is None else _unflatten(x, rows.shape, shift) for name, x in found.items()})
+    return Terms(**{name: None if x is None else _unflatten(x, flat) for name, x in found.items()})
 
 
 def loss(
@@ -174,13 +197,11 @@ def loss(
         c=c,
         lead=lead,
     )
-    rows = _rows(
+    flat = _flatten(
         e,
         c,
         targets,
         bias,
-        ["weighted_logit"] if label_smoothing else [],
-        _wide(weight) / c.shape[0] if weight is not None and label_smoothing else None,
         ignore_index=ignore_index,
         shift=shift,
         softcap=softcap,
@@ -190,34 +211,38 @@ def loss(
         spec=spec,
         vocab_parallel=vocab_parallel,
     )
-    in_use = (rows.targets >= 0).any(1).to(rows.lse.dtype)
-    coefficients = _class_weighted(rows, weight)
+    coefficients = _class_weighted(flat, weight)
+    tokens = None if token_weight is None else _token_weights(flat, token_weight)
+    total = None
+    if reduction == "mean":
+        total = _total(flat, coefficients if weight is not None and target_weight is None else None, tokens)
+    if reduction != "none" and not label_smoothing and not z_loss:
+        value = _in_one_pass(flat, coefficients, tokens, total)
+        if value is not None:
+            return value
+    rows = _run(
+        flat,
+        ["weighted_logit"] if label_smoothing else [],
+        _wide(weight) / c.shape[0] if weight is not None and label_smoothing else None,
+    )
     per_token = _nll(rows, coefficients)
     if label_smoothing:
-        mass = 1.0 if weight is None else weight.to(rows.lse.dtype).mean()
+        mass = 1.0 if weight is None else weight.to(flat.wide).mean()
         per_token = (1 - label_smoothing) * per_token + label_smoothing * (mass * rows.lse - rows.weighted_logit)
     if z_loss:
         per_token = per_token + z_loss * rows.lse.square()
-    if token_weight is not None:
-        flat = _shifted(token_weight, shift, token_weight.ndim, 0).reshape(-1).to(rows.lse.dtype)
-        per_token, in_use = per_token * flat, in_use * flat
+    if tokens is not None:
+        per_token = per_token * tokens
     if reduction == "none":
-        return _unflatten(per_token, rows.shape, shift)
-    if reduction == "sum":
-        return per_token.sum()
-    if weight is not None and target_weight is None and coefficients is not None:
-        in_use = in_use * coefficients[:, 0]
-    total = in_use.sum()
-    return per_token.sum() / torch.where(total == 0, torch.nan, total)
+        return _unflatten(per_token, flat)
+    return per_token.sum() if total is None else per_token.sum() / total
 
 
-def _rows(
+def _flatten(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    extra: list[str],
-    logit_weight: Tensor | None,
     *,
     ignore_index: int,
     shift: int,
@@ -227,8 +252,8 @@ def _rows(
     backend: str,
     spec: Spec | None,
     vocab_parallel: Any,
-) -> _Rows:
-    """Checks, flattens and runs the operator."""
+) -> _Flat:
+    """Checks the arguments; makes one row a token of them."""
     checks.check_tensors(e, c, targets, bias, target_weight)
     checks.check_options(
         ignore_index=ignore_index,
@@ -245,46 +270,92 @@ def _rows(
     checks.check_shift(shift, targets, lead)
     shape = targets.shape[:lead]
     k = 1 if target_weight is None else targets.shape[-1]
-    flat = ops.prepare_targets(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
-    e, c, bias = _autocast(e, c, bias)
-    order = spec.permutation
-    found = ops.forward(
-        e.reshape(-1, c.shape[1]),
-        c,
-        bias,
-        flat,
-        logit_weight,
-        None if order is None else order.to(e.device),
-        backend,
-        spec.key,
-        None if softcap is None else float(softcap),
-        float(logit_scale),
-        ",".join(extra),
-        _wanted_gradients(e, c, bias),
+    rows = ops.prepare_targets(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
+    e, c, bias = autocast(e, c, bias)
+    softcap = None if softcap is None else float(softcap)
+    flat = _Flat(
+        e.reshape(-1, c.shape[1]), c, bias, rows, None, shape, shift, softcap, float(logit_scale), backend, spec
     )
-    coefficients = None
-    if target_weight is not None:
-        coefficients = _shifted(target_weight, shift, lead, 0).reshape(-1, k).to(found[0].dtype)
-        coefficients = coefficients.masked_fill(flat < 0, 0)
-    lse, target_logits, entropy, weighted_logit, prediction, *_ = found
-    return _Rows(lse, target_logits, entropy, weighted_logit, prediction, flat, coefficients, shape)
+    if target_weight is None:
+        return flat
+    coefficients = _shifted(target_weight, shift, lead, 0).reshape(-1, k).to(flat.wide)
+    return flat._replace(coefficients=coefficients.masked_fill(rows < 0, 0))
+
+
+def _run(flat: _Flat, extra: list[str], logit_weight: Tensor | None = None) -> _Rows:
+    """The operator: lse, target logits and the ``extra`` outputs of every row."""
+    found = ops.forward(
+        flat.e,
+        flat.c,
+        flat.bias,
+        flat.targets,
+        logit_weight,
+        flat.order,
+        flat.backend,
+        flat.spec.key,
+        flat.softcap,
+        flat.logit_scale,
+        ",".join(extra),
+        wanted_gradients(flat.e, flat.c, flat.bias),
+    )
+    return _Rows(*found[:5])
+
+
+def _in_one_pass(
+    flat: _Flat, coefficients: Tensor | None, tokens: Tensor | None, total: Tensor | None
+) -> Tensor | None:
+    """The sum (mean) of the losses with their gradients computed along with it; None where that is not to be had.
+
+    Its weights must be known beforehand, and it is the caller's to multiply the gradients by one number only.
+    """
+    grads = wanted_gradients(flat.e, flat.c, flat.bias)
+    if any(x is not None and x.requires_grad for x in (coefficients, tokens)):
+        return None
+    backend = onepass.choose(
+        flat.e, flat.c, flat.bias, flat.targets, flat.softcap, flat.logit_scale, flat.backend, flat.spec, grads
+    )
+    if backend is None:
+        return None
+    weights = (flat.targets >= 0).to(flat.wide) if coefficients is None else coefficients
+    if tokens is not None:
+        weights = weights * tokens[:, None]
+    if total is not None:
+        weights = weights / total
+    call = onepass.Call(backend, flat.spec, flat.logit_scale, grads)
+    return onepass.weighted_loss(flat.e, flat.c, flat.bias, flat.targets, weights, call)
+
+
+def _token_weights(flat: _Flat, token_weight: Tensor) -> Tensor:
+    """(M,) one weight a row."""
+    return _shifted(token_weight, flat.shift, token_weight.ndim, 0).reshape(-1).to(flat.wide)
+
+
+def _total(flat: _Flat, of_target: Tensor | None, tokens: Tensor | None) -> Tensor:
+    """What "mean" divides by: the sum of the weights in use; NaN where there are none."""
+    in_use = (flat.targets >= 0).any(1).to(flat.wide)
+    if tokens is not None:
+        in_use = in_use * tokens
+    if of_target is not None:
+        in_use = in_use * of_target[:, 0]
+    total = in_use.sum()
+    return torch.where(total == 0, torch.nan, total)
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:
+def wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:
     """Which gradients may be asked for, so that the forward keeps maps only if they will be used."""
     if not torch.is_grad_enabled():
         return ""
     return ",".join(n for n, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad)
 
 
-def _autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The casts F.linear makes under autocast (which leaves float64 alone)."""
     device = e.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (e.dtype, c.dtype):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or torch.float64 in (e.dtype, c.dtype):
         return e, c, bias
     dtype = torch.get_autocast_dtype(device)
     return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
@@ -299,9 +370,9 @@ def _shifted(x: Tensor, shift: int, lead: int, fill: int) -> Tensor:
     return torch.cat([moved, tail], dim=lead - 1)
 
 
-def _unflatten(x: Tensor, shape: torch.Size, shift: int) -> Tensor:
-    x = x.reshape(shape)
-    return x if not shift else x.narrow(-1, 0, shape[-1] - shift)
+def _unflatten(x: Tensor, flat: _Flat) -> Tensor:
+    x = x.reshape(flat.shape)
+    return x if not flat.shift else x.narrow(-1, 0, flat.shape[-1] - flat.shift)
 
 
 def _nll(rows: _Rows, coefficients: Tensor | None) -> Tensor:
@@ -310,12 +381,12 @@ def _nll(rows: _Rows, coefficients: Tensor | None) -> Tensor:
     return gap[:, 0] if coefficients is None else (coefficients * gap).sum(1)
 
 
-def _class_weighted(rows: _Rows, weight: Tensor | None) -> Tensor | None:
+def _class_weighted(flat: _Flat, weight: Tensor | None) -> Tensor | None:
     """(M, K) target weights times class weights, 0 where ignored; None if both are 1."""
     if weight is None:
-        return rows.coefficients
-    of_target = weight.to(rows.lse.dtype)[rows.targets.clamp(min=0)].masked_fill(rows.targets < 0, 0)
-    return of_target if rows.coefficients is None else of_target * rows.coefficients
+        return flat.coefficients
+    of_target = weight.to(flat.wide)[flat.targets.clamp(min=0)].masked_fill(flat.targets < 0, 0)
+    return of_target if flat.coefficients is None else of_target * flat.coefficients
 
 
 #: Names of :func:`loss`'s keyword options.

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from cce import registry
 from cce.order import mean_logit_order
-from cce.problem import EXTRA_OUTPUTS, Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.rows import own_dtypes, place_gradients, place_outputs, rows_in_use, select, zero_gradients
 from cce.spec import Spec
 
 _MAPS = ("tile_lse", "tile_max", "tile_entropy")
@@ -72,20 +74,21 @@ def forward(
         backend: a name, or "auto". spec: its ``key``.
         outputs: comma-separated extra outputs. grads: those of "e", "c" and "bias" a gradient may be wanted for.
     """
-    rows, used = _rows_in_use(targets)
-    problem = _problem(e, c, bias, used, softcap, logit_scale, outputs, grads)
+    problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     resolved = Spec.from_key(spec).resolve(problem)
     empty = _empty_outputs(e, targets, problem, resolved)
     chosen = registry.choose(backend, problem, resolved)
-    if problem.n == 0:
+    rows, used = rows_in_use(targets)
+    if len(used) == 0:
         return empty  # type: ignore[return-value]  # nine of them
+    problem = replace(problem, n=len(used))
     maps, order = _maps(empty[5:8], problem.n), empty[8]
-    with _own_dtypes(e):
+    with own_dtypes(e):
         if order.numel() and vocab_order is None:
             vocab_order = order.copy_(mean_logit_order(e, c, bias, rows))
         inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
         found = chosen.forward(inputs, problem, resolved, maps)
-    return (*_scatter(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
+    return (*place_outputs(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
 
 
 @forward.register_fake
@@ -103,7 +106,7 @@ def _(
     outputs: str,
     grads: str,
 ) -> tuple[Tensor, ...]:
-    problem = _problem(e, c, bias, targets, softcap, logit_scale, outputs, grads)
+    problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     return _empty_outputs(e, targets, problem, Spec.from_key(spec).resolve(problem))
 
 
@@ -131,24 +134,24 @@ def backward(
     target_logits, entropy and weighted_logit, empty where there is none. ``grads`` is the forward's, from which
     its choice of backend and spec is made again.
     """
-    rows, used = _rows_in_use(targets)
-    problem = _problem(e, c, bias, used, softcap, logit_scale, outputs, grads)
+    problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     resolved = Spec.from_key(spec).resolve(problem)
-    if problem.n == 0:
-        return _fill(e, c, bias, wanted, lambda x: torch.zeros_like(x, memory_format=torch.contiguous_format))
     chosen = registry.choose(backend, problem, resolved)
-    lse, target_logits, entropy = (_select(x, rows) for x in saved[:3])
-    asked = _problem(e, c, bias, used, softcap, logit_scale, outputs, wanted)
-    with _own_dtypes(e):
+    rows, used = rows_in_use(targets)
+    if len(used) == 0:
+        return zero_gradients(e, c, bias, wanted)
+    lse, target_logits, entropy = (select(x, rows) for x in saved[:3])
+    asked = Problem.of(e, c, bias, used, softcap, logit_scale, outputs, wanted)
+    with own_dtypes(e):
         found = chosen.backward(
             Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
             asked,
             resolved,
             Outputs(lse, target_logits, entropy if entropy.numel() else None),
-            _maps(saved[3:], problem.n),
+            _maps(saved[3:], asked.n),
             _upstream(upstream, used, rows, lse),
         )
-    return _finish(found, e, c, bias, rows)
+    return place_gradients(found, e, c, bias, rows)
 
 
 @backward.register_fake
@@ -169,7 +172,7 @@ def _(
     grads: str,
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fill(e, c, bias, wanted, lambda x: torch.empty_like(x, memory_format=torch.contiguous_format))
+    return zero_gradients(e, c, bias, wanted)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -194,57 +197,15 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    """What takes the place of the derivative of a gradient: an error that names the alternative."""
     raise RuntimeError(
         "cce: second derivatives are not implemented, since they would need the logits again; "
         "use torch.nn.functional.cross_entropy(torch.nn.functional.linear(e, c), targets) for double backward"
     )
 
 
-backward.register_autograd(_no_second_derivative, setup_context=lambda ctx, inputs, output: None)
-
-
-def _own_dtypes(e: Tensor) -> torch.autocast:
-    """The front end has cast what autocast casts; a backend's own float32 arithmetic stays float32."""
-    return torch.autocast(e.device.type, enabled=False)
-
-
-def _rows_in_use(targets: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Indices of the rows with a target, or None if all have one; and their targets (N, K)."""
-    in_use = (targets >= 0).any(1)
-    rows = in_use.nonzero()[:, 0]
-    if len(rows) == len(targets):
-        return None, targets
-    return rows, targets.index_select(0, rows)
-
-
-def _problem(
-    e: Tensor,
-    c: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    outputs: str,
-    grads: str,
-) -> Problem:
-    names = set(grads.split(","))
-    return Problem(
-        n=targets.shape[0],
-        v=c.shape[0],
-        d=c.shape[1],
-        k=targets.shape[1],
-        e_dtype=e.dtype,
-        c_dtype=c.dtype,
-        device=e.device.type,
-        bias=bias is not None,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        outputs=frozenset(outputs.split(",")) & frozenset(EXTRA_OUTPUTS),
-        grad_e="e" in names,
-        grad_c="c" in names,
-        grad_bias="bias" in names,
-    )
+backward.register_autograd(no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:
@@ -272,46 +233,7 @@ def _maps(tensors: Sequence[Tensor], n: int) -> Maps[Tensor]:
     return Maps(**views)
 
 
-def _scatter(found: Outputs[Tensor], empty: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
-    """The outputs at their places among all rows of ``e``."""
-    values = (found.lse, found.target_logits, found.entropy, found.weighted_logit, found.prediction)
-    placed = []
-    for value, place in zip(values, empty, strict=True):
-        if value is None:
-            placed.append(place)
-        elif rows is None:
-            placed.append(value.to(place.dtype))
-        else:
-            placed.append(place.index_copy_(0, rows, value.to(place.dtype)))
-    return placed
-
-
-def _select(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None or x.numel() == 0 else x.index_select(0, rows)
-
-
 def _upstream(grads: Sequence[Tensor], targets: Tensor, rows: Tensor | None, lse: Tensor) -> Upstream[Tensor]:
-    a, target, h, s = (_select(x, rows).to(lse.dtype) if x.numel() else None for x in grads)
+    a, target, h, s = (select(x, rows).to(lse.dtype) if x.numel() else None for x in grads)
     g = torch.zeros_like(targets, dtype=lse.dtype) if target is None else target.neg()
     return Upstream(torch.zeros_like(lse) if a is None else a, g.masked_fill(targets < 0, 0), h, s)
-
-
-def _finish(
-    found: Gradients[Tensor], e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in their inputs' dtypes, dE at its rows' places."""
-    de = e.new_empty(0) if found.de is None else found.de.to(e.dtype)
-    if rows is not None and found.de is not None:
-        de = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, de)
-    dc = c.new_empty(0) if found.dc is None else found.dc.to(c.dtype)
-    dbias = c.new_empty(0) if found.dbias is None or bias is None else found.dbias.to(bias.dtype)
-    return de, dc, dbias
-
-
-def _fill(e: Tensor, c: Tensor, bias: Tensor | None, wanted: str, make: Any) -> tuple[Tensor, Tensor, Tensor]:
-    names = set(wanted.split(","))
-    return (
-        make(e) if "e" in names else e.new_empty(0),
-        make(c) if "c" in names else c.new_empty(0),
-        make(bias) if bias is not None and "bias" in names else c.new_empty(0),
-    )

@@ -50,6 +50,41 @@ class Problem:
     grad_c: bool = False
     grad_bias: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        e: torch.Tensor,
+        c: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: str,
+        grads: str,
+    ) -> Problem:
+        """The metadata of these tensors: targets (N, K), the others as in :class:`Inputs`.
+
+        ``outputs`` and ``grads`` are comma-separated names, as the operators take them: of ``EXTRA_OUTPUTS``, and
+        of "e", "c" and "bias".
+        """
+        names = set(grads.split(","))
+        return cls(
+            n=targets.shape[0],
+            v=c.shape[0],
+            d=c.shape[1],
+            k=targets.shape[1],
+            e_dtype=e.dtype,
+            c_dtype=c.dtype,
+            device=e.device.type,
+            bias=bias is not None,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=frozenset(outputs.split(",")) & frozenset(EXTRA_OUTPUTS),
+            grad_e="e" in names,
+            grad_c="c" in names,
+            grad_bias="bias" in names,
+        )
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype whose arithmetic the products use: the wider of ``e``'s and ``c``'s."""

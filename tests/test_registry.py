@@ -34,6 +34,10 @@ LOOPBACK = """
         def backward(self, *args):
             self.calls.append("backward")
             return super().backward(*args)
+
+        def loss_and_gradients(self, *args):
+            self.calls.append("loss_and_gradients")
+            return super().loss_and_gradients(*args)
 """
 
 
@@ -94,11 +98,14 @@ def test_entry_point(install: Callable[[str, str, str], None]) -> None:
     install("loopback", "cce_loopback:Loopback", LOOPBACK)
     assert cce.backends() == ["torch", "reference", "loopback"]
     assert cce.explain(E, C, T, backend="loopback").backend == "loopback"
-    found = cce.loss(E, C, T, backend="loopback")
-    de = torch.autograd.grad(found, E)[0]
-    expected = cce.loss(E, C, T, backend="torch")
-    assert torch.equal(found, expected) and torch.equal(de, torch.autograd.grad(expected, E)[0])
-    assert registry.load("loopback").calls == ["forward", "backward"]
+    calls = registry.load("loopback").calls
+    for options, made in (({}, ["loss_and_gradients"]), ({"z_loss": 1e-4}, ["forward", "backward"])):
+        found = cce.loss(E, C, T, backend="loopback", **options)
+        de = torch.autograd.grad(found, E)[0]
+        expected = cce.loss(E, C, T, backend="torch", **options)
+        assert torch.equal(found, expected) and torch.equal(de, torch.autograd.grad(expected, E)[0])
+        assert calls == made
+        calls.clear()
 
 
 def test_entry_point_is_loaded_when_it_is_used(install: Callable[[str, str, str], None]) -> None:
@@ -261,7 +268,7 @@ def test_scratch_too_small_names_what_is_needed(options: dict) -> None:
 
 
 def test_unsupported_sees_the_problem_of_the_call() -> None:
-    """Ignored rows are left out, the spec is resolved, and the gradients are those that are wanted."""
+    """All rows, whatever their targets; the spec is resolved, and the gradients are those that are wanted."""
     seen: list[tuple[Problem, cce.Spec]] = []
 
     class Watching(TorchBackend):
@@ -272,6 +279,6 @@ def test_unsupported_sees_the_problem_of_the_call() -> None:
     cce.register_backend("watching", Watching)
     cce.loss(E, C.detach(), torch.tensor([0, -100, 1, -100, 2]), backend="watching")
     problem, spec = seen[0]
-    assert (problem.n, problem.v, problem.d) == (3, 9, 3)
+    assert (problem.n, problem.v, problem.d) == (5, 9, 3)
     assert (problem.grad_e, problem.grad_c) == (True, False)
     assert spec.filter == "none" and spec.block_n and spec.block_v and spec.accumulate == "float32"

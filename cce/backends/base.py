@@ -46,6 +46,22 @@ class Backend(ABC):
     ) -> Gradients[Tensor]:
         """Gradients ``problem`` asks for; must leave every argument unchanged (a graph may be retained)."""
 
+    def one_pass(self, problem: Problem, spec: Spec) -> bool:
+        """Whether :meth:`loss_and_gradients` is there for this problem and is the better way; from metadata alone.
+
+        Asked by the front end for means and sums of the plain loss, when a gradient is wanted.
+        """
+        return False
+
+    def loss_and_gradients(
+        self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+    ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+        """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``, in one pass over the logits.
+
+        ``weights`` is (N, K), in the accumulation dtype. Only where :meth:`one_pass` says so.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no pass that computes gradients along with the loss")
+
     def work_list(
         self,
         inputs: Inputs[Tensor],

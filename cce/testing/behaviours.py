@@ -48,12 +48,31 @@ def same_bits_every_run(backend: str, device: str) -> None:
 
 
 def second_backward(backend: str, device: str) -> None:
-    """A retained graph gives the same gradients again."""
-    e, c, t = _data(device)
-    loss = cce.loss(e, c, t, backend=backend, spec=cce.Spec(filter="element"))
-    first = torch.autograd.grad(loss, (e, c), retain_graph=True)
-    second = torch.autograd.grad(loss, (e, c))
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True)), "the second backward differs"
+    """A retained graph gives the same gradients again, and one multiplied by a number that many times as much."""
+    for spec in (_EXACT, cce.Spec(filter="element")):
+        e, c, t = _data(device)
+        loss = cce.loss(e, c, t, backend=backend, spec=spec)
+        first = torch.autograd.grad(loss, (e, c), retain_graph=True)
+        second = torch.autograd.grad(loss, (e, c), retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True)), "the second backward differs"
+        for graph in (loss, cce.loss(e, c, t, backend=backend, spec=spec)):
+            third = torch.autograd.grad(-3 * graph, (e, c))
+            for name, x, y in zip(("dE", "dC"), third, first, strict=True):
+                _near(x, -3 * y, f"{name} of -3 times the loss")
+
+
+def second_derivative(backend: str, device: str) -> None:
+    """Asking for one is an error that names the alternative, not a wrong number."""
+    for reduction in ("mean", "none"):
+        e, c, t = _data(device)
+        loss = cce.loss(e, c, t, reduction=reduction, backend=backend, spec=_EXACT).sum()
+        de = torch.autograd.grad(loss, e, create_graph=True)[0]
+        message = "nothing was raised"
+        try:
+            torch.autograd.grad(de.square().sum(), c)
+        except RuntimeError as error:
+            message = str(error)
+        assert "torch.nn.functional.cross_entropy" in message, f"{reduction}: {message}"
 
 
 def per_token_gradients(backend: str, device: str) -> None:
@@ -193,6 +212,7 @@ def compiled(backend: str, device: str) -> None:
 BEHAVIOURS: tuple[Behaviour, ...] = (
     same_bits_every_run,
     second_backward,
+    second_derivative,
     per_token_gradients,
     ignored_rows,
     all_rows_ignored,

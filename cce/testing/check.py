@@ -104,6 +104,7 @@ def run_case(backend: Backend, case: Case, device: str = "cpu", product_roundoff
     if not _same(before, _copies(oracle.inputs, oracle.upstream)) or not _same(frozen, _copies(outputs, maps)):
         result.failures.append("an argument of forward or backward was changed in place")
     _compare(result, oracle, outputs, gradients)
+    _check_one_pass(result, oracle, backend)
     _compare_live(result, oracle, backend, outputs, maps)
     named = oracle.inputs.targets >= 0
     if bool(((outputs.lse[:, None] < outputs.target_logits) & named).any()):
@@ -149,6 +150,32 @@ def _compare(result: Result, oracle: Oracle, outputs: Outputs[Tensor], gradients
                 _compare_prediction(result, oracle, as_array(found), expected)
             elif expected is not None:
                 _compare_array(result, name, as_array(found), expected, oracle.bounds[name])
+
+
+def _check_one_pass(result: Result, oracle: Oracle, backend: Backend) -> None:
+    """Where the backend computes gradients along with the loss: for a = sum_k g_k, as a sum of losses has it."""
+    if not backend.one_pass(oracle.problem, oracle.spec):
+        return
+    inputs, problem, spec = to_numpy(oracle.inputs), oracle.problem, oracle.spec
+    weights = oracle.upstream.g.masked_fill(oracle.inputs.targets < 0, 0)
+    upstream = Upstream(a=as_array(weights).sum(1), g=as_array(weights))
+    outputs, maps = tiled.forward(inputs, problem, spec)
+    expected = tiled.backward(inputs, problem, spec, outputs, maps, upstream)
+    allowed = bounds(inputs, problem, spec, outputs, upstream, expected)
+    before = _copies(oracle.inputs)
+    with poisoned_allocations():
+        found = backend.loss_and_gradients(oracle.inputs, problem, spec, weights)
+    if not _same(before, _copies(oracle.inputs)):
+        result.failures.append("an argument of loss_and_gradients was changed in place")
+    for holder, reference in zip(found, (outputs, expected), strict=True):
+        for name, want in vars(reference).items():
+            if want is not None:
+                got = getattr(holder, name)
+                label = f"one_pass_{name}"
+                if got is None:
+                    result.failures.append(f"{label}: missing")
+                else:
+                    _compare_array(result, label, as_array(got), want, allowed[name])
 
 
 def _compare_array(result: Result, name: str, found: np.ndarray, expected: np.ndarray, allowed: float) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from cce.backends.base import Backend
 from cce.backends.torch.backward import backward
 from cce.backends.torch.forward import forward
+from cce.backends.torch.onepass import loss_and_gradients, rows_at_once
 from cce.backends.torch.plan import minimum_scratch
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
@@ -22,6 +23,14 @@ class TorchBackend(Backend):
         if spec.scratch_bytes < needed:
             return [f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of one row and one tile"]
         return []
+
+    def one_pass(self, problem: Problem, spec: Spec) -> bool:
+        return rows_at_once(problem, spec) > 0
+
+    def loss_and_gradients(
+        self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+    ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+        return loss_and_gradients(inputs, problem, spec, weights)
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         return forward(inputs, problem, spec, maps)

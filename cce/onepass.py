@@ -1,0 +1,128 @@
+"""A sum of losses whose gradients are computed along with it.
+
+Where the weight of every token is known before the forward (a mean or a sum), the gradients are known up to one
+factor when the forward has seen a row's logits: a backend that holds all logits of some rows at once can multiply
+them by ``c`` and by ``e`` there and then, and need not make them again. That is three products instead of four.
+
+The gradients wait in the graph and are handed out, scaled in place, by the first backward; should a retained graph
+be run again, they are computed anew, by the same code and so to the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce import registry
+from cce.backends.base import Backend
+from cce.ops import no_second_derivative
+from cce.problem import Inputs, Problem
+from cce.rows import own_dtypes, place_gradients, rows_in_use, select, zero_gradients
+from cce.spec import Spec
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend needs beside the tensors: itself, the user's spec, the scale, the gradients wanted."""
+
+    backend: Backend
+    spec: Spec
+    logit_scale: float
+    grads: str
+
+    def run(
+        self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The weighted sum, and dE, dC and dbias (empty where not wanted) for an upstream gradient of 1."""
+        rows, used = rows_in_use(targets)
+        problem = Problem.of(e, c, bias, used, None, self.logit_scale, "", self.grads)
+        if problem.n == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
+            return (weights.sum(), *zero_gradients(e, c, bias, self.grads))
+        weights = select(weights, rows)
+        with own_dtypes(e):
+            outputs, found = self.backend.loss_and_gradients(
+                Inputs(e, c, used, bias, rows), problem, self.spec.resolve(problem), weights
+            )
+            value = (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
+        return (value, *place_gradients(found, e, c, bias, rows))
+
+
+def choose(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    backend: str,
+    spec: Spec,
+    grads: str,
+) -> Backend | None:
+    """The backend that would run this call, if it is one that should do it in one pass; decided from metadata."""
+    if not grads or torch.compiler.is_compiling():  # compiled code sees forward and backward as one node each
+        return None
+    problem = Problem.of(e, c, bias, targets, softcap, logit_scale, "", grads)
+    if problem.n == 0:
+        return None
+    resolved = spec.resolve(problem)
+    chosen = registry.choose(backend, problem, resolved)
+    return chosen if chosen.one_pass(problem, resolved) else None
+
+
+def weighted_loss(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, call: Call) -> Tensor:
+    """``sum_ik weights_ik (lse_i - z[i, targets_ik])``, in the dtype of ``weights``.
+
+    Args:
+        e: (M, D); c: (V, D); bias: (V,) or None.
+        targets: (M, K) from ``prepare_targets``; weights: (M, K), without gradient, of the accumulation dtype.
+        call: how.
+    """
+    value: Tensor = _WeightedLoss.apply(e, c, bias, targets, weights, call)[0]  # type: ignore[no-untyped-call]
+    return value
+
+
+class _WeightedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, call: Call
+    ) -> tuple[Tensor, ...]:
+        return call.run(e, c, bias, targets, weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.call = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.ready = output[1:]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 6
+        e, c, bias, targets, weights = ctx.saved_tensors
+        gradients, ctx.ready = ctx.ready, None
+        if gradients is None:
+            gradients = ctx.call.run(e, c, bias, targets, weights)[1:]
+        if upstream.device.type != "cpu" or upstream != 1:
+            with torch.no_grad():
+                gradients = [x.mul_(upstream) for x in gradients]
+        if torch.is_grad_enabled():  # create_graph=True
+            gradients = _Once.apply(upstream, e, c, *gradients)  # type: ignore[no-untyped-call]
+        found = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
+        return (*found, None, None, None)
+
+
+class _Once(torch.autograd.Function):
+    """The gradients, with a clear error in place of their derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, upstream: Tensor, e: Tensor, c: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        no_second_derivative(ctx, *grads)

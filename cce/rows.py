@@ -1,0 +1,67 @@
+"""The rows of a call that a backend works on: chosen before it runs, put back at their places after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cce.problem import Gradients, Outputs
+
+
+def own_dtypes(e: Tensor) -> torch.autocast:
+    """The front end has cast what autocast casts; a backend's own float32 arithmetic stays float32."""
+    return torch.autocast(e.device.type, enabled=False)
+
+
+def rows_in_use(targets: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Indices of the rows with a target, or None if all have one; and their targets (N, K)."""
+    in_use = (targets >= 0).any(1)
+    rows = in_use.nonzero()[:, 0]
+    if len(rows) == len(targets):
+        return None, targets
+    return rows, targets.index_select(0, rows)
+
+
+def select(x: Tensor, rows: Tensor | None) -> Tensor:
+    """``x[rows]``; an empty ``x`` stands for one that is not there."""
+    return x if rows is None or x.numel() == 0 else x.index_select(0, rows)
+
+
+def place_outputs(found: Outputs[Tensor], empty: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
+    """The outputs at their places among all rows of ``e``."""
+    values = (found.lse, found.target_logits, found.entropy, found.weighted_logit, found.prediction)
+    placed = []
+    for value, place in zip(values, empty, strict=True):
+        if value is None:
+            placed.append(place)
+        elif rows is None:
+            placed.append(value.to(place.dtype))
+        else:
+            placed.append(place.index_copy_(0, rows, value.to(place.dtype)))
+    return placed
+
+
+def place_gradients(
+    found: Gradients[Tensor], e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in their inputs' dtypes, dE at its rows' places."""
+    de = e.new_empty(0) if found.de is None else found.de.to(e.dtype)
+    if rows is not None and found.de is not None:
+        de = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, de)
+    dc = c.new_empty(0) if found.dc is None else found.dc.to(c.dtype)
+    dbias = c.new_empty(0) if found.dbias is None or bias is None else found.dbias.to(bias.dtype)
+    return de, dc, dbias
+
+
+def zero_gradients(e: Tensor, c: Tensor, bias: Tensor | None, wanted: str) -> tuple[Tensor, Tensor, Tensor]:
+    """dE, dC and dbias of nothing; those not ``wanted`` are empty."""
+    names = set(wanted.split(","))
+
+    def zero(name: str, x: Tensor | None) -> Tensor:
+        if x is None or name not in names:
+            return c.new_empty(0)
+        return torch.zeros_like(x, memory_format=torch.contiguous_format)
+
+    return zero("e", e), zero("c", c), zero("bias", bias)
