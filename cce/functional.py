@@ -355,7 +355,11 @@ def wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:
 def autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The casts F.linear makes under autocast (which leaves float64 alone)."""
     device = e.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or torch.float64 in (e.dtype, c.dtype):
+    if (
+        not torch.amp.is_autocast_available(device)
+        or not torch.is_autocast_enabled(device)
+        or torch.float64 in (e.dtype, c.dtype)
+    ):
         return e, c, bias
     dtype = torch.get_autocast_dtype(device)
     return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
