@@ -21,22 +21,20 @@ def dead_mass(
 ) -> Tensor:
     """(t1 - t0, N): sum of dx over the columns of each skipped tile; 0 where the tile is live.
 
-    ``m_it = logit_scale * softcap'(zbar) * exp(tile_lse - lse) * (a + h (lse - tile_lse - H + tile_entropy))``
+    ``m_it = logit_scale * softcap'(zbar) * tile_mass * (a + h (tile_entropy - log tile_mass - H))``
 
     zbar, the log of the tile's mean exp(z), stands for its logits in the softcap's derivative.
     """
-    assert maps.tile_lse is not None
-    tile_lse = maps.tile_lse[t0:t1]
-    log_p = tile_lse - outputs.lse  # (t, N)
-    weight = upstream.a.expand_as(log_p)
+    assert maps.tile_mass is not None
+    p = maps.tile_mass[t0:t1].clamp(min=0).to(upstream.a.dtype)  # (t, N); HIT is no mass
+    weight = upstream.a
     if upstream.h is not None:
         assert maps.tile_entropy is not None and outputs.entropy is not None
-        # A tile of masked entries has log_p = -inf and no mass: keep 0 * inf out.
-        gap = log_p.clamp(min=-1e4)
-        weight = weight + upstream.h * (maps.tile_entropy[t0:t1] - gap - outputs.entropy)
-    mass = log_p.exp() * weight * problem.logit_scale
+        # A tile of masked entries has log p = -inf and no mass: keep 0 * inf out.
+        weight = weight + upstream.h * (maps.tile_entropy[t0:t1] - p.log().clamp_(min=-1e4) - outputs.entropy)
+    mass = p * weight * problem.logit_scale
     if problem.softcap is not None:
-        zbar = tile_lse - columns_of_tiles(problem, spec, t0, t1, log_p).log()[:, None]
+        zbar = p.log() + outputs.lse - columns_of_tiles(problem, spec, t0, t1, p).log()[:, None]
         mass *= 1 - (zbar / problem.softcap).clamp(-1, 1).square()
     return mass.masked_fill_(row_live[t0:t1], 0)
 

@@ -140,7 +140,7 @@ def live_fraction(
     inputs = Inputs(flat_e, c, used, bias, rows, None, order)
     outputs, maps = run_forward(backend, inputs, problem, resolved)
     one = torch.ones_like(outputs.lse)
-    work = work_list(inputs, problem, resolved, outputs, maps, Upstream(one, one[:, None]))
+    work = work_list(inputs, problem, resolved, maps, Upstream(one, one[:, None]))
     return fraction_of(work, problem, resolved)
 
 
@@ -148,9 +148,8 @@ def run_forward(
     backend: str, inputs: Inputs[Tensor], problem: Problem, spec: Spec
 ) -> tuple[Outputs[Tensor], Maps[Tensor]]:
     """One forward of a backend outside autograd, with maps allocated for it."""
-    wide = getattr(torch, str(spec.accumulate))
     shape = (spec.tiles(problem.v), problem.n)
-    maps = Maps(**{name: inputs.e.new_empty(shape, dtype=wide) for name in problem.maps(spec)})
+    maps = Maps(**{name: inputs.e.new_empty(shape, dtype=problem.map_dtype(spec)) for name in problem.maps(spec)})
     with torch.no_grad():
         return registry.choose(backend, problem, spec).forward(inputs, problem, spec, maps), maps
 

@@ -21,7 +21,7 @@ from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import own_dtypes, place_gradients, place_outputs, rows_in_use, select, zero_gradients
 from cce.spec import Spec
 
-_MAPS = ("tile_lse", "tile_max", "tile_entropy")
+_MAPS = ("tile_mass", "tile_entropy")
 
 
 @torch.library.custom_op("cce::prepare_targets", mutates_args=())
@@ -65,7 +65,7 @@ def forward(
     logit_scale: float,
     outputs: str,
     grads: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs per row of ``e`` (0, and -1 for the prediction, where the row is ignored), the maps, the order used.
 
     Args:
@@ -80,9 +80,9 @@ def forward(
     chosen = registry.choose(backend, problem, resolved)
     rows, used = rows_in_use(targets)
     if len(used) == 0:
-        return empty  # type: ignore[return-value]  # nine of them
+        return empty  # type: ignore[return-value]  # eight of them
     problem = replace(problem, n=len(used))
-    maps, order = _maps(empty[5:8], problem.n), empty[8]
+    maps, order = _maps(empty[5:7], problem.n), empty[7]
     with own_dtypes(e):
         if order.numel() and vocab_order is None:
             vocab_order = order.copy_(mean_logit_order(e, c, bias, rows))
@@ -211,7 +211,7 @@ backward.register_autograd(no_second_derivative, setup_context=lambda ctx, input
 def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:
     """Outputs and maps as they are for ignored rows; the maps are not initialised."""
     m, wide = e.shape[0], getattr(torch, str(spec.accumulate))
-    maps = problem.maps(spec)
+    maps, map_dtype = problem.maps(spec), problem.map_dtype(spec)
 
     def row(name: str, value: int = 0, dtype: torch.dtype = wide) -> Tensor:
         return e.new_full((m if name in problem.outputs else 0,), value, dtype=dtype)
@@ -222,7 +222,7 @@ def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> 
         row("entropy"),
         row("weighted_logit"),
         row("prediction", -1, torch.int64),
-        *(e.new_empty((spec.tiles(problem.v), m) if name in maps else (0, 0), dtype=wide) for name in _MAPS),
+        *(e.new_empty((spec.tiles(problem.v), m) if name in maps else (0, 0), dtype=map_dtype) for name in _MAPS),
         e.new_empty(problem.v if spec.vocab_order == "mean_logit" else 0, dtype=torch.int64),
     )
 

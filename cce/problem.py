@@ -15,6 +15,9 @@ from cce.spec import Spec
 
 A = TypeVar("A")
 
+#: Stands in ``Maps.tile_mass`` for a tile that the row hits.
+HIT = -1.0
+
 #: What a backend computes beside ``lse`` and the targets' logits, only when asked.
 EXTRA_OUTPUTS = ("entropy", "weighted_logit", "prediction")
 
@@ -98,10 +101,17 @@ class Problem:
         """The fields of :class:`Maps` that the backward of a resolved ``spec`` reads."""
         if not self.needs_grad or spec.filter == "none":
             return frozenset()
-        names = {"tile_max"} if spec.filter == "element" else {"tile_lse"}
-        if spec.compensate:
-            names |= {"tile_lse", "tile_entropy"} if "entropy" in self.outputs else {"tile_lse"}
-        return frozenset(names)
+        entropy = spec.compensate and "entropy" in self.outputs
+        return frozenset({"tile_mass", "tile_entropy"} if entropy else {"tile_mass"})
+
+    def map_dtype(self, spec: Spec) -> torch.dtype:
+        """Of the maps: float16 where the products' factors have 16 bits, else the accumulation dtype.
+
+        What a map replaces has been rounded to 16 bits itself, and the maps are much of the memory over the gradients.
+        Their values lie in [0, 1] (entropies: [0, log BLOCK_V]), where float16 is finer than bfloat16.
+        """
+        half = self.dtype in (torch.bfloat16, torch.float16) and spec.accumulate == "float32"
+        return torch.float16 if half else getattr(torch, str(spec.accumulate))
 
 
 @dataclass(frozen=True)
@@ -151,13 +161,13 @@ class Maps(Generic[A]):
     """Per tile of the forward, kept for the backward; all (T, N), None where :meth:`Problem.maps` has no need.
 
     Attributes:
-        tile_lse: log-sum-exp of the row over vocabulary block t.
-        tile_max: its largest logit.
+        tile_mass: the row's probability in vocabulary block t, ``exp(tile_lse - lse)``, where the filter's rule leaves
+            the block out; ``HIT`` where the row needs it. One number serves both, since the mass of a block that is
+            computed is never asked for.
         tile_entropy: entropy of the row's softmax restricted to the block.
     """
 
-    tile_lse: A | None = None
-    tile_max: A | None = None
+    tile_mass: A | None = None
     tile_entropy: A | None = None
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import HIT, Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 
@@ -31,12 +30,11 @@ def work_list(
     inputs: Inputs[Tensor],
     problem: Problem,
     spec: Spec,
-    outputs: Outputs[Tensor],
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
 ) -> WorkList:
     """The live tiles under a resolved ``spec``, without a host synchronisation; takes up to 3 bytes a (row, tile)."""
-    hit = _hits(inputs, problem, spec, outputs, maps, upstream)  # (T, N)
+    hit = _hits(inputs, problem, spec, maps, upstream)  # (T, N)
     n, block_n = problem.n, _size(spec.block_n)
     if spec.row_order == "live" and block_n > 1:
         # A sum of flags widens them to 8 bytes first: a few tiles at a time.
@@ -89,14 +87,12 @@ def _hits(
     inputs: Inputs[Tensor],
     problem: Problem,
     spec: Spec,
-    outputs: Outputs[Tensor],
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
 ) -> Tensor:
     """(T, N): the row needs the tile, by the filter's rule or for a target in it."""
-    quantity = maps.tile_max if spec.filter == "element" else maps.tile_lse
-    assert quantity is not None and spec.threshold is not None
-    hit = quantity > outputs.lse + math.log(spec.threshold)
+    assert maps.tile_mass is not None
+    hit = maps.tile_mass == HIT
     # A row nobody sends a gradient to (a masked token, say) has nothing to compute.
     active = (upstream.a != 0) | (upstream.g != 0).any(1)
     if upstream.h is not None:

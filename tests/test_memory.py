@@ -112,6 +112,11 @@ def make_case(name: str, scratch_bytes: int) -> Case:
     return replace(case, spec={**case.spec, "scratch_bytes": scratch_bytes})
 
 
+def make_maps(problem: Problem, spec: Spec) -> Maps[Tensor]:
+    shape, dtype = (spec.tiles(problem.v), problem.n), problem.map_dtype(spec)
+    return Maps(**{key: torch.empty(shape, dtype=dtype) for key in problem.maps(spec)})
+
+
 @pytest.mark.parametrize("scratch_bytes", [MIB // 2, 2 * MIB], ids=["512KiB", "2MiB"])
 @pytest.mark.parametrize("name", CASES)
 def test_peak(name: str, scratch_bytes: int) -> None:
@@ -120,7 +125,7 @@ def test_peak(name: str, scratch_bytes: int) -> None:
     spec = case.make_spec().resolve(problem)
     assert not backend.unsupported(problem, spec)
     inputs, upstream = make_inputs(case, "cpu"), every_row_counts(make_upstream(case, "cpu", torch.float32))
-    maps = Maps(**{key: torch.empty(spec.tiles(problem.v), problem.n) for key in problem.maps(spec)})
+    maps = make_maps(problem, spec)
     outputs, forward = peak_of(lambda: backend.forward(inputs, problem, spec, maps))
     gradients, backward = peak_of(lambda: backend.backward(inputs, problem, spec, outputs, maps, upstream))
     held = {
@@ -151,7 +156,7 @@ def test_a_larger_budget_is_used(name: str) -> None:
         case = make_case(name, scratch_bytes)
         problem = make_problem(case, "cpu")
         spec, inputs = case.make_spec().resolve(problem), make_inputs(case, "cpu")
-        maps = Maps(**{key: torch.empty(spec.tiles(problem.v), problem.n) for key in problem.maps(spec)})
+        maps = make_maps(problem, spec)
         peaks.append(peak_of(lambda: TorchBackend().forward(inputs, problem, spec, maps))[1])  # noqa: B023
     assert peaks[1] > 1.5 * peaks[0]
 

@@ -31,7 +31,7 @@ class Backend(ABC):
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         """Computes the outputs ``problem.outputs`` asks for, and fills those of ``maps`` that are not None.
 
-        The maps are (T, N) views the caller owns; their rows may be longer than N (any stride).
+        The maps are (T, N) views the caller owns, of ``problem.map_dtype(spec)``; their rows may be longer than N.
         """
 
     @abstractmethod
@@ -67,9 +67,8 @@ class Backend(ABC):
         inputs: Inputs[Tensor],
         problem: Problem,
         spec: Spec,
-        outputs: Outputs[Tensor],
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> WorkList:
         """The live tiles :meth:`backward` computes under a filter; overridden by a backend that finds its own."""
-        return work_list(inputs, problem, spec, outputs, maps, upstream)
+        return work_list(inputs, problem, spec, maps, upstream)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.reference import tiled
+from cce.reference.dense import masked_to_zero
+from cce.reference.worklist import filter_hits
 from cce.spec import Spec
 
-Fields = TypeVar("Fields", Inputs[Any], Maps[Any], Outputs[Any], Upstream[Any], Gradients[Any])
+Fields = TypeVar("Fields", Inputs[Any], Outputs[Any], Upstream[Any], Gradients[Any])
 
 
 class ReferenceBackend(Backend):
@@ -28,9 +30,11 @@ class ReferenceBackend(Backend):
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         outputs, found = tiled.forward(to_numpy(inputs), problem, spec)
-        for name, target in vars(maps).items():
-            if target is not None:
-                target.copy_(torch.from_numpy(getattr(found, name)))
+        if maps.tile_mass is not None:
+            mass = np.exp(found.tile_lse - masked_to_zero(outputs.lse))
+            maps.tile_mass.copy_(torch.from_numpy(np.where(filter_hits(spec, outputs, found), HIT, mass)))
+        if maps.tile_entropy is not None:
+            maps.tile_entropy.copy_(torch.from_numpy(found.tile_entropy))
         return to_torch(outputs)
 
     def backward(
@@ -42,9 +46,10 @@ class ReferenceBackend(Backend):
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Gradients[Tensor]:
-        return to_torch(
-            tiled.backward(to_numpy(inputs), problem, spec, to_numpy(outputs), to_numpy(maps), to_numpy(upstream))
-        )
+        # The maps that went through the graph are rounded; the oracle makes its own again.
+        arrays = to_numpy(inputs)
+        found, own = tiled.forward(arrays, problem, spec)
+        return to_torch(tiled.backward(arrays, problem, spec, found, own, to_numpy(upstream)))
 
 
 def to_numpy(fields: Fields) -> Fields:

@@ -9,9 +9,10 @@ array([5., 5.])
 
 from cce.reference import dense, tiled
 from cce.reference.bounds import bounds, error_norm, relative_error
-from cce.reference.worklist import Tiling, WorkList, clear_threshold, threshold_margin, work_list
+from cce.reference.worklist import TileMaps, Tiling, WorkList, clear_threshold, threshold_margin, work_list
 
 __all__ = [
+    "TileMaps",
     "Tiling",
     "WorkList",
     "bounds",

@@ -74,7 +74,7 @@ def bounds(
     Returns:
         "lse", "target_logits", "entropy", "weighted_logit", "de", "dc", "dbias": those the arguments hold.
     """
-    unit = Roundoff.of(problem, product_roundoff)
+    unit = Roundoff.of(problem, spec, product_roundoff)
     z = logits(inputs, problem)
     delta = _logit_error(inputs, problem, z, unit)
     d_lse, d_entropy = _row_errors(z, delta, outputs.lse, unit)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import Inputs, Outputs, Problem, Upstream
 from cce.reference.dense import embeddings, logit_weights, masked_to_zero
-from cce.reference.worklist import Tiling, WorkList
+from cce.reference.worklist import TileMaps, Tiling, WorkList
 
 Array = np.ndarray
 
@@ -18,7 +18,7 @@ def dropped_mass(
     problem: Problem,
     tiling: Tiling,
     outputs: Outputs[Array],
-    maps: Maps[Array],
+    maps: TileMaps,
     upstream: Upstream[Array],
     work: WorkList,
 ) -> Array:
@@ -28,11 +28,10 @@ def dropped_mass(
     the tile of ``p (a + h (lse - H - z))``, because ``tile_lse - H_t`` is the mean of z under the tile's softmax.
     f is the softcap's derivative at one representative logit; without a softcap m is exact.
     """
-    assert maps.tile_lse is not None, "the compensation needs tile_lse"
     tile_lse, lse = masked_to_zero(maps.tile_lse), masked_to_zero(outputs.lse)  # [T, N], [N]
     coefficient = np.broadcast_to(upstream.a, tile_lse.shape)
     if upstream.h is not None:
-        assert outputs.entropy is not None and maps.tile_entropy is not None, "needs entropy and tile_entropy"
+        assert outputs.entropy is not None, "a gradient of the entropy needs the entropy"
         coefficient = coefficient + upstream.h * ((lse - tile_lse) - outputs.entropy + maps.tile_entropy)
     # A masked tile, or a masked row, has no mass.
     dropped = ~work.row_live & ~np.isneginf(maps.tile_lse)
@@ -49,7 +48,7 @@ def compensation(
     problem: Problem,
     tiling: Tiling,
     outputs: Outputs[Array],
-    maps: Maps[Array],
+    maps: TileMaps,
     upstream: Upstream[Array],
     work: WorkList,
 ) -> tuple[Array, Array, Array]:

@@ -60,11 +60,14 @@ def with_tiles(
     kept = dataclasses.replace(entries, kept=work.row_live[tiling.tile_of].T)
     if spec.filter == "none" or not spec.compensate:
         return kept
-    assert maps.tile_lse is not None
     tile_lse = masked_to_zero(maps.tile_lse.T)  # [N, T]
     mass, delta = _tile_error(entries, tiling, tile_lse, outputs, unit)
+    if upstream.h is not None or problem.softcap is not None:
+        # The tile's mean logit comes from its stored mass and entropy, both rounded.
+        delta = delta + unit.map * (1.0 + maps.tile_entropy.T)
+    delta = delta + np.minimum(1.0, unit.map_underflow / np.maximum(mass, 1e-290))
     tiles = Columns(
-        z=tile_lse - (0.0 if maps.tile_entropy is None else maps.tile_entropy.T),
+        z=tile_lse - maps.tile_entropy.T,
         z_cap=tile_lse - np.log(tiling.cols),
         p=mass,
         delta=delta,
@@ -170,9 +173,12 @@ def gradient_bounds(
         "de" (N, D), "dc" (V, D), "dbias" (V,).
     """
     dx, size, error = _dx(columns, inputs, problem, outputs, upstream, rows, unit)
-    # dz rounded, and the other factor too if the product rounds it, or if it is the mean row of a tile.
-    both = np.arange(len(columns.c)) >= (0 if unit.product > 0 else problem.v)
-    errors = (error, size, dx * max(unit.dz, unit.product) * np.where(both, math.sqrt(2), 1.0))
+    # dz rounded, and the other factor too if the product rounds it, or if it is the mean row of a tile; a tile's
+    # mass has been rounded once before.
+    tile = np.arange(len(columns.c)) >= problem.v
+    unit_dz = max(unit.dz, unit.product)
+    roundings = np.where(tile | (unit.product > 0), math.sqrt(2), 1.0) * unit_dz
+    errors = (error, size, dx * np.hypot(roundings, np.where(tile, unit.map, 0.0)))
     tiling = Tiling.of(inputs, problem, spec)
     result = {}
     if gradients.de is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cce.problem import Problem
+from cce.spec import Spec
 
 #: Growth of n independent rounding errors, in ``LAMBDA sqrt(n) u``. Each has a standard deviation below 0.6 u, so
 #: 2 is over three of theirs, and a bound of the worst case for up to four terms.
@@ -29,6 +30,8 @@ class Roundoff:
         u: of the accumulation: float64's for float64 inputs, else float32's. The oracle's own is added.
         dz: of dz, stored in the dtype of the products.
         dz_underflow: what dz, divided by the largest upstream gradient, may lose near zero.
+        map: of the maps' dtype, in which a tile's mass waits for the backward.
+        map_underflow: what a mass may lose near zero.
         product: of a product's inputs, 0 if they are exact.
         de, dc: of these gradients' dtypes.
         de_underflow, dc_underflow: what they may lose near zero.
@@ -37,6 +40,8 @@ class Roundoff:
     u: float
     dz: float
     dz_underflow: float
+    map: float
+    map_underflow: float
     product: float
     de: float
     dc: float
@@ -44,12 +49,14 @@ class Roundoff:
     dc_underflow: float
 
     @classmethod
-    def of(cls, problem: Problem, product: float = 0.0) -> Roundoff:
+    def of(cls, problem: Problem, spec: Spec, product: float = 0.0) -> Roundoff:
         accumulation = torch.float64 if problem.dtype == torch.float64 else torch.float32
         return cls(
             u=_UNIT[accumulation] + _UNIT[torch.float64],
             dz=_UNIT[problem.dtype],
             dz_underflow=_UNDERFLOW[problem.dtype],
+            map=_UNIT[problem.map_dtype(spec)],
+            map_underflow=_UNDERFLOW[problem.map_dtype(spec)],
             product=product,
             de=_UNIT[problem.e_dtype],
             dc=_UNIT[problem.c_dtype],

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.reference.compensation import compensation, weighted_logit_term
 from cce.reference.dense import embeddings, logit_weights, masked_to_zero
-from cce.reference.worklist import Tiling, WorkList, work_list
+from cce.reference.worklist import TileMaps, Tiling, WorkList, work_list
 from cce.spec import Spec
 
 __all__ = ["backward", "forward", "work_list"]
@@ -27,17 +27,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class _Partials:
-    """What the forward kernel stores: per row and vocabulary block, and the targets' logits."""
+    """What the forward kernel stores beside the maps: per row and vocabulary block, and the targets' logits."""
 
-    tile_lse: Array  # [T, N]
-    tile_max: Array  # [T, N]
-    tile_entropy: Array  # [T, N]
+    maps: TileMaps
     tile_argmax: Array  # [T, N] vocabulary entries
     tile_weighted: Array  # [T, N]
     target_logits: Array  # [N, K]
 
 
-def forward(inputs: Inputs[Array], problem: Problem, spec: Spec) -> tuple[Outputs[Array], Maps[Array]]:
+def forward(inputs: Inputs[Array], problem: Problem, spec: Spec) -> tuple[Outputs[Array], TileMaps]:
     """Outputs and the maps that the backward reads.
 
     Args:
@@ -46,19 +44,19 @@ def forward(inputs: Inputs[Array], problem: Problem, spec: Spec) -> tuple[Output
         spec: resolved.
 
     Returns:
-        the outputs, as :func:`cce.reference.dense.forward`, and the maps that ``problem.maps(spec)`` names, (T, N).
+        the outputs, as :func:`cce.reference.dense.forward`, and the maps, (T, N).
     """
     tiling = Tiling.of(inputs, problem, spec)
     N, T, e = tiling.N, tiling.T, embeddings(inputs)
     tile_lse, tile_max, tile_entropy, tile_weighted = np.full((4, T, N), np.nan)
     tile_argmax = np.full((T, N), -1, dtype=np.int64)
     target_logits = np.zeros(inputs.targets.shape)
-    store = _Partials(tile_lse, tile_max, tile_entropy, tile_argmax, tile_weighted, target_logits)
+    maps = TileMaps(tile_lse, tile_max, tile_entropy)
+    store = _Partials(maps, tile_argmax, tile_weighted, target_logits)
     for b in range(tiling.B):
         for t in range(T):
             _forward_tile(inputs, problem, tiling, e, b, t, store)
-    maps = {name: getattr(store, name) for name in problem.maps(spec)}
-    return _reduce(problem, spec, store), Maps(**maps)
+    return _reduce(problem, spec, store), maps
 
 
 def _logit_tile(inputs: Inputs[Array], problem: Problem, e_tile: Array, vocabulary: Array) -> Array:
@@ -99,9 +97,9 @@ def _forward_tile(
     weighted = np.where(u == 0, masked_to_zero(z), z) @ u  # [BLOCK_N]
 
     # Store: one entry of each map a row; the logit of a target that falls into the tile, from the same z.
-    store.tile_max[t, tokens] = m
-    store.tile_lse[t, tokens] = m + log_s
-    store.tile_entropy[t, tokens] = tile_entropy
+    store.maps.tile_max[t, tokens] = m
+    store.maps.tile_lse[t, tokens] = m + log_s
+    store.maps.tile_entropy[t, tokens] = tile_entropy
     store.tile_weighted[t, tokens] = weighted
     store.tile_argmax[t, tokens] = vocabulary[z.argmax(axis=1)]
     i, k, j = np.nonzero(inputs.targets[tokens][:, :, None] == vocabulary)
@@ -110,18 +108,18 @@ def _forward_tile(
 
 def _reduce(problem: Problem, spec: Spec, store: _Partials) -> Outputs[Array]:
     """The second kernel: one program a row block, over t in ascending order, so the same bits every run."""
-    T, N = store.tile_lse.shape
-    lse = _lse_online(store.tile_lse) if spec.lse_accumulation == "online" else _lse_of_tiles(store.tile_lse)
+    T, N = store.maps.tile_lse.shape
+    lse = _lse_online(store.maps.tile_lse) if spec.lse_accumulation == "online" else _lse_of_tiles(store.maps.tile_lse)
     entropy, weighted, best = np.zeros(N), np.zeros(N), np.full(N, -np.inf)
     prediction = store.tile_argmax[0].copy()
     for t in range(T):
         # Chain rule of the entropy: H = sum_t w_t (H_t - log w_t), w_t = exp(tile_lse_t - lse).
-        log_w = store.tile_lse[t] - masked_to_zero(lse)
-        entropy += np.exp(log_w) * (store.tile_entropy[t] - masked_to_zero(log_w))
+        log_w = store.maps.tile_lse[t] - masked_to_zero(lse)
+        entropy += np.exp(log_w) * (store.maps.tile_entropy[t] - masked_to_zero(log_w))
         weighted += store.tile_weighted[t]
         # Strictly larger: the first in the vocabulary order keeps a tie.
-        larger = store.tile_max[t] > best
-        best = np.where(larger, store.tile_max[t], best)
+        larger = store.maps.tile_max[t] > best
+        best = np.where(larger, store.maps.tile_max[t], best)
         prediction = np.where(larger, store.tile_argmax[t], prediction)
     return Outputs(
         lse,
@@ -161,7 +159,7 @@ def backward(
     problem: Problem,
     spec: Spec,
     outputs: Outputs[Array],
-    maps: Maps[Array],
+    maps: TileMaps,
     upstream: Upstream[Array],
 ) -> Gradients[Array]:
     """The gradients of what the filter keeps, plus the compensation of what it drops.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import Inputs, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 Array = np.ndarray
@@ -71,6 +71,21 @@ class Tiling:
 
 
 @dataclass(frozen=True)
+class TileMaps:
+    """Per row and vocabulary block, what everything else is made from; all (T, N), as logarithms.
+
+    Attributes:
+        tile_lse: log-sum-exp of the row over vocabulary block t.
+        tile_max: its largest logit.
+        tile_entropy: entropy of the row's softmax restricted to the block.
+    """
+
+    tile_lse: Array
+    tile_max: Array
+    tile_entropy: Array
+
+
+@dataclass(frozen=True)
 class WorkList:
     """What the backward has to compute.
 
@@ -94,7 +109,7 @@ def work_list(
     problem: Problem,
     spec: Spec,
     outputs: Outputs[Array],
-    maps: Maps[Array],
+    maps: TileMaps,
     upstream: Upstream[Array],
 ) -> WorkList:
     """The live tiles and the order of the rows.
@@ -111,10 +126,9 @@ def work_list(
     if spec.filter == "none":
         hit = np.ones((tiling.T, tiling.N), dtype=bool)
     else:
-        assert spec.threshold is not None
         undecided, held = _open_and_held(inputs, tiling, upstream)
         # hit_it: the filter's quantity exceeds the threshold, or the tile holds a target of the row.
-        hit = held | (undecided & (np.exp(_log_quantity(spec, outputs, maps)) > spec.threshold))
+        hit = held | (undecided & filter_hits(spec, outputs, maps))
         if spec.row_order == "live":
             # Rows with equally many hits share a block; stable, so that all backends agree about ties.
             row_order = np.argsort(hit.sum(axis=0), kind="stable")
@@ -146,10 +160,16 @@ def _open_and_held(inputs: Inputs[Array], tiling: Tiling, upstream: Upstream[Arr
     return active[None, :] & ~held, held
 
 
-def _log_quantity(spec: Spec, outputs: Outputs[Array], maps: Maps[Array]) -> Array:
+def filter_hits(spec: Spec, outputs: Outputs[Array], maps: TileMaps) -> Array:
+    """(T, N) the filter's quantity exceeds the threshold."""
+    assert spec.threshold is not None
+    hits: Array = np.exp(_log_quantity(spec, outputs, maps)) > spec.threshold
+    return hits
+
+
+def _log_quantity(spec: Spec, outputs: Outputs[Array], maps: TileMaps) -> Array:
     """Log of the filter's quantity q, (T, N): largest p of the row in the tile, or its mass there."""
     quantity = maps.tile_max if spec.filter == "element" else maps.tile_lse
-    assert quantity is not None, f"filter {spec.filter!r} needs its map"
     # A row masked altogether has lse = -inf and no probability anywhere.
     return quantity - np.where(np.isneginf(outputs.lse), 0.0, outputs.lse)
 
@@ -159,7 +179,7 @@ def _log_decisions(
     problem: Problem,
     spec: Spec,
     outputs: Outputs[Array],
-    maps: Maps[Array],
+    maps: TileMaps,
     upstream: Upstream[Array],
 ) -> Array:
     """Log of every q that is compared with the threshold, ascending and finite."""
@@ -175,7 +195,7 @@ def threshold_margin(
     problem: Problem,
     spec: Spec,
     outputs: Outputs[Array],
-    maps: Maps[Array],
+    maps: TileMaps,
     upstream: Upstream[Array],
 ) -> float:
     """Least ``|log(q / threshold)|`` over the pairs that the threshold decides; inf where there are none.
@@ -192,7 +212,7 @@ def clear_threshold(
     problem: Problem,
     spec: Spec,
     outputs: Outputs[Array],
-    maps: Maps[Array],
+    maps: TileMaps,
     upstream: Upstream[Array],
     near: float,
     margin: float = 1e-3,

@@ -105,7 +105,7 @@ def run_case(backend: Backend, case: Case, device: str = "cpu", product_roundoff
         result.failures.append("an argument of forward or backward was changed in place")
     _compare(result, oracle, outputs, gradients)
     _check_one_pass(result, oracle, backend)
-    _compare_live(result, oracle, backend, outputs, maps)
+    _compare_live(result, oracle, backend, maps)
     named = oracle.inputs.targets >= 0
     if bool(((outputs.lse[:, None] < outputs.target_logits) & named).any()):
         result.failures.append("lse < target_logits: a negative log-likelihood below 0")
@@ -132,7 +132,7 @@ def poisoned_allocations() -> Iterator[None]:
 def _poisoned_maps(oracle: Oracle) -> Maps[Tensor]:
     """NaN-filled maps whose rows are longer than N, as the front end passes them."""
     shape = (oracle.spec.tiles(oracle.problem.v), oracle.problem.n + 3)
-    dtype = _DTYPES[str(oracle.spec.accumulate)]
+    dtype = oracle.problem.map_dtype(oracle.spec)
 
     def make() -> Tensor:
         return torch.full(shape, torch.nan, dtype=dtype, device=oracle.inputs.e.device)[:, : oracle.problem.n]
@@ -210,12 +210,10 @@ def _compare_prediction(result: Result, oracle: Oracle, found: np.ndarray, expec
         result.failures.append(f"prediction: an entry whose logit is {gap:.3g} below the largest")
 
 
-def _compare_live(
-    result: Result, oracle: Oracle, backend: Backend, outputs: Outputs[Tensor], maps: Maps[Tensor]
-) -> None:
+def _compare_live(result: Result, oracle: Oracle, backend: Backend, maps: Maps[Tensor]) -> None:
     if oracle.spec.filter == "none":
         return
-    work = backend.work_list(oracle.inputs, oracle.problem, oracle.spec, outputs, maps, oracle.upstream)
+    work = backend.work_list(oracle.inputs, oracle.problem, oracle.spec, maps, oracle.upstream)
     differ = int((as_array(work.row_live).astype(bool) != oracle.row_live).sum())
     if differ:
         result.failures.append(f"live set: differs from the reference's in {differ} of {oracle.row_live.size} places")

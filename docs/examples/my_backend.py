@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
 from cce.compensation import columns_of_tiles, dead_mass
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import target_positions
 
@@ -80,14 +82,13 @@ class MyBackend(Backend):
         target_logits = e.new_zeros(place.shape)
         best, prediction = e.new_full((problem.n,), -torch.inf), torch.zeros_like(rows)
         weighted, u = e.new_zeros(problem.n), self.logit_weights(inputs, problem, e)
-        parts = []
-        for t, (v0, v1) in enumerate(tiles(problem, spec)):
+        parts: list[tuple[Tensor, Tensor]] = []
+        quantities: list[Tensor] = []  # what the filter compares with its threshold
+        for v0, v1 in tiles(problem, spec):
             z = self.logits(problem, e, c[v0:v1], None if bias is None else bias[v0:v1])
             m, tile_lse, tile_entropy = self.tile_sums(z)
             parts.append((tile_lse, tile_entropy))
-            for target, value in zip((maps.tile_max, maps.tile_lse, maps.tile_entropy), (m, *parts[-1]), strict=True):
-                if target is not None:
-                    target[t] = value
+            quantities.append(m if spec.filter == "element" else tile_lse)
             inside = (place >= v0) & (place < v1)
             target_logits = torch.where(inside, z.gather(1, (place - v0).clamp(0, v1 - v0 - 1)), target_logits)
             value, column = z.max(1)
@@ -96,9 +97,27 @@ class MyBackend(Backend):
             if "weighted_logit" in problem.outputs:
                 weighted += z @ u[v0:v1]
         lse, entropy = join(parts)
+        self.fill(maps, spec, lse, parts, quantities)
         entry = prediction if inputs.vocab_order is None else inputs.vocab_order[prediction]
         extra = {"entropy": entropy, "weighted_logit": weighted, "prediction": entry}
         return Outputs(lse, target_logits, **{name: extra[name] for name in problem.outputs})
+
+    def fill(
+        self,
+        maps: Maps[Tensor],
+        spec: Spec,
+        lse: Tensor,
+        parts: list[tuple[Tensor, Tensor]],
+        quantities: list[Tensor],
+    ) -> None:
+        """The maps, (T, N): each tile's mass, or HIT where the row needs the tile; each tile's entropy."""
+        if maps.tile_mass is not None and spec.threshold is not None:
+            for t, ((tile_lse, _), quantity) in enumerate(zip(parts, quantities, strict=True)):
+                mass = (tile_lse - lse.clamp(min=-1e30)).exp()
+                maps.tile_mass[t] = mass.masked_fill(quantity > lse + math.log(spec.threshold), HIT)
+        if maps.tile_entropy is not None:
+            for t, (_, tile_entropy) in enumerate(parts):
+                maps.tile_entropy[t] = tile_entropy
 
     def backward(
         self,
@@ -113,7 +132,7 @@ class MyBackend(Backend):
         place, u = target_positions(inputs), self.logit_weights(inputs, problem, e)
         live = None
         if spec.filter != "none":
-            live = self.work_list(inputs, problem, spec, outputs, maps, upstream).row_live  # (T, N)
+            live = self.work_list(inputs, problem, spec, maps, upstream).row_live  # (T, N)
         de, dc, dbias = torch.zeros_like(e), torch.empty_like(c), e.new_empty(problem.v)
         for t, (v0, v1) in enumerate(tiles(problem, spec)):
             z = self.logits(problem, e, c[v0:v1], None if bias is None else bias[v0:v1])

@@ -158,16 +158,16 @@ class FilterIgnored(MyBackend):
 class OtherLiveSet(MyBackend):
     """The threshold is half of what the spec says."""
 
-    def work_list(self, inputs, problem, spec, *args):
-        return super().work_list(inputs, problem, replace(spec, threshold=spec.threshold / 2), *args)
+    def forward(self, inputs, problem, spec, maps):
+        return super().forward(inputs, problem, replace(spec, threshold=spec.threshold / 2), maps)
 
 
 class LiveWithoutTargets(MyBackend):
     """A tile that holds a target may be skipped."""
 
-    def work_list(self, inputs, problem, spec, outputs, maps, upstream):
+    def work_list(self, inputs, problem, spec, maps, upstream):
         none = replace(inputs, targets=torch.full_like(inputs.targets, -1))
-        return super().work_list(none, problem, spec, outputs, maps, upstream)
+        return super().work_list(none, problem, spec, maps, upstream)
 
 
 class OrderIgnored(MyBackend):

@@ -52,7 +52,7 @@ def backward(
     """dE accumulates over the vocabulary; every row of dC is complete in one visit and written once."""
     row_live = None
     if spec.filter != "none":
-        row_live = work_list(inputs, problem, spec, outputs, maps, upstream).row_live
+        row_live = work_list(inputs, problem, spec, maps, upstream).row_live
     run = Run(inputs, problem, spec, outputs, upstream)
     if row_live is not None and spec.compensate:
         run.compensate(maps, upstream, row_live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
 from cce.backends.torch.logits import logits_
 from cce.backends.torch.plan import Plan
-from cce.problem import Inputs, Maps, Outputs, Problem
+from cce.problem import HIT, Inputs, Maps, Outputs, Problem
 from cce.spec import Spec
 from cce.worklist import target_positions
 
@@ -58,7 +59,7 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
             out = buffer[: (n1 - n0) * (chunk.v1 - chunk.v0)].view(n1 - n0, chunk.v1 - chunk.v0)
             z = logits_(problem, arithmetic, e, c, arithmetic.bias(inputs, chunk.v0, chunk.v1), out)
             block.add(chunk, z, maps)
-        blocks.append(block.finish())
+        blocks.append(block.finish(maps))
     outputs = _concatenate(blocks)
     if closed_form is not None:
         return replace(outputs, weighted_logit=closed_form)
@@ -100,10 +101,11 @@ class RowBlock:
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, arithmetic: Arithmetic, targets: Tensor, n0: int
     ) -> None:
         n, like = len(targets), inputs.e.new_empty(0, dtype=arithmetic.result)
-        self.inputs, self.problem, self.targets, self.n0 = inputs, problem, targets, n0
+        self.inputs, self.problem, self.spec, self.targets, self.n0 = inputs, problem, spec, targets, n0
         self.tiled = bool(problem.maps(spec))
         self.online = spec.lse_accumulation == "online"
         self.parts: list[tuple[Tensor, Tensor | None]] = []  # (rows, 1) log-sum-exp and entropy of each chunk
+        self.tiles: list[tuple[Chunk, Tensor, Tensor]] = []  # each chunk's tile_lse and filter's quantity (rows, tiles)
         self.target_logits = like.new_zeros(targets.shape)
         self.weighted = like.new_zeros(n) if _capped_weights(problem) else None
         self.best = like.new_full((n,), -torch.inf)
@@ -119,17 +121,22 @@ class RowBlock:
         # Without maps nobody asks for the tiles: the chunk is one.
         tiles = z.view(len(z), chunk.t1 - chunk.t0 if self.tiled else 1, -1)
         m, tile_lse, tile_entropy = tile_sums(tiles, entropy="entropy" in self.problem.outputs)
-        here = slice(self.n0, self.n0 + len(z))
-        for target, value in ((maps.tile_max, m), (maps.tile_lse, tile_lse), (maps.tile_entropy, tile_entropy)):
-            if target is not None and value is not None:
-                target[chunk.t0 : chunk.t1, here] = value.T
+        if self.tiled:
+            self.tiles.append((chunk, tile_lse, m if self.spec.filter == "element" else tile_lse))
+        if maps.tile_entropy is not None and tile_entropy is not None:
+            maps.tile_entropy[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(z)] = tile_entropy.T
         # One partial a chunk: those of all tiles would be larger than the logits of a piece.
         self.parts.append(_join([(tile_lse, tile_entropy)]))
         if self.online:
             self.parts = [_join(self.parts)]
 
-    def finish(self) -> Outputs[Tensor]:
+    def finish(self, maps: Maps[Tensor]) -> Outputs[Tensor]:
         lse, entropy = _join(self.parts)
+        for chunk, tile_lse, quantity in self.tiles:
+            assert maps.tile_mass is not None and self.spec.threshold is not None
+            mass = (tile_lse - lse.masked_fill(lse == -torch.inf, 0)).exp_()
+            mass.masked_fill_(quantity > lse + math.log(self.spec.threshold), HIT)
+            maps.tile_mass[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(mass)] = mass.T
         return Outputs(
             lse[:, 0],
             self.target_logits,

@@ -84,7 +84,8 @@ def _scratch(problem: Problem, spec: Spec, rows: int, columns: int, gathered: bo
     slab = columns * problem.d * wide if gathered or problem.c_dtype != arithmetic.result else 0
     gathered_de = 2 * rows * problem.d * wide if filtered else 0
     vectors = 24 * rows * (problem.k + 1) * 8 + 4 * columns * wide
-    return rows * columns * _logit_buffers(problem, arithmetic) + operands + slab + gathered_de + vectors
+    tiles = 3 * rows * spec.tiles(problem.v) * wide if problem.maps(spec) else 0  # until the row's lse is known
+    return rows * columns * _logit_buffers(problem, arithmetic) + operands + slab + gathered_de + vectors + tiles
 
 
 def _logit_buffers(problem: Problem, arithmetic: Arithmetic) -> int:
