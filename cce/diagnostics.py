@@ -136,7 +136,7 @@ def live_fraction(
     flat_e, c = e.detach().reshape(-1, c.shape[1]), c.detach()
     order = None if spec.permutation is None else spec.permutation.to(e.device)
     if resolved.vocab_order == "mean_logit":
-        order = mean_logit_order(flat_e, c, bias, rows)
+        order = mean_logit_order(flat_e, c, bias, flat)
     inputs = Inputs(flat_e, c, used, bias, rows, None, order)
     outputs, maps = run_forward(backend, inputs, problem, resolved)
     one = torch.ones_like(outputs.lse)

@@ -78,14 +78,14 @@ def forward(
     resolved = Spec.from_key(spec).resolve(problem)
     empty = _empty_outputs(e, targets, problem, resolved)
     chosen = registry.choose(backend, problem, resolved)
-    rows, used = rows_in_use(targets)
+    rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
     if len(used) == 0:
         return empty  # type: ignore[return-value]  # eight of them
     problem = replace(problem, n=len(used))
     maps, order = _maps(empty[5:7], problem.n), empty[7]
     with own_dtypes(e):
         if order.numel() and vocab_order is None:
-            vocab_order = order.copy_(mean_logit_order(e, c, bias, rows))
+            vocab_order = order.copy_(mean_logit_order(e, c, bias, targets))
         inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
         found = chosen.forward(inputs, problem, resolved, maps)
     return (*place_outputs(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
@@ -137,7 +137,7 @@ def backward(
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     resolved = Spec.from_key(spec).resolve(problem)
     chosen = registry.choose(backend, problem, resolved)
-    rows, used = rows_in_use(targets)
+    rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
     if len(used) == 0:
         return zero_gradients(e, c, bias, wanted)
     lse, target_logits, entropy = (select(x, rows) for x in saved[:3])
@@ -234,6 +234,13 @@ def _maps(tensors: Sequence[Tensor], n: int) -> Maps[Tensor]:
 
 
 def _upstream(grads: Sequence[Tensor], targets: Tensor, rows: Tensor | None, lse: Tensor) -> Upstream[Tensor]:
-    a, target, h, s = (select(x, rows).to(lse.dtype) if x.numel() else None for x in grads)
-    g = torch.zeros_like(targets, dtype=lse.dtype) if target is None else target.neg()
+    # A row without a target is none, whatever gradient a mean sends to its outputs.
+    ignored = (targets < 0).all(1)
+
+    def rows_of(x: Tensor) -> Tensor | None:
+        return select(x, rows).to(lse.dtype).masked_fill(ignored, 0) if x.numel() else None
+
+    a, h, s = (rows_of(x) for x in (grads[0], *grads[2:]))
+    target = grads[1]
+    g = select(target, rows).to(lse.dtype).neg() if target.numel() else torch.zeros_like(targets, dtype=lse.dtype)
     return Upstream(torch.zeros_like(lse) if a is None else a, g.masked_fill(targets < 0, 0), h, s)

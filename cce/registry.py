@@ -19,11 +19,13 @@ from cce.spec import Spec
 #: Entry-point group through which other packages add backends: ``name = "module:BackendClass"``.
 ENTRY_POINT_GROUP = "cce.backends"
 
-#: ``backend="auto"`` takes the first of these that supports the problem. The reference is an oracle and
-#: other packages' backends are a choice of the user's: both run only when named.
-AUTO_ORDER = ("torch",)
+#: By device, the backends ``backend="auto"`` tries, in this order; it takes the first that supports the problem. The
+#: reference is an oracle and other packages' backends are a choice of the user's: both run only when named.
+AUTO_ORDER = {"cuda": ("triton", "torch")}
+AUTO_ELSEWHERE = ("torch",)
 
 _BUILT_IN = {
+    "triton": "cce.backends.triton:TritonBackend",
     "torch": "cce.backends.torch:TorchBackend",
     "reference": "cce.backends.reference:ReferenceBackend",
 }
@@ -108,7 +110,7 @@ def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
 
 
 def choose(name: str, problem: Problem, spec: Spec) -> Backend:
-    """The backend that runs ``problem``: the one named, or for "auto" the first able one of ``AUTO_ORDER``.
+    """The backend that runs ``problem``: the one named, or for "auto" the first able one in ``AUTO_ORDER``.
 
     Raises:
         BackendUnavailable: it cannot; the message lists the reasons of every backend tried.
@@ -120,7 +122,7 @@ def choose_name(name: str, problem: Problem, spec: Spec) -> str:
     """The name of the backend :func:`choose` returns."""
     check_name(name)
     tried = {}
-    for candidate in AUTO_ORDER if name == "auto" else (name,):
+    for candidate in AUTO_ORDER.get(problem.device, AUTO_ELSEWHERE) if name == "auto" else (name,):
         tried[candidate] = reasons(candidate, problem, spec)
         if not tried[candidate]:
             return candidate

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from cce.problem import Gradients, Outputs
+from cce.problem import Gradients, Outputs, Upstream
 
 
 def own_dtypes(e: Tensor) -> torch.autocast:
@@ -27,6 +29,15 @@ def rows_in_use(targets: Tensor) -> tuple[Tensor | None, Tensor]:
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
     """``x[rows]``; an empty ``x`` stands for one that is not there."""
     return x if rows is None or x.numel() == 0 else x.index_select(0, rows)
+
+
+Fields = TypeVar("Fields", Outputs[Tensor], Upstream[Tensor])
+
+
+def rows_of(fields: Fields, rows: slice | Tensor) -> Fields:
+    """The same dataclass with only ``rows`` of every field."""
+    taken: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vars(fields).items()}
+    return replace(fields, **taken)
 
 
 def place_outputs(found: Outputs[Tensor], empty: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:

@@ -106,10 +106,13 @@ def test_problem_is_the_one_that_runs(arguments: dict[str, Tensor], call: str) -
 
 def test_text(arguments: dict[str, Tensor]) -> None:
     spec = cce.Spec(filter="element", threshold=2.0**-10, block_n=16, block_v=64, scratch_bytes=2**20, compensate=False)
-    assert str(cce.explain(**arguments, spec=spec)).splitlines() == [
+    found = cce.explain(**arguments, spec=spec)
+    assert str(found).splitlines() == [
         "N=12 D=6 V=50, e torch.float32, c torch.bfloat16, on cpu",
         "would run: torch",
         "filter='element' threshold=0.000977 compensate=False, tiles 16 x 64, scratch 1 MiB",
+        "  triton: " + found.reasons["triton"][0],
+        *("    " + more for more in found.reasons["triton"][1:]),
         "  torch: can run",
         "  reference: can run",
     ]
@@ -145,7 +148,8 @@ def plain_mean_loss(fields: dict[str, Any], options: dict[str, Any], rows: Tenso
     inputs = make_inputs(CASE, "cpu")
     order = fields["vocab_order"]
     if isinstance(order, str):
-        order = mean_logit_order(inputs.e, inputs.c, inputs.bias, rows) if order == "mean_logit" else None
+        used = torch.full_like(inputs.targets, -1).index_copy_(0, rows, inputs.targets[rows])
+        order = mean_logit_order(inputs.e, inputs.c, inputs.bias, used) if order == "mean_logit" else None
     used = replace(inputs, targets=inputs.targets[rows], rows=rows, vocab_order=order)
     problem = Problem(n=len(rows), v=CASE.v, d=CASE.d, bias=True, grad_e=True, grad_c=True, **options)
     spec = cce.Spec(**fields).resolve(problem)

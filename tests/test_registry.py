@@ -96,7 +96,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 def test_entry_point(install: Callable[[str, str, str], None]) -> None:
     """A third party's backend is used by its name, forward and backward, with the same result."""
     install("loopback", "cce_loopback:Loopback", LOOPBACK)
-    assert cce.backends() == ["torch", "reference", "loopback"]
+    assert cce.backends() == ["triton", "torch", "reference", "loopback"]
     assert cce.explain(E, C, T, backend="loopback").backend == "loopback"
     calls = registry.load("loopback").calls
     for options, made in (({}, ["loss_and_gradients"]), ({"z_loss": 1e-4}, ["forward", "backward"])):
@@ -158,7 +158,7 @@ def test_auto_takes_no_third_party_and_no_reference(install: Callable[[str, str,
 def test_auto_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     cce.register_backend("unable", Unable)
     cce.register_backend("second", Second)
-    monkeypatch.setattr(registry, "AUTO_ORDER", ("unable", "second", "torch"))
+    monkeypatch.setattr(registry, "AUTO_ELSEWHERE", ("unable", "second", "torch"))
     cce.loss(E, C, T)
     assert set(registry._loaded) == {"unable", "second"}
     assert cce.explain(E, C, T).backend == "second"
@@ -174,7 +174,7 @@ def test_unavailable_lists_all_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of every backend tried, beside the problem and the spec they were found for."""
     cce.register_backend("unable", Unable)
     cce.register_backend("gone", lambda: 1 / 0)
-    monkeypatch.setattr(registry, "AUTO_ORDER", ("unable", "gone"))
+    monkeypatch.setattr(registry, "AUTO_ELSEWHERE", ("unable", "gone"))
     with pytest.raises(cce.BackendUnavailable) as caught:
         cce.loss(E, C, T, spec=cce.Spec(block_v=77))
     message = str(caught.value)

@@ -23,6 +23,11 @@ class Backend(ABC):
 
     name: str
 
+    #: The backend takes the rows without a target, too, all -1, and spends nothing on them: their outputs are 0 (-1 for
+    #: the prediction), their gradients 0, and what ``e`` holds there is not looked at. The front end then never has to
+    #: ask a GPU how many rows there are. Without it, a backend sees rows in use only.
+    skips_ignored_rows = False
+
     @abstractmethod
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         """All reasons why this problem cannot run here, from metadata alone; empty if it can."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cce.backends.scaling import norm_of, scaled
 from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
 from cce.backends.torch.forward import weighted_rows, weights_along
 from cce.backends.torch.logits import add_at_, logits_, softcap_derivative, softmax_gradient_
@@ -15,6 +15,7 @@ from cce.backends.torch.plan import Plan
 from cce.backends.torch.segments import Segment, Targets, segments
 from cce.compensation import columns_of_tiles, dead_mass
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.rows import rows_of
 from cce.spec import Spec
 from cce.worklist import work_list
 
@@ -80,8 +81,8 @@ class Run:
         self.arithmetic = Arithmetic.choose(problem, spec)
         self.plan = Plan.choose(problem, spec, gathered(inputs))
         self.rows = Rows(inputs, self.arithmetic, keep=self.plan.keep_rows)
-        self.outputs, self.norm = outputs, _norm(upstream, self.arithmetic)
-        self.upstream = _scaled(upstream, problem.logit_scale, self.norm)
+        self.outputs, self.norm = outputs, norm_of(upstream, self.arithmetic.operand)
+        self.upstream = scaled(upstream, problem.logit_scale, self.norm)
         wide = inputs.e.new_empty(0, dtype=self.arithmetic.result)
         self.z = wide.new_empty(self.plan.rows * self.plan.columns)
         self.de = wide.new_zeros(problem.n, problem.d) if problem.grad_e else None
@@ -164,7 +165,7 @@ class Run:
         z = logits_(self.problem, self.arithmetic, e, c, bias, out)
         derivative = softcap_derivative(self.problem, z)
         u = weights_along(self.inputs, self.problem, segment.v0, segment.v1, z) if self.upstream.s is not None else 0.0
-        dz = softmax_gradient_(self.problem, z, _take(self.outputs, rows), _take(self.upstream, rows), u)
+        dz = softmax_gradient_(self.problem, z, rows_of(self.outputs, rows), rows_of(self.upstream, rows), u)
         row, column, value = targets
         add_at_(dz.view(-1), row * shape[1] + column, value)
         return dz if derivative is None else dz.mul_(derivative)
@@ -224,32 +225,6 @@ class Run:
         for n0, n1 in self.plan.row_blocks(self.problem.n):
             total.addmm_(weights[:, n0:n1], self.rows.block(n0, n1).to(weights.dtype))
         return total
-
-
-def _norm(upstream: Upstream[Tensor], arithmetic: Arithmetic) -> Tensor | None:
-    """What the upstream gradients are divided by so that dz does not underflow in float16."""
-    if arithmetic.operand != torch.float16:
-        return None
-    parts = [part for part in (upstream.a, upstream.g, upstream.h, upstream.s) if part is not None]
-    largest = torch.stack([part.abs().amax() for part in parts]).amax()
-    return torch.where(largest > 0, largest, 1.0)
-
-
-def _scaled(upstream: Upstream[Tensor], logit_scale: float, norm: Tensor | None) -> Upstream[Tensor]:
-    """The upstream gradients times logit_scale, since dx = logit_scale dz is what both products need."""
-    if norm is None and logit_scale == 1.0:
-        return upstream
-    factor = logit_scale if norm is None else logit_scale / norm
-    return Upstream(**{name: None if x is None else x * factor for name, x in vars(upstream).items()})
-
-
-Fields = TypeVar("Fields", Outputs[Tensor], Upstream[Tensor])
-
-
-def _take(fields: Fields, rows: slice | Tensor) -> Fields:
-    """The same dataclass with only ``rows`` of every field."""
-    taken: dict[str, Any] = {name: None if x is None else x[rows] for name, x in vars(fields).items()}
-    return replace(fields, **taken)
 
 
 def _within(targets: tuple[Tensor, Tensor, Tensor], n0: int, n1: int, total: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,28 @@
+"""Upstream gradients as the products take them: with the logit scale in them, and in float16's range."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cce.problem import Upstream
+
+
+def norm_of(upstream: Upstream[Tensor], operand: torch.dtype) -> Tensor | None:
+    """What the upstream gradients are divided by so that dz does not underflow in float16; None for other dtypes.
+
+    The power of two at or above the largest of them: dividing and multiplying by it rounds nothing.
+    """
+    if operand != torch.float16:
+        return None
+    parts = [part for part in (upstream.a, upstream.g, upstream.h, upstream.s) if part is not None]
+    largest = torch.stack([part.abs().amax() for part in parts]).amax()
+    return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+
+
+def scaled(upstream: Upstream[Tensor], logit_scale: float, norm: Tensor | None) -> Upstream[Tensor]:
+    """The upstream gradients times logit_scale, since dx = logit_scale dz is what both products need."""
+    if norm is None and logit_scale == 1.0:
+        return upstream
+    factor = logit_scale if norm is None else logit_scale / norm
+    return Upstream(**{name: None if x is None else x * factor for name, x in vars(upstream).items()})

@@ -1,0 +1,80 @@
+"""The `triton` backend's face to the registry; Triton itself is imported when a kernel is first needed."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cce.backends.base import Backend
+from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, least_scratch
+from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+from cce.worklist import WorkList
+
+
+class TritonBackend(Backend):
+    """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above."""
+
+    name = "triton"
+    skips_ignored_rows = True
+
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        reasons = _device(problem)
+        if problem.dtype == torch.float64:
+            reasons.append("float64 inputs: its sums are float32; backend 'torch' has float64")
+        elif spec.accumulate == "float64":
+            reasons.append("accumulate='float64': its sums are float32; backend 'torch' has float64")
+        if spec.filter != "none":
+            for name, block, known in (("block_n", spec.block_n, BLOCKS_N), ("block_v", spec.block_v, BLOCKS_V)):
+                if block not in known:
+                    reasons.append(f"{name}={block} with a filter: its matrix tiles need one of {known}")
+        needed = least_scratch(problem, spec) if problem.needs_grad and not reasons else 0
+        if spec.scratch_bytes < needed:
+            reasons.append(f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of its least chunk")
+        return reasons
+
+    def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
+        return _kernels().forward(inputs, problem, spec, maps)
+
+    def backward(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        outputs: Outputs[Tensor],
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Gradients[Tensor]:
+        return _kernels().backward(inputs, problem, spec, outputs, maps, upstream)
+
+    def work_list(
+        self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
+    ) -> WorkList:
+        return _kernels().work_list(inputs, problem, spec, maps, upstream)
+
+
+def _device(problem: Problem) -> list[str]:
+    """Why not on this device."""
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("package 'triton' is not installed: pip install 'cce[triton]'")
+    if problem.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return reasons
+    if problem.device != "cuda":
+        return [*reasons, f"runs on CUDA devices (or interpreted, with TRITON_INTERPRET=1), not on {problem.device!r}"]
+    if torch.version.hip is not None:
+        return [*reasons, "ROCm: not tried yet"]
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
+    return reasons
+
+
+def _kernels() -> ModuleType:
+    from cce.backends.triton import run
+
+    return run

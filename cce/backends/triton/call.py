@@ -1,0 +1,123 @@
+"""What the kernels of one call have in common: operands, flags, and the launch configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from cce.backends.triton.launch import Launch, Tile, choose
+from cce.backends.triton.operands import dot_dtype, matrix, needs_wide, tma_ready
+from cce.problem import Inputs, Problem
+from cce.spec import Spec
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the device; the interpreter runs what sm_90 would."""
+    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; the interpreter has two programs, one after the other."""
+    return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def float32_precision() -> str:
+    """How float32 products are computed: as torch.get_float32_matmul_precision says."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A problem on a device.
+
+    Attributes:
+        e, c, bias: as given, rows in use only; ``e`` widened where ``c`` is wider.
+        order: (V,) vocabulary order or None.
+        launch: configuration.
+    """
+
+    problem: Problem
+    spec: Spec
+    launch: Launch
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None
+    order: Tensor | None
+    precision: str
+
+    @classmethod
+    def of(cls, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
+        e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
+        device, precision = e.device, float32_precision()
+        launch = choose(problem, spec, capability(device), multiprocessors(device), precision)
+        return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, precision)
+
+    @property
+    def block_n(self) -> int:
+        assert self.spec.block_n is not None
+        return self.spec.block_n
+
+    @property
+    def block_v(self) -> int:
+        assert self.spec.block_v is not None
+        return self.spec.block_v
+
+    @property
+    def tiles(self) -> int:
+        """T, the number of vocabulary blocks."""
+        return self.spec.tiles(self.problem.v)
+
+    @property
+    def softcap(self) -> float:
+        return self.problem.softcap or 1.0
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.e.new_empty(shape, dtype=dtype)
+
+    def formula(self) -> dict[str, Any]:
+        """The flags of how a logit is made from a product."""
+        return {
+            "BIAS": self.bias is not None,
+            "SCALE": self.problem.logit_scale != 1.0,
+            "SOFTCAP": self.problem.softcap is not None,
+        }
+
+    def e_tma(self, e: Tensor) -> bool:
+        return self.launch.tma and tma_ready(e)
+
+    @property
+    def c_tma(self) -> bool:
+        """Whether tiles of ``c`` are boxes of the matrix: entries in their own order, in the products' dtype."""
+        same = self.c.dtype == self.problem.dtype
+        return self.launch.tma and self.order is None and same and tma_ready(self.c)
+
+    def operands(self, tile: Tile, e: Tensor, gathered_c: bool = False) -> dict[str, Any]:
+        """Arguments and flags of a tile of logits: ``e`` (rows, D) and ``c``, whose entries may be gathered."""
+        e_tma, c_tma = self.e_tma(e), self.c_tma and not gathered_c
+        flags = {"C_TMA": c_tma} if not gathered_c else {}
+        return {
+            "e": matrix(e, tile.rows, tile.depth, e_tma),
+            "c": matrix(self.c, tile.columns, tile.depth, c_tma),
+            "bias": self.bias,
+            "order": self.order,
+            "stride_en": e.stride(0),
+            "stride_ed": e.stride(1),
+            "stride_cv": self.c.stride(0),
+            "stride_cd": self.c.stride(1),
+            "scale": self.problem.logit_scale,
+            "softcap": self.softcap,
+            "E_TMA": e_tma,
+            "EVEN_D": self.problem.d % tile.depth == 0,
+            "DOT": dot_dtype(self.problem.dtype),
+            "PRECISION": self.precision,
+            "WIDE": needs_wide(self.c) or needs_wide(e),
+            "ORDER": self.order is not None,
+            **self.formula(),
+            **flags,
+        }

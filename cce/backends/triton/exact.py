@@ -1,0 +1,172 @@
+"""The exact backward: chunks of the vocabulary, recomputed by a kernel, multiplied by the library."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from cce.backends.triton.call import Call
+from cce.backends.triton.forward import weights_of
+from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
+from cce.backends.triton.kernels.gradient import dense_kernel
+from cce.backends.triton.operands import descriptor, tma_ready
+from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.rows import rows_in_use, rows_of
+from cce.spec import Spec
+
+
+def exact(
+    inputs: Inputs[Tensor], problem: Problem, spec: Spec, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
+) -> Gradients[Tensor]:
+    """The gradients; rows without a target are left out, which takes one question to the GPU.
+
+    While a CUDA graph is captured nothing can be asked: then such rows are computed as zeros.
+    """
+    if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():
+        e = torch.where((inputs.targets >= 0).any(1, keepdim=True), inputs.e, 0)
+        inputs = replace(inputs, e=e)
+        return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
+    rows, targets = rows_in_use(inputs.targets)
+    if rows is None:
+        return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
+    if len(rows) == 0:
+        return _nothing(inputs, problem)
+    used = rows if inputs.rows is None else inputs.rows.index_select(0, rows)
+    part = replace(inputs, targets=targets, rows=used)
+    part_problem = replace(problem, n=len(targets))
+    call = Call.of(part, part_problem, spec)
+    found = _exact(call, part, rows_of(outputs, rows), rows_of(upstream, rows))
+    if found.de is None:
+        return found
+    de = found.de.new_zeros(problem.n, problem.d).index_copy_(0, rows, found.de)
+    return replace(found, de=de)
+
+
+def _nothing(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]:
+    """The gradients of no row at all."""
+    c = inputs.c
+    return Gradients(
+        c.new_zeros(problem.n, problem.d) if problem.grad_e else None,
+        c.new_zeros(problem.v, problem.d) if problem.grad_c else None,
+        c.new_zeros(problem.v, dtype=torch.float32) if problem.grad_bias else None,
+    )
+
+
+def _exact(
+    call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]
+) -> Gradients[Tensor]:
+    """dE accumulates in float32 over the chunks; dC of a chunk is complete at once, and written once."""
+    problem = call.problem
+    formula = Formula.of(call, inputs, outputs, upstream)
+    s = formula.upstream.s if problem.softcap is None else None  # with a softcap it is part of dz
+    total = None
+    dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
+    dbias = call.empty(problem.v) if problem.grad_bias else None
+    step = _columns(call)
+    scratch = call.empty(problem.n * _pitch(min(step, problem.v), problem), dtype=problem.dtype)
+    for v0 in range(0, problem.v, step):
+        v1 = min(problem.v, v0 + step)
+        dz = _dz(call, inputs, formula, scratch, v0, v1, dbias)
+        c = _rows_of_c(call, v0, v1) if problem.grad_e else None
+        if c is not None:
+            total = _add_product(dz, c, total)
+        if dc is not None:
+            _write(call, dc, v0, v1, dz)
+    del scratch
+    de = None
+    if total is not None:
+        if s is not None:
+            add_rank_one_de(call, inputs.logit_weight, s, total)
+        de = finish_de(call, total, None, formula.norm)
+    if formula.norm is not None:  # a power of two: exact, but where a float16 leaves its range
+        for x in (dc, dbias):
+            if x is not None:
+                x.mul_(formula.norm)
+    if s is not None:
+        unscaled = s if formula.norm is None else s * formula.norm
+        add_rank_one_dc(call, inputs.logit_weight, unscaled, dc, dbias)
+    return Gradients(de, dc, dbias)
+
+
+def _columns(call: Call) -> int:
+    """Of a chunk: what fits into the scratch memory, in chunks of about equal size, whole tiles each."""
+    problem, tile = call.problem, call.launch.dense.columns
+    fit = max(tile, call.spec.scratch_bytes // (problem.n * problem.dtype.itemsize) // tile * tile)
+    chunks = triton.cdiv(problem.v, fit)
+    return triton.cdiv(triton.cdiv(problem.v, chunks), tile) * tile
+
+
+def _pitch(columns: int, problem: Problem) -> int:
+    """Elements from row to row of the scratch: a multiple of 16 bytes, as tensor maps need."""
+    unit = 16 // problem.dtype.itemsize
+    return triton.cdiv(columns, unit) * unit
+
+
+def _dz(
+    call: Call, inputs: Inputs[Tensor], formula: Formula, scratch: Tensor, v0: int, v1: int, dbias: Tensor | None
+) -> Tensor:
+    """(N, v1 - v0): dx of a chunk; its column sums go into ``dbias``."""
+    problem, launch = call.problem, call.launch
+    tile, n, columns = launch.dense, problem.n, v1 - v0
+    pitch = _pitch(columns, problem)
+    dz = scratch[: n * pitch].view(n, pitch)
+    blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(columns, tile.columns)
+    sums = call.empty(blocks, columns) if dbias is not None else None
+    dz_tma = launch.tma and tma_ready(dz)
+    weighted = formula.upstream.s is not None and problem.softcap is not None
+    weight = weights_of(call, inputs.logit_weight) if weighted else None
+    dense_kernel[(min(launch.programs, blocks * tiles),)](
+        **call.operands(tile, call.e), **formula.arguments(),
+        dz=descriptor(dz, tile.rows, tile.columns) if dz_tma else dz, dbias=sums,
+        weight=weight, s=formula.upstream.s,
+        N=n, V=problem.v, D=problem.d, stride_dz=pitch, v0=v0, columns=columns,
+        DZ_TMA=dz_tma, WEIGHTED=weighted, DBIAS=sums is not None,
+        BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_D=tile.depth, GROUP_N=launch.group_n, FLATTEN=tile.flatten,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if dbias is not None and sums is not None:
+        if call.order is None:
+            torch.sum(sums, 0, out=dbias[v0:v1])
+        else:
+            dbias.index_copy_(0, call.order[v0:v1], sums.sum(0))
+    return dz[:, :columns]
+
+
+def _rows_of_c(call: Call, v0: int, v1: int) -> Tensor:
+    """(v1 - v0, D) rows of ``c`` in the products' dtype; a view where no copy is needed."""
+    rows = call.c[v0:v1] if call.order is None else call.c.index_select(0, call.order[v0:v1])
+    return rows.to(call.problem.dtype)
+
+
+def _add_product(dz: Tensor, c: Tensor, total: Tensor | None) -> Tensor:
+    """total + dz c in float32."""
+    if dz.dtype == torch.float32:
+        return torch.mm(dz, c) if total is None else total.addmm_(dz, c)
+    if total is None:
+        return product(dz, c, torch.float32)
+    return product(dz, c, torch.float32, total)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor:
+    """a b, added to ``total`` in place, of a dtype wider than the factors'."""
+    if a.device.type == "cpu":  # the interpreter: the library has no such product there
+        product = torch.mm(a.to(dtype), b.to(dtype))
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+
+
+def _write(call: Call, dc: Tensor, v0: int, v1: int, dz: Tensor) -> None:
+    """Rows of dC, dz^T e, in the dtype of ``c``."""
+    if call.order is None and dc.dtype == call.e.dtype:
+        torch.mm(dz.T, call.e, out=dc[v0:v1])
+        return
+    rows = torch.mm(dz.T, call.e).to(dc.dtype)
+    if call.order is None:
+        dc[v0:v1] = rows
+    else:
+        dc.index_copy_(0, call.order[v0:v1], rows)

@@ -1,0 +1,247 @@
+"""The filtered backward: live tiles only, and what stands for the dead ones (docs/algorithm.md, steps 3 to 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from cce.backends.triton import plan as plans
+from cce.backends.triton.call import Call
+from cce.backends.triton.exact import product
+from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
+from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel, sort_rows_kernel
+from cce.backends.triton.kernels.gradient import sparse_kernel
+from cce.backends.triton.kernels.products import dbias_kernel, dc_kernel, de_kernel
+from cce.backends.triton.operands import descriptor, tma_ready
+from cce.backends.triton.sizes import row_blocks, slot_bytes
+from cce.problem import Gradients, Inputs, Maps, Outputs, Upstream
+from cce.worklist import WorkList, target_positions
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of ``e`` as the products read them.
+
+    Attributes:
+        e: a copy in the work list's order, with zeros for rows that want no gradient; or ``e`` as it is.
+        copied: which of the two.
+    """
+
+    e: Tensor
+    copied: bool
+
+    @classmethod
+    def of(cls, call: Call, live: plans.Live) -> Rows:
+        """A copy if it takes no more than a third of the scratch memory."""
+        if 3 * call.problem.n * call.problem.d * call.e.element_size() > call.spec.scratch_bytes:
+            return cls(call.e, False)
+        return cls(sorted_rows(call, live, 0, call.problem.n), True)
+
+
+def sorted_rows(call: Call, live: plans.Live, n0: int, n1: int) -> Tensor:
+    """(n1 - n0, D): rows n0 to n1 of the work list's order."""
+    d = call.problem.d
+    out = call.empty(n1 - n0, d, dtype=call.e.dtype)
+    sort_rows_kernel[(n1 - n0, triton.cdiv(d, 1024))](
+        call.e, live.row_order[n0:n1], live.keep, out, d, call.e.stride(0), call.e.stride(1), BLOCK_D=1024
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class Dead:
+    """What the dead tiles add.
+
+    Attributes:
+        de: (N, D) float32, m^T cbar, rows in the work list's order; None where dE is not wanted.
+        mass_e: (T, D) float32, m e; mass: (T,) row sums of m.
+    """
+
+    de: Tensor | None
+    mass_e: Tensor | None
+    mass: Tensor | None
+
+
+def filtered(
+    call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]
+) -> Gradients[Tensor]:
+    """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
+    problem = call.problem
+    formula = Formula.of(call, inputs, outputs, upstream)
+    live = plans.find_live(call, formula.target_place, maps, upstream)
+    rows = Rows.of(call, live)
+    dead = None
+    if call.spec.compensate:
+        dead = _compensation(call, formula, live, rows, maps)
+    total = None
+    if problem.grad_e:
+        total = dead.de if dead is not None else torch.zeros(problem.n, problem.d, device=call.e.device)
+        assert total is not None
+        if formula.upstream.s is not None:
+            add_rank_one_de(call, inputs.logit_weight, formula.upstream.s.index_select(0, live.row_order), total)
+    dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
+    dbias = call.empty(problem.v) if problem.grad_bias else None
+    run = _Run(call, formula, live, rows, dead)
+    for chunk in range(run.plan.chunks):
+        run.dz(chunk, dbias is not None)
+        if total is not None:
+            run.add_de(chunk, total)
+        if dc is not None:
+            run.write_dc(chunk, dc)
+        if dbias is not None:
+            run.write_dbias(chunk, dbias)
+    del run, rows, dead
+    de = finish_de(call, total, live.row_order, formula.norm) if total is not None else None
+    if formula.upstream.s is not None:
+        s = formula.upstream.s if formula.norm is None else formula.upstream.s * formula.norm
+        add_rank_one_dc(call, inputs.logit_weight, s, dc, dbias)
+    return Gradients(de, dc, dbias)
+
+
+def _compensation(call: Call, formula: Formula, live: plans.Live, rows: Rows, maps: Maps[Tensor]) -> Dead:
+    """The products with the dead tiles' mass, in pieces of the map that fit into the scratch memory."""
+    problem, t = call.problem, call.tiles
+    n, d = problem.n, problem.d
+    piece = max(1, min(t, call.spec.scratch_bytes // 4 // (n * problem.dtype.itemsize)))
+    m = call.empty(piece, n, dtype=problem.dtype)
+    means = mean_rows(call) if problem.grad_e else None
+    de = None
+    mass_e = call.empty(t, d) if problem.grad_c else None
+    mass = call.empty(t) if problem.grad_bias else None
+    for t0 in range(0, t, piece):
+        t1 = min(t, t0 + piece)
+        part = _dead_mass(call, formula, live, maps, m, t0, t1)  # (t1 - t0, N)
+        if means is not None:
+            de = product(part.T, means[t0:t1], torch.float32, de)
+        if mass_e is not None:
+            _times_e(call, live, rows, part, mass_e[t0:t1])
+        if mass is not None:
+            torch.sum(part, 1, dtype=torch.float32, out=mass[t0:t1])
+    return Dead(de, mass_e, mass)
+
+
+def mean_rows(call: Call) -> Tensor:
+    """(T, D) the mean row of ``c`` of each vocabulary block, in the products' dtype."""
+    problem = call.problem
+    means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
+    mean_rows_kernel[(call.tiles, triton.cdiv(problem.d, 256))](
+        call.c, call.order, None, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
+        ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
+    )  # fmt: skip
+    return means
+
+
+def _dead_mass(
+    call: Call, formula: Formula, live: plans.Live, maps: Maps[Tensor], m: Tensor, t0: int, t1: int
+) -> Tensor:
+    """(t1 - t0, N): the sum of dx over the columns of each dead tile, rows in the work list's order."""
+    assert maps.tile_mass is not None
+    n, outputs = call.problem.n, formula.outputs
+    dead_mass_kernel[(t1 - t0, triton.cdiv(n, 1024))](
+        maps.tile_mass, maps.tile_entropy, live.live, live.row_order, live.keep, outputs.lse, outputs.entropy,
+        formula.upstream.a, formula.upstream.h, m, n, call.problem.v, live.live.shape[1], maps.tile_mass.stride(0),
+        call.softcap, t0, ENTROPY=formula.upstream.h is not None, SOFTCAP=call.problem.softcap is not None,
+        BLOCK_N=call.block_n, BLOCK_V=call.block_v, BLOCK=1024,
+    )  # fmt: skip
+    return m[: t1 - t0]
+
+
+def _times_e(call: Call, live: plans.Live, rows: Rows, m: Tensor, out: Tensor) -> None:
+    """out = m e, (tiles, D); without a copy of the sorted rows, some of them at a time."""
+    n, d = call.problem.n, call.problem.d
+    if rows.copied:
+        out.copy_(product(m, rows.e, torch.float32))
+        return
+    step = max(1, call.spec.scratch_bytes // 8 // (d * call.e.element_size()))
+    out.zero_()
+    for n0 in range(0, n, step):
+        n1 = min(n, n0 + step)
+        product(m[:, n0:n1], sorted_rows(call, live, n0, n1), torch.float32, out)
+
+
+class _Run:
+    """The scratch memory, and the launches of one chunk."""
+
+    def __init__(self, call: Call, formula: Formula, live: plans.Live, rows: Rows, dead: Dead | None) -> None:
+        self.call, self.formula, self.live, self.rows, self.dead = call, formula, live, rows, dead
+        problem, tile = call.problem, call.launch.sparse
+        left = call.spec.scratch_bytes - (rows.e.nbytes if rows.copied else 0)
+        slots = max(left // slot_bytes(problem, call.spec), 2 * row_blocks(problem, call.spec))
+        self.plan = plans.make(call, live, slots, tile.columns // call.block_v)
+        slots = self.plan.max_items
+        self.scratch = call.empty(slots * call.block_n, call.block_v, dtype=problem.dtype)
+        self.entries = call.empty(slots, call.block_v, dtype=torch.int32)
+        self.sums = call.empty(slots, call.block_v) if problem.grad_bias else None
+        self.counters = torch.zeros(self.plan.chunks, dtype=torch.int32, device=call.e.device)
+        self.dz_tma = call.launch.tma and tma_ready(self.scratch)
+
+    def dz(self, chunk: int, sums: bool) -> None:
+        """dx of the chunk's live tiles into the scratch memory."""
+        call, plan, tile, problem = self.call, self.plan, self.call.launch.sparse, self.call.problem
+        operands = call.operands(tile, self.rows.e, gathered_c=True)
+        if not self.rows.copied:  # rows of a block are anywhere
+            operands |= {"e": self.rows.e, "E_TMA": False}
+        arguments = self.formula.arguments()
+        sparse_kernel[(call.launch.programs,)](
+            **operands, **arguments, dz=self.scratch, dbias=self.sums, slot_entries=self.entries,
+            row_order=self.live.row_order, keep=self.live.keep, tile_list=plan.tile_list,
+            item_block=plan.item_block, item_first=plan.item_first, item_slot=plan.item_slot,
+            item_count=plan.item_count, items=plan.items,
+            N=problem.n, V=problem.v, D=problem.d, T=call.tiles, chunk=chunk, max_items=plan.max_items,
+            SORTED=self.rows.copied, DBIAS=sums, MASK=problem.v % call.block_v != 0,
+            BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_V=call.block_v, BLOCK_D=tile.depth, FLATTEN=tile.flatten,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def add_de(self, chunk: int, total: Tensor) -> None:
+        """total += dx c."""
+        call, plan, tile, problem = self.call, self.plan, self.call.launch.de, self.call.problem
+        blocks = plan.before.shape[0]
+        dz = descriptor(self.scratch, call.block_n, tile.depth) if self.dz_tma else self.scratch
+        de_kernel[(blocks * triton.cdiv(problem.d, tile.columns),)](
+            dz, call.c, self.entries, plan.before, plan.chunk_start, total, problem.n, problem.d, call.tiles, blocks,
+            call.c.stride(0), call.c.stride(1), chunk, DZ_TMA=self.dz_tma, EVEN_D=problem.d % tile.columns == 0,
+            DOT=call.operands(tile, self.rows.e, gathered_c=True)["DOT"], PRECISION=call.precision,
+            BLOCK_N=call.block_n, BLOCK_V=call.block_v, BLOCK_D=tile.columns, BLOCK_K=tile.depth,
+            BLOCKS=triton.next_power_of_2(blocks), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def write_dc(self, chunk: int, dc: Tensor) -> None:
+        """Rows of dC of the chunk's entries."""
+        call, plan, tile, problem = self.call, self.plan, self.call.launch.dc, self.call.problem
+        e, e_tma = self.rows.e, self.rows.copied and call.e_tma(self.rows.e)
+        mass_e = None if self.dead is None else self.dead.mass_e
+        dc_kernel[(call.launch.programs,)](
+            descriptor(self.scratch, tile.depth, call.block_v) if self.dz_tma else self.scratch,
+            descriptor(e, tile.depth, tile.columns) if e_tma else e,
+            call.order, self.live.row_order, self.live.keep, plan.live_count, plan.block_list, plan.slot_list,
+            plan.chunk_start, self.counters, mass_e, self.formula.norm, dc, problem.n, problem.v, problem.d,
+            plan.before.shape[0], e.stride(0), e.stride(1), dc.stride(0), chunk, SORTED=self.rows.copied,
+            DZ_TMA=self.dz_tma, E_TMA=e_tma, DOT=call.operands(tile, e, gathered_c=True)["DOT"],
+            PRECISION=call.precision, ORDER=call.order is not None, COMPENSATE=mass_e is not None,
+            NORM=self.formula.norm is not None, BLOCK_N=call.block_n, BLOCK_V=call.block_v, BLOCK_D=tile.columns,
+            BLOCK_K=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def write_dbias(self, chunk: int, dbias: Tensor) -> None:
+        """dbias of the chunk's entries."""
+        call, plan = self.call, self.plan
+        mass = None if self.dead is None else self.dead.mass
+        dbias_kernel[(call.launch.programs,)](
+            self.sums, call.order, plan.live_count, plan.block_list, plan.slot_list, plan.chunk_start, mass,
+            self.formula.norm, dbias, call.problem.v, plan.before.shape[0], chunk, ORDER=call.order is not None,
+            COMPENSATE=mass is not None, NORM=self.formula.norm is not None, BLOCK_V=call.block_v,
+        )  # fmt: skip
+
+
+def live_tiles(call: Call, inputs: Inputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]) -> WorkList:
+    """The live tiles, as other backends tell them."""
+    place = target_positions(inputs).to(torch.int32).contiguous()
+    live = plans.find_live(call, place, maps, upstream)
+    position = torch.empty_like(live.row_order)
+    position[live.row_order] = torch.arange(call.problem.n, device=position.device)
+    found = live.live != 0  # (T, B)
+    return WorkList(live.row_order, found.T, found.index_select(1, position // call.block_n))

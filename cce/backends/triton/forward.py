@@ -1,0 +1,161 @@
+"""The forward's launches: statistics of the tiles, their reduction, the maps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from cce.backends.triton.call import Call
+from cce.backends.triton.kernels.compensation import mean_rows_kernel
+from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
+from cce.problem import HIT, Inputs, Maps, Outputs, Problem
+from cce.spec import Spec
+
+_MOST_SPLITS = 64  # reduce_kernel holds all splits of some rows at once
+
+
+def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
+    """Outputs of all rows with a target; 0 (-1 for the prediction) of the others. Fills ``maps``."""
+    call = Call.of(inputs, problem, spec)
+    in_use = (inputs.targets >= 0).any(1)
+    target_logits = target_logits_of(call, inputs.targets)
+    capped = problem.softcap is not None
+    weight = None
+    if "weighted_logit" in problem.outputs and capped:
+        weight = weights_of(call, inputs.logit_weight)
+    splits, tiles = _statistics(call, in_use, weight, maps)
+    outputs = _reduce(call, inputs.targets, in_use, target_logits, splits)
+    if maps.tile_mass is not None:
+        _fill(call, outputs.lse, in_use, tiles, maps)
+    if "weighted_logit" in problem.outputs and not capped:
+        weighted = closed_form(call, inputs.logit_weight, in_use)
+        return Outputs(outputs.lse, target_logits, outputs.entropy, weighted, outputs.prediction)
+    return outputs
+
+
+def target_logits_of(call: Call, targets: Tensor) -> Tensor:
+    """(N, K) z[i, targets[i, k]], 0 where the target is -1."""
+    found = call.empty(*targets.shape)
+    _target_kernel(call, call.c, call.bias, targets, found)
+    return found
+
+
+def closed_form(call: Call, logit_weight: Tensor | None, in_use: Tensor) -> Tensor:
+    """(N,) sum_v u_v z_iv without a softcap: scale (e_i . sum_v u_v c_v + sum_v u_v bias_v)."""
+    u = weights_of(call, logit_weight)
+    mean = weighted_rows(call, u)[None]  # (1, D)
+    bias = None if call.bias is None else (u * call.bias).sum()[None]
+    found = call.empty(call.problem.n, 1)
+    _target_kernel(call, mean, bias, in_use.to(torch.int64).sub_(1)[:, None], found)  # target 0, or none
+    return found[:, 0]
+
+
+def weights_of(call: Call, logit_weight: Tensor | None) -> Tensor:
+    """(V,) float32 weights u; 1 / V each if none are given."""
+    if logit_weight is None:
+        return torch.full((call.problem.v,), 1 / call.problem.v, device=call.e.device)
+    return logit_weight.to(torch.float32)
+
+
+def weighted_rows(call: Call, u: Tensor) -> Tensor:
+    """(D,) sum_v u_v c_v, float32."""
+    rows, step = 1024, 64
+    parts = call.empty(triton.cdiv(call.problem.v, rows), call.problem.d)
+    mean_rows_kernel[(len(parts), triton.cdiv(call.problem.d, 128))](
+        call.c, None, u, parts, call.problem.v, call.problem.d, call.c.stride(0), call.c.stride(1),
+        ORDER=False, WEIGHTED=True, ROWS=rows, STEP=step, BLOCK_D=128,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+def _target_kernel(call: Call, c: Tensor, bias: Tensor | None, targets: Tensor, found: Tensor) -> None:
+    n, k = targets.shape
+    formula = {**call.formula(), "BIAS": bias is not None}
+    block = min(1024, triton.next_power_of_2(call.problem.d))
+    target_kernel[(n, k)](
+        call.e, c, bias, targets.contiguous(), found, call.problem.d, k, call.e.stride(0), call.e.stride(1),
+        c.stride(0), c.stride(1), call.problem.logit_scale, call.softcap, **formula, BLOCK_D=block,
+    )  # fmt: skip
+
+
+def _splits(call: Call) -> int:
+    """Stretches of the vocabulary: enough programs to fill the chip evenly, few enough to reduce at once."""
+    tile = call.launch.forward
+    blocks, tiles = triton.cdiv(call.problem.n, tile.rows), triton.cdiv(call.problem.v, tile.columns)
+    wanted = -(-call.launch.waves * call.launch.programs // blocks)
+    return max(1, min(tiles, _MOST_SPLITS, wanted))
+
+
+def _statistics(
+    call: Call, in_use: Tensor, weight: Tensor | None, maps: Maps[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Per row: what each split found, [splits, N], and the tiles' statistics, [T, N], if there are maps."""
+    problem, spec, tile = call.problem, call.spec, call.launch.forward
+    n, splits = problem.n, _splits(call)
+    found = {name: call.empty(splits, n) for name in ("split_max", "split_sum")}
+    entropy, prediction = "entropy" in problem.outputs, "prediction" in problem.outputs
+    if entropy:
+        found["split_gap"] = call.empty(splits, n)
+    if weight is not None:
+        found["split_weighted"] = call.empty(splits, n)
+    if prediction:
+        found["split_best"] = call.empty(splits, n, dtype=torch.int32)
+    tiles = {}
+    if maps.tile_mass is not None:
+        names = ["tile_lse", *(["tile_max"] if spec.filter == "element" else [])]
+        names += ["tile_entropy"] if maps.tile_entropy is not None else []
+        # Whole tiles of the product store whole rows of the maps.
+        height = triton.cdiv(problem.v, tile.columns) * (tile.columns // call.block_v)
+        tiles = {name: call.empty(height, n) for name in names}
+    forward_kernel[(triton.cdiv(n, tile.rows) * splits,)](
+        **call.operands(tile, call.e), weight=weight, in_use=in_use,
+        **{name: found.get(name) for name in ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")},
+        **{name: tiles.get(name) for name in ("tile_lse", "tile_max", "tile_entropy")},
+        N=n, V=problem.v, D=problem.d, stride_t=n, SPLITS=splits,
+        ONLINE=spec.lse_accumulation == "online", ENTROPY=entropy, WEIGHTED=weight is not None, PREDICTION=prediction,
+        MAPS=bool(tiles), TILE_ENTROPY="tile_entropy" in tiles, ELEMENT="tile_max" in tiles,
+        BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_V=call.block_v if tiles else tile.columns, BLOCK_D=tile.depth,
+        GROUP_N=call.launch.group_n, FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return found, tiles
+
+
+def _reduce(
+    call: Call, targets: Tensor, in_use: Tensor, target_logits: Tensor, found: dict[str, Tensor]
+) -> Outputs[Tensor]:
+    problem = call.problem
+    n, splits = problem.n, len(found["split_max"])
+    extra = {
+        name: call.empty(n)
+        for name, part in (("entropy", "split_gap"), ("weighted_logit", "split_weighted"))
+        if part in found
+    }
+    if "split_best" in found:
+        extra["prediction"] = call.empty(n, dtype=torch.int64)
+    lse = call.empty(n)
+    block = 32
+    reduce_kernel[(triton.cdiv(n, block),)](
+        **{name: found.get(name) for name in ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")},
+        target_logits=target_logits, targets=targets.contiguous(), in_use=in_use, order=call.order, lse=lse,
+        **{name: extra.get(name) for name in ("entropy", "weighted_logit", "prediction")},
+        N=n, K=targets.shape[1], SPLITS=splits, ORDER=call.order is not None, ENTROPY="split_gap" in found,
+        WEIGHTED="split_weighted" in found, PREDICTION="split_best" in found,
+        BLOCK_N=block, BLOCK_S=triton.next_power_of_2(splits),
+    )  # fmt: skip
+    return Outputs(lse, target_logits, **extra)
+
+
+def _fill(call: Call, lse: Tensor, in_use: Tensor, tiles: dict[str, Tensor], maps: Maps[Tensor]) -> None:
+    """The maps the backward reads."""
+    assert maps.tile_mass is not None and call.spec.threshold is not None
+    n, t = call.problem.n, call.tiles
+    block_n, block_t = 256, 8
+    mass_kernel[(triton.cdiv(t, block_t), triton.cdiv(n, block_n))](
+        tiles["tile_lse"], tiles.get("tile_max", tiles["tile_lse"]), lse, in_use, maps.tile_mass,
+        tiles.get("tile_entropy"), maps.tile_entropy, n, t, n, maps.tile_mass.stride(0),
+        math.log(call.spec.threshold), HIT=HIT, TILE_ENTROPY=maps.tile_entropy is not None,
+        BLOCK_N=block_n, BLOCK_T=block_t,
+    )  # fmt: skip

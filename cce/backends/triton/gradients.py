@@ -1,0 +1,81 @@
+"""What the exact and the filtered backward share: the arguments of the gradient's formula, and the sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from cce.backends.scaling import norm_of, scaled
+from cce.backends.triton.call import Call
+from cce.backends.triton.forward import weighted_rows, weights_of
+from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
+from cce.problem import Inputs, Outputs, Upstream
+from cce.worklist import target_positions
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Per row of the problem: what the gradient of a logit is made from.
+
+    Attributes:
+        upstream: gradients of the outputs, times the logit scale, over ``norm``.
+        norm: a power of two (a tensor of one element), or None.
+        target_place: (N, K) int32, places of the targets in the vocabulary order, -1 for none.
+    """
+
+    outputs: Outputs[Tensor]
+    upstream: Upstream[Tensor]
+    norm: Tensor | None
+    target_place: Tensor
+
+    @classmethod
+    def of(cls, call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]) -> Formula:
+        norm = norm_of(upstream, call.problem.dtype)
+        place = target_positions(inputs).to(torch.int32).contiguous()
+        return cls(outputs, scaled(upstream, call.problem.logit_scale, norm), norm, place)
+
+    def arguments(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        upstream = self.upstream
+        return {
+            "lse": self.outputs.lse,
+            "entropy": self.outputs.entropy,
+            "a": upstream.a.contiguous(),
+            "g": upstream.g.contiguous(),
+            "h": upstream.h,
+            "targets": self.target_place,
+            "K": self.target_place.shape[1],
+            "ENTROPY": upstream.h is not None,
+            "ONE_TARGET": self.target_place.shape[1] == 1,
+        }
+
+
+def finish_de(call: Call, total: Tensor, row_order: Tensor | None, norm: Tensor | None) -> Tensor:
+    """dE (N, D) in the dtype of ``e``; ``total`` holds its rows in ``row_order``."""
+    problem = call.problem
+    de = call.empty(problem.n, problem.d, dtype=problem.e_dtype)
+    finish_kernel[(problem.n, triton.cdiv(problem.d, 1024))](
+        total, row_order, norm, de, problem.n, problem.d, de.stride(0), SORTED=row_order is not None,
+        NORM=norm is not None, BLOCK_D=1024,
+    )  # fmt: skip
+    return de
+
+
+def add_rank_one_de(call: Call, weights: Tensor | None, s: Tensor, total: Tensor) -> None:
+    """dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``s`` (N,) is times the logit scale."""
+    total.addr_(s, weighted_rows(call, weights_of(call, weights)))
+
+
+def add_rank_one_dc(call: Call, weights: Tensor | None, s: Tensor, dc: Tensor | None, dbias: Tensor | None) -> None:
+    """The same of dC and dbias: dC_v += u_v sum_i s_i e_i, dbias_v += u_v sum_i s_i."""
+    problem, u = call.problem, weights_of(call, weights)
+    if dc is not None:
+        e = torch.where((s != 0)[:, None], call.e, 0)  # a row that does not count may be NaN
+        total = torch.mv(e.to(torch.float32).T, s)
+        rank_one_kernel[(problem.v, triton.cdiv(problem.d, 1024))](dc, u, total, problem.d, dc.stride(0), BLOCK_D=1024)
+    if dbias is not None:
+        dbias.add_(u * s.sum())

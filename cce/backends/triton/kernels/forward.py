@@ -1,0 +1,241 @@
+"""Forward: statistics of every tile's rows, then of the rows; the logits stay in registers.
+
+Steps 1 and 2 of docs/algorithm.md. A program owns BLOCK_N rows and one of SPLITS stretches of the vocabulary and walks
+along it, carrying each row's maximum and sum; ``reduce_kernel`` joins the splits in ascending order, so the bits are
+the same every run. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter.
+"""
+
+import triton
+import triton.language as tl
+
+from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, entries_of, logit_tile, wide
+
+
+@triton.jit
+def unit_of(pid, blocks, SPLITS, GROUP_N: tl.constexpr):
+    """Row block and split of a program: GROUP_N row blocks run side by side, so that they share what they read."""
+    group = pid // (GROUP_N * SPLITS)
+    first = group * GROUP_N
+    size = tl.minimum(blocks - first, GROUP_N)
+    inside = pid - group * GROUP_N * SPLITS
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def finite(m):
+    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
+    return tl.where(m == NEG_INF, 0.0, m)
+
+
+@triton.jit
+def add_tile(
+    z, t, rows, weight, entries, m, s, gap, weighted, best,
+    N, V, stride_t, tile_lse, tile_max, tile_entropy,
+    ONLINE: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
+    MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr, ELEMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Epilogue of a tile: its statistics in blocks of BLOCK_V, stored if there are maps, and added to the row's.
+
+    s = sum exp(z - m) and gap = sum exp(z - m) (m - z); every term of gap is at least 0, and so is the entropy
+    log s + gap / s. The sums of a block are taken about its own maximum, with ONLINE about the running one.
+    """
+    TILES: tl.constexpr = TILE_V // BLOCK_V
+    z3 = tl.reshape(z, (BLOCK_N, TILES, BLOCK_V))
+    tile_m = tl.max(z3, 2)  # [BLOCK_N, TILES]
+    row_m = tl.max(tile_m, 1)  # [BLOCK_N]
+    m_new = tl.maximum(m, row_m)
+    if ONLINE:
+        shift = tl.broadcast_to(finite(m_new)[:, None], (BLOCK_N, TILES))
+    else:
+        shift = finite(tile_m)
+    p = tl.exp2(z3 * LOG2E - (shift * LOG2E)[:, :, None])
+    tile_s = tl.sum(p, 2)
+    if ENTROPY:
+        tile_gap = tl.sum(tl.where(p > 0, p * (shift[:, :, None] - z3), 0.0), 2)
+    if MAPS:
+        where = (t * TILES + tl.arange(0, TILES))[None, :].to(tl.int64) * stride_t + rows[:, None]
+        inside = tl.broadcast_to((rows < N)[:, None], (BLOCK_N, TILES))
+        tl.store(tile_lse + where, shift + tl.log2(tile_s) * LN2, mask=inside)
+        if ELEMENT:
+            tl.store(tile_max + where, tile_m, mask=inside)
+        if TILE_ENTROPY:
+            tile_h = tl.where(tile_s > 0, tl.log2(tile_s) * LN2 + tile_gap / tile_s, 0.0)
+            tl.store(tile_entropy + where, tile_h, mask=inside)
+
+    safe = finite(m_new)
+    old = tl.exp2((m - safe) * LOG2E)  # 0 for the first tile, where m = -inf
+    new = tl.exp2((shift - safe[:, None]) * LOG2E)  # [BLOCK_N, TILES]; 1 with ONLINE
+    if ENTROPY:
+        moved = tl.where(s > 0, (gap + s * (safe - m)) * old, 0.0)
+        gap = moved + tl.sum((tile_gap + tile_s * (safe[:, None] - shift)) * new, 1)
+    s = s * old + tl.sum(tile_s * new, 1)
+    if WEIGHTED:
+        u = tl.load(weight + entries)
+        u = tl.where(t * TILE_V + tl.arange(0, TILE_V) < V, u, 0.0)[None, :]
+        weighted += tl.sum(tl.where(u == 0, 0.0, z * u), 1)
+    if PREDICTION:
+        # Not of NaN, which a row that does not count may hold: the interpreter refuses to find its maximum.
+        place = t * TILE_V + tl.argmax(tl.where(z == z, z, NEG_INF), 1, tie_break_left=True)
+        best = tl.where(row_m > m, place, best)
+    return m_new, s, gap, weighted, best
+
+
+@triton.jit
+def forward_kernel(
+    e, c, bias, order, weight, in_use,
+    split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
+    tile_lse, tile_max, tile_entropy,  # [T, N]
+    N, V, D, stride_en, stride_ed, stride_cv, stride_cd, stride_t, scale, softcap, SPLITS,
+    E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    ONLINE: tl.constexpr,
+    ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
+    MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr, ELEMENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    # Tile origin: the rows of block i, and for each t of the split TILE_V places of the vocabulary from t TILE_V.
+    i, split = unit_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), SPLITS, GROUP_N)
+    row0 = i * BLOCK_N
+    rows = row0 + tl.arange(0, BLOCK_N)
+    if tl.max(tl.load(in_use + rows, mask=rows < N, other=0).to(tl.int32), 0) == 0:
+        return
+    read = wide(tl.minimum(rows, N - 1), WIDE)
+    tiles = tl.cdiv(V, TILE_V)
+    whole = V // TILE_V
+    first, last = split * tiles // SPLITS, (split + 1) * tiles // SPLITS
+
+    m = tl.full((BLOCK_N,), NEG_INF, tl.float32)
+    s = tl.zeros((BLOCK_N,), tl.float32)
+    gap = tl.zeros((BLOCK_N,), tl.float32)
+    weighted = tl.zeros((BLOCK_N,), tl.float32)
+    best = tl.zeros((BLOCK_N,), tl.int32)
+    for t in tl.range(first, tl.minimum(last, whole), flatten=FLATTEN):
+        # Logit tile: z = softcap tanh(scale (e c^T + bias) / softcap).
+        entries = entries_of(t * TILE_V + tl.arange(0, TILE_V), order, V, ORDER, WIDE)
+        z = logit_tile(e, c, row0, read, t * TILE_V, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
+                       E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
+        z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
+        m, s, gap, weighted, best = add_tile(
+            z, t, rows, weight, entries, m, s, gap, weighted, best,
+            N, V, stride_t, tile_lse, tile_max, tile_entropy,
+            ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
+    if last > whole:
+        # The ragged last tile: its columns beyond V are masked after the softcap, which would undo it.
+        entries = entries_of(whole * TILE_V + tl.arange(0, TILE_V), order, V, ORDER, WIDE)
+        z = logit_tile(e, c, row0, read, whole * TILE_V, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
+                       E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
+        z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
+        z = tl.where((whole * TILE_V + tl.arange(0, TILE_V) < V)[None, :], z, NEG_INF)
+        m, s, gap, weighted, best = add_tile(
+            z, whole, rows, weight, entries, m, s, gap, weighted, best,
+            N, V, stride_t, tile_lse, tile_max, tile_entropy,
+            ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
+
+    # Store: one number a row and split.
+    where = split.to(tl.int64) * N + rows
+    tl.store(split_max + where, m, mask=rows < N)
+    tl.store(split_sum + where, s, mask=rows < N)
+    if ENTROPY:
+        tl.store(split_gap + where, gap, mask=rows < N)
+    if WEIGHTED:
+        tl.store(split_weighted + where, weighted, mask=rows < N)
+    if PREDICTION:
+        tl.store(split_best + where, best, mask=rows < N)
+
+
+@triton.jit
+def reduce_kernel(
+    split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
+    target_logits, targets, in_use, order, lse, entropy, weighted_logit, prediction,
+    N, K, SPLITS,
+    ORDER: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Joins the splits of some rows; ignored rows get 0, and -1 for the prediction."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    splits = tl.arange(0, BLOCK_S)[:, None]
+    used = tl.load(in_use + rows, mask=rows < N, other=0) != 0
+    inside = (splits < SPLITS) & used[None, :]
+    where = splits.to(tl.int64) * N + rows[None, :]
+    m = tl.load(split_max + where, mask=inside, other=NEG_INF)  # [BLOCK_S, BLOCK_N]
+    s = tl.load(split_sum + where, mask=inside, other=0.0)
+
+    row_m = finite(tl.max(m, 0))[None, :]
+    w = tl.exp2((m - row_m) * LOG2E)  # 0 where m = -inf
+    row_lse = row_m + tl.log2(tl.sum(s * w, 0))[None, :] * LN2
+    if ENTROPY:
+        # The chain rule: H = sum_k w_k (H_k - log w_k) with w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k.
+        gap = tl.load(split_gap + where, mask=inside & (s > 0), other=0.0)
+        s_safe = tl.where(s > 0, s, 1.0)
+        log_w = tl.where(s > 0, m + tl.log2(s_safe) * LN2 - finite(row_lse), 0.0)
+        terms = tl.exp2(log_w * LOG2E) * (tl.log2(s_safe) * LN2 + gap / s_safe - log_w)
+        h = tl.sum(tl.where(s > 0, terms, 0.0), 0)
+        tl.store(entropy + rows, tl.maximum(h, 0.0), mask=rows < N)
+    if WEIGHTED:
+        parts = tl.load(split_weighted + where, mask=inside, other=0.0)
+        tl.store(weighted_logit + rows, tl.sum(parts, 0), mask=rows < N)
+    if PREDICTION:
+        first = tl.argmax(m, 0, tie_break_left=True)[None, :]
+        parts = tl.load(split_best + where, mask=inside, other=0)
+        place = tl.sum(tl.where(splits == first, parts, 0), 0)
+        if ORDER:
+            entry = tl.load(order + place, mask=used, other=-1)
+        else:
+            entry = place.to(tl.int64)
+        tl.store(prediction + rows, tl.where(used, entry, -1), mask=rows < N)
+    # The targets' logits come from another kernel: lse is at least each of them, so that no loss is negative.
+    lse_rows = tl.sum(row_lse, 0)
+    for k in range(K):
+        target = tl.load(targets + rows.to(tl.int64) * K + k, mask=used, other=-1)
+        z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=target >= 0, other=NEG_INF)
+        lse_rows = tl.maximum(lse_rows, z)
+    tl.store(lse + rows, tl.where(used, lse_rows, 0.0), mask=rows < N)
+
+
+@triton.jit
+def target_kernel(
+    e, c, bias, targets, target_logits,
+    D, K, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """z[i, target] of one row and one of its K targets: a dot product; 0 where there is none."""
+    i, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    target = tl.load(targets + i * K + k)
+    total = 0.0
+    if target >= 0:
+        products = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            e_row = tl.load(e + i * stride_en + d * stride_ed, mask=d < D, other=0.0).to(tl.float32)
+            c_row = tl.load(c + target * stride_cv + d * stride_cd, mask=d < D, other=0.0).to(tl.float32)
+            products += e_row * c_row
+        z = cap(tl.sum(products, 0) + tl.zeros((1, 1), tl.float32), target + tl.zeros((1,), tl.int64),
+                bias, scale, softcap, BIAS, SCALE, SOFTCAP)  # fmt: skip
+        total = tl.sum(tl.sum(z, 1), 0)
+    tl.store(target_logits + i * K + k, total)
+
+
+@triton.jit
+def mass_kernel(
+    tile_lse, tile_max, lse, in_use, tile_mass, tile_entropy, map_entropy,
+    N, T, stride_t, stride_mass, log_threshold,
+    HIT: tl.constexpr, TILE_ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """The map the backward reads: exp(tile_lse - lse), or HIT where the filter's quantity exceeds the threshold.
+
+    ``tile_max`` is that quantity's logarithm: the largest logit for "element", tile_lse itself for "tile".
+    """
+    tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    inside = (tiles < T) & (rows < N)
+    used = tl.load(in_use + rows, mask=rows < N, other=0) != 0
+    row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
+    where = tiles.to(tl.int64) * stride_t + rows
+    mass = tl.exp2((tl.load(tile_lse + where, mask=inside & used, other=NEG_INF) - finite(row_lse)) * LOG2E)
+    hit = tl.load(tile_max + where, mask=inside & used, other=NEG_INF) > row_lse + log_threshold
+    place = tiles.to(tl.int64) * stride_mass + rows
+    tl.store(tile_mass + place, tl.where(hit, HIT, mass), mask=inside)
+    if TILE_ENTROPY:
+        tl.store(map_entropy + place, tl.load(tile_entropy + where, mask=inside & used, other=0.0), mask=inside)

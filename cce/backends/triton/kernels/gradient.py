@@ -1,0 +1,156 @@
+"""The gradient of the logits, tile by tile, into scratch memory (docs/algorithm.md, step 4).
+
+``dense_kernel`` writes a chunk of the vocabulary for all rows, ``sparse_kernel`` the live tiles of a work list.
+"""
+
+import triton
+import triton.language as tl
+
+from cce.backends.triton.kernels.tiles import LOG2E, cap, entries_of, logit_tile, wide
+
+
+@triton.jit
+def gradient(
+    z, rows, place, V,
+    lse, entropy, a, g, h, s, weight, entries, targets, K, softcap,
+    ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, ONE_TARGET: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """dx = scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j).  # [BLOCK_N, TILE_V]
+
+    a, g, h and s have been multiplied by the scale. ``place`` [TILE_V] is where the columns stand in the vocabulary.
+    """
+    row_lse = tl.load(lse + rows)[:, None]
+    row_a = tl.load(a + rows)[:, None]
+    p = tl.exp2(z * LOG2E - row_lse * LOG2E)
+    if MASK:
+        p = tl.where((place < V)[None, :], p, 0.0)
+    if ENTROPY:
+        centre = row_lse - tl.load(entropy + rows)[:, None]
+        dz = p * (row_a + tl.load(h + rows)[:, None] * (centre - tl.maximum(z, -1e30)))  # p is 0 where z = -inf
+    else:
+        dz = p * row_a
+    if ONE_TARGET:
+        target = tl.load(targets + rows)[:, None]
+        dz = tl.where(place[None, :] == target, dz - tl.load(g + rows)[:, None], dz)
+    else:
+        for k in range(K):
+            target = tl.load(targets + rows * K + k)[:, None]
+            dz -= tl.where(place[None, :] == target, tl.load(g + rows * K + k)[:, None], 0.0)
+    if SOFTCAP:
+        if WEIGHTED:
+            u = tl.load(weight + entries)[None, :]
+            if MASK:
+                u = tl.where((place < V)[None, :], u, 0.0)
+            dz += tl.load(s + rows)[:, None] * u
+        ratio = z / softcap
+        dz *= 1 - ratio * ratio
+    return dz
+
+
+@triton.jit
+def chunk_tile(pid, blocks, tiles, GROUP_N: tl.constexpr):
+    """Row block and tile of the chunk: GROUP_N row blocks side by side, row block fastest."""
+    group = pid // (GROUP_N * tiles)
+    first = group * GROUP_N
+    size = tl.minimum(blocks - first, GROUP_N)
+    inside = pid - group * GROUP_N * tiles
+    return first + inside % size, inside // size
+
+
+@triton.jit(do_not_specialize=["v0", "columns"])
+def dense_kernel(
+    e, c, bias, order, weight, dz, dbias,
+    lse, entropy, a, g, h, s, targets,
+    N, V, D, K, stride_en, stride_ed, stride_cv, stride_cd, stride_dz, scale, softcap, v0, columns,
+    E_TMA: tl.constexpr, C_TMA: tl.constexpr, DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """dx of places v0 to v0 + columns, all rows: dz [N, columns], and its column sums over each row block."""
+    blocks, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(columns, TILE_V)
+    for tile in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
+        # Tile origin: rows of block i, places of the chunk's tile t.
+        i, t = chunk_tile(tile, blocks, tiles, GROUP_N)
+        rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        read = wide(tl.minimum(rows, N - 1), WIDE)
+        first = v0 + t * TILE_V
+        place = first + tl.arange(0, TILE_V)
+        entries = entries_of(place, order, V, ORDER, WIDE)
+        # Logit tile, as in the forward.
+        z = logit_tile(e, c, i * BLOCK_N, read, first, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
+                       E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
+        z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
+        # Epilogue. Columns beyond the chunk are stored nowhere, so they need no mask.
+        dx = gradient(z, read, place, V, lse, entropy, a, g, h, s, weight, entries, targets, K, softcap,
+                      ENTROPY, WEIGHTED, SOFTCAP, ONE_TARGET, False)  # fmt: skip
+        # Store.
+        column = t * TILE_V + tl.arange(0, TILE_V)
+        if DBIAS:
+            total = tl.sum(tl.where((rows < N)[:, None], dx, 0.0), 0)
+            tl.store(dbias + i.to(tl.int64) * columns + column, total, mask=column < columns)
+        if DZ_TMA:
+            dz.store([i * BLOCK_N, t * TILE_V], dx.to(dz.dtype))
+        else:
+            where = dz + rows.to(tl.int64)[:, None] * stride_dz + column[None, :]
+            tl.store(where, dx.to(dz.dtype.element_ty), mask=(rows < N)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def sparse_kernel(
+    e, c, bias, order, dz, dbias, slot_entries,
+    row_order, keep, tile_list, item_block, item_first, item_slot, item_count, items,
+    lse, entropy, a, g, h, targets,
+    N, V, D, K, T, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap, chunk, max_items,
+    SORTED: tl.constexpr, E_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into slots of [BLOCK_N, BLOCK_V].
+
+    SORTED: ``e`` holds the rows in the order of the work list, and zeros for those that want no gradient; else as they
+    were, and ``keep`` says which count: the others may be NaN.
+    """
+    SLOT: tl.constexpr = BLOCK_N * BLOCK_V
+    total = tl.load(items + chunk)
+    base = chunk * max_items
+    for item in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
+        # Tile origin: rows of block b in the work list's order; for each BLOCK_V columns one of its live tiles.
+        b = tl.load(item_block + base + item)
+        slot = tl.load(item_slot + base + item)
+        count = tl.load(item_count + base + item)
+        first = tl.load(item_first + base + item)
+        sorted_rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = tl.load(row_order + tl.minimum(sorted_rows, N - 1))
+        column = tl.arange(0, TILE_V)
+        # From scalars, not from a vector that is loaded: a thread would keep a number for each of its columns.
+        place = tl.load(tile_list + b * T + first) * BLOCK_V + column % BLOCK_V
+        for nth in tl.static_range(1, TILE_V // BLOCK_V):
+            t = tl.load(tile_list + b * T + first + tl.minimum(nth, count - 1))
+            place = tl.where(column // BLOCK_V == nth, t * BLOCK_V + column % BLOCK_V, place)
+        entries = entries_of(place, order, V, ORDER, WIDE)
+        # Logit tile, as in the forward.
+        if SORTED:
+            read = wide(tl.minimum(sorted_rows, N - 1), WIDE)
+        else:
+            read = wide(rows, WIDE)
+        z = logit_tile(e, c, b * BLOCK_N, read, 0, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
+                       E_TMA, False, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
+        z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
+        # Epilogue.
+        dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
+                      ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
+        counts = sorted_rows < N
+        if not SORTED:
+            counts = counts & (tl.load(keep + rows) != 0)
+        dx = tl.where(counts[:, None], dx, 0.0)
+        # Store: the tile of slot + nth, and which entries its columns are.
+        inside = column // BLOCK_V < count
+        tl.store(slot_entries + slot * BLOCK_V + column, entries.to(tl.int32), mask=inside)
+        if DBIAS:
+            tl.store(dbias + slot * BLOCK_V + column, tl.sum(dx, 0), mask=inside)
+        start = (slot + column // BLOCK_V).to(tl.int64) * SLOT + column % BLOCK_V
+        where = dz + start[None, :] + (tl.arange(0, BLOCK_N) * BLOCK_V)[:, None]
+        tl.store(where, dx.to(dz.dtype.element_ty), mask=tl.broadcast_to(inside[None, :], (BLOCK_N, TILE_V)))

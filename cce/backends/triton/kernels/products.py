@@ -1,0 +1,170 @@
+"""Block-sparse products of the live tiles: dE += dx c and dC = dx^T e (docs/algorithm.md, step 4).
+
+The order in which a sum runs is that of the work list, so the bits are the same every run. No atomics touch a result;
+``dc_kernel`` takes its next output tile from a counter, since the sums of its tiles differ in length.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def de_kernel(
+    dz, c, slot_entries, before, chunk_start, de,
+    N, D, T, blocks, stride_cv, stride_cd, chunk,
+    DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """de [N, D], rows in the work list's order: += sum over the chunk's live tiles of dx c."""
+    # Output tile: row block b, longest first, since the work list puts the rows with most hits last; columns d.
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    b = blocks - 1 - tl.program_id(0) // tiles_d
+    d = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    base, count = slots_of(b, before, chunk_start, chunk, T, blocks, BLOCKS)
+    if count == 0:
+        return
+    rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < N)[:, None] & (d < D)[None, :]
+    where = de + rows.to(tl.int64)[:, None] * D + d[None, :]
+    total = tl.load(where, mask=inside, other=0.0)  # first, not last: adding it at the end would spill registers
+    STEPS: tl.constexpr = BLOCK_V // BLOCK_K
+    for step in range(count * STEPS):
+        slot = base + step // STEPS
+        k = (step % STEPS) * BLOCK_K
+        column = k + tl.arange(0, BLOCK_K)
+        if DZ_TMA:
+            dx = dz.load([slot * BLOCK_N, k])
+        else:
+            row = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            dx = tl.load(dz + row[:, None] * BLOCK_V + column[None, :])
+        entries = tl.load(slot_entries + slot * BLOCK_V + column).to(tl.int64)
+        source = c + entries[:, None] * stride_cv + d[None, :] * stride_cd
+        if EVEN_D:
+            c_tile = tl.load(source)
+        else:
+            c_tile = tl.load(source, mask=(d < D)[None, :], other=0.0)
+        total = tl.dot(dx, c_tile.to(DOT), total, input_precision=PRECISION)
+    tl.store(where, total, mask=inside)
+
+
+@triton.jit
+def slots_of(b, before, chunk_start, chunk, T, blocks, BLOCKS: tl.constexpr):
+    """First slot and number of slots of row block b in a chunk: slots are numbered by row block, then by tile."""
+    t0, t1 = tl.load(chunk_start + chunk), tl.load(chunk_start + chunk + 1)
+    others = tl.arange(0, BLOCKS)
+    counts = tl.load(before + others * (T + 1) + t1, mask=others < blocks, other=0)
+    counts -= tl.load(before + others * (T + 1) + t0, mask=others < blocks, other=0)
+    base = tl.sum(tl.where(others < b, counts, 0), 0)
+    return base, tl.sum(tl.where(others == b, counts, 0), 0)
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def dc_kernel(
+    dz, e, order, row_order, keep, live_count, block_list, slot_list, chunk_start, counters, mass_e, norm, dc,
+    N, V, D, blocks, stride_en, stride_ed, stride_dc, chunk,
+    SORTED: tl.constexpr, DZ_TMA: tl.constexpr, E_TMA: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ORDER: tl.constexpr, COMPENSATE: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dc [V, D] of the chunk's entries: the sum over live row blocks of dx^T e, and what stands for the dead ones."""
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    t0 = tl.load(chunk_start + chunk)
+    total_items = (tl.load(chunk_start + chunk + 1) - t0) * tiles_d
+    STEPS: tl.constexpr = BLOCK_N // BLOCK_K
+    item = tl.atomic_add(counters + chunk, 1)
+    while item < total_items:
+        # Output tile: the entries of vocabulary block t, columns d.
+        t = t0 + item // tiles_d
+        d0 = (item % tiles_d) * BLOCK_D
+        d = d0 + tl.arange(0, BLOCK_D)
+        place = t * BLOCK_V + tl.arange(0, BLOCK_V)
+        if COMPENSATE:
+            columns = tl.minimum(BLOCK_V, V - t * BLOCK_V).to(tl.float32)
+            share = tl.load(mass_e + t.to(tl.int64) * D + d, mask=d < D, other=0.0) / columns
+            total = tl.broadcast_to(share[None, :], (BLOCK_V, BLOCK_D))
+        else:
+            total = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+        for step in range(tl.load(live_count + t) * STEPS):
+            b = tl.load(block_list + t * blocks + step // STEPS)
+            slot = tl.load(slot_list + t * blocks + step // STEPS)
+            k = (step % STEPS) * BLOCK_K
+            row = k + tl.arange(0, BLOCK_K)
+            if DZ_TMA:
+                dx = dz.load([slot * BLOCK_N + k, 0])
+            else:
+                dx_row = slot.to(tl.int64) * BLOCK_N + row
+                dx = tl.load(dz + dx_row[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :])
+            if E_TMA:
+                e_tile = e.load([b * BLOCK_N + k, d0])
+            else:
+                sorted_row = b * BLOCK_N + row
+                counts = sorted_row < N
+                if SORTED:
+                    e_row = tl.minimum(sorted_row, N - 1).to(tl.int64)
+                else:
+                    e_row = tl.load(row_order + tl.minimum(sorted_row, N - 1)).to(tl.int64)
+                    counts = counts & (tl.load(keep + e_row) != 0)
+                inside = counts[:, None] & (d < D)[None, :]
+                e_tile = tl.load(e + e_row[:, None] * stride_en + d[None, :] * stride_ed, mask=inside, other=0.0)
+            total = tl.dot(dx.T, e_tile.to(DOT), total, input_precision=PRECISION)
+        # Store: written once, in its final dtype.
+        if NORM:
+            total *= tl.load(norm)
+        entries = tl.minimum(place, V - 1).to(tl.int64)
+        if ORDER:
+            entries = tl.load(order + entries).to(tl.int64)
+        where = dc + entries[:, None] * stride_dc + d[None, :]
+        tl.store(where, total.to(dc.dtype.element_ty), mask=(place < V)[:, None] & (d < D)[None, :])
+        item = tl.atomic_add(counters + chunk, 1)
+
+
+@triton.jit(do_not_specialize=["chunk"])
+def dbias_kernel(
+    dbias_slots, order, live_count, block_list, slot_list, chunk_start, mass, norm, dbias,
+    V, blocks, chunk,
+    ORDER: tl.constexpr, COMPENSATE: tl.constexpr, NORM: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dbias [V] of the chunk's entries: column sums of live tiles, in the order of row blocks, and dead rows' mass."""
+    t0, t1 = tl.load(chunk_start + chunk), tl.load(chunk_start + chunk + 1)
+    for t in range(t0 + tl.program_id(0), t1, tl.num_programs(0)):
+        column = tl.arange(0, BLOCK_V)
+        place = t * BLOCK_V + column
+        total = tl.zeros((BLOCK_V,), tl.float32)
+        for nth in range(tl.load(live_count + t)):
+            slot = tl.load(slot_list + t * blocks + nth)
+            total += tl.load(dbias_slots + slot * BLOCK_V + column)
+        if COMPENSATE:
+            total += tl.load(mass + t) / tl.minimum(BLOCK_V, V - t * BLOCK_V).to(tl.float32)
+        if NORM:
+            total *= tl.load(norm)
+        entries = tl.minimum(place, V - 1).to(tl.int64)
+        if ORDER:
+            entries = tl.load(order + entries).to(tl.int64)
+        tl.store(dbias + entries, total, mask=place < V)
+
+
+@triton.jit
+def finish_kernel(
+    total, row_order, norm, de, N, D, stride_de, SORTED: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """de in its dtype, its rows back at their places."""
+    i = tl.program_id(0)
+    row = i.to(tl.int64)
+    if SORTED:
+        row = tl.load(row_order + i).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    x = tl.load(total + i.to(tl.int64) * D + d, mask=d < D, other=0.0)
+    if NORM:
+        x *= tl.load(norm)
+    tl.store(de + row * stride_de + d, x.to(de.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def rank_one_kernel(dc, u, total, D, stride_dc, BLOCK_D: tl.constexpr):
+    """dc_v += u_v total, added in float32 and rounded once."""
+    v = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    where = dc + v * stride_dc + d
+    x = tl.load(where, mask=d < D, other=0.0).to(tl.float32)
+    x += tl.load(u + v) * tl.load(total + d, mask=d < D, other=0.0)
+    tl.store(where, x.to(dc.dtype.element_ty), mask=d < D)

@@ -1,0 +1,80 @@
+"""The logit tile, as every kernel makes it: operands from memory, their product, bias, scale and softcap.
+
+Conventions of all kernels (docs/algorithm.md has the algorithm, ``cce/reference/tiled.py`` its plain text):
+
+- sizes ``N V D T``, blocks ``BLOCK_N BLOCK_V BLOCK_D``; ``TILE_V`` is a multiple of BLOCK_V: what one product covers.
+- exponentials are powers of two: ``exp(z - m) = exp2(LOG2E z - LOG2E m)``, one multiply-add and one exp2.
+- a row or an entry beyond the last is read as the last, so that no load needs a mask; what it gave is not stored.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def load_rows(
+    x, row0, rows, k, D, stride_row, stride_d, TMA: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Columns k to k + BLOCK_D of some rows of a matrix: a TMA box from row0, or the rows given.  # [ROWS, BLOCK_D]"""
+    if TMA:
+        tile = x.load([row0, k])
+    else:
+        d = k + tl.arange(0, BLOCK_D)
+        where = x + rows[:, None] * stride_row + d[None, :] * stride_d
+        if EVEN_D:
+            tile = tl.load(where)
+        else:
+            tile = tl.load(where, mask=(d < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def logit_tile(
+    e, c, row0, rows, v0, entries, D,
+    stride_en, stride_ed, stride_cv, stride_cd,
+    E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """e c^T of one tile, accumulated in float32.  # [BLOCK_N, TILE_V]"""
+    z = tl.zeros((BLOCK_N, TILE_V), tl.float32)
+    for k in range(0, D, BLOCK_D):
+        e_tile = load_rows(e, row0, rows, k, D, stride_en, stride_ed, E_TMA, EVEN_D, BLOCK_D).to(DOT)
+        c_tile = load_rows(c, v0, entries, k, D, stride_cv, stride_cd, C_TMA, EVEN_D, BLOCK_D).to(DOT)
+        z = tl.dot(e_tile, c_tile.T, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def cap(z, entries, bias, scale, softcap, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """softcap tanh(scale (z + bias) / softcap), for a product z = e c^T.  # [BLOCK_N, TILE_V]"""
+    if BIAS:
+        z += tl.load(bias + entries).to(tl.float32)[None, :]
+    if SOFTCAP:
+        # tanh y = 1 - 2 / (1 + exp 2y): no overflow, an absolute error of a unit in the last place of softcap.
+        z = softcap - 2 * softcap / (1 + tl.exp2(z * (2 * scale / softcap) * LOG2E))
+    elif SCALE:
+        z *= scale
+    return z
+
+
+@triton.jit
+def wide(index, WIDE: tl.constexpr):
+    """An index to multiply a stride with: 64 bits where an offset needs them, else 32, which take fewer registers."""
+    if WIDE:
+        index = index.to(tl.int64)
+    else:
+        index = index.to(tl.int32)
+    return index
+
+
+@triton.jit
+def entries_of(place, order, V, ORDER: tl.constexpr, WIDE: tl.constexpr):
+    """The vocabulary entries at some places of the vocabulary order."""
+    entries = tl.minimum(place, V - 1)
+    if ORDER:
+        entries = tl.load(order + entries)
+    return wide(entries, WIDE)

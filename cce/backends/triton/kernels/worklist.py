@@ -1,0 +1,140 @@
+"""The work list on the device (docs/algorithm.md, step 3): which tiles are live, and the plan of the chunks.
+
+Nothing here is read by the host: how many tiles are live, how many chunks they fill and where each chunk begins stay
+in memory, and the kernels that use them loop over what they find there. ``plan.py`` says what the arrays hold.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def hits_kernel(
+    tile_mass, active, target_place, g, hit, counts,
+    N, T, K, stride_mass, per_program,
+    BLOCK_V: tl.constexpr, HIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """hit [T, N]: the row needs the tile, by the filter's rule or for a target in it; counts [programs, N] of them."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * per_program
+    on = tl.load(active + rows, mask=rows < N, other=0) != 0
+    total = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(first, tl.minimum(first + per_program, T), BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        inside = (tiles < tl.minimum(first + per_program, T))[:, None] & (rows < N)[None, :]
+        mass = tl.load(tile_mass + tiles.to(tl.int64)[:, None] * stride_mass + rows[None, :], mask=inside, other=0.0)
+        found = mass == HIT
+        for k in range(K):
+            place = tl.load(target_place + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
+            counted = (place >= 0) & (tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0) != 0)
+            found = found | (counted[None, :] & ((place // BLOCK_V)[None, :] == tiles[:, None]))
+        found = found & on[None, :]
+        tl.store(hit + tiles.to(tl.int64)[:, None] * N + rows[None, :], found.to(tl.int8), mask=inside)
+        total += tl.sum((found & inside).to(tl.int32), 0)
+    tl.store(counts + tl.program_id(1) * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def live_kernel(hit, row_order, live, N, T, blocks, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """live [T, blocks]: some row of the block, in the work list's order, needs the tile."""
+    t = tl.program_id(0)
+    b = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    row = b[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    source = tl.load(row_order + row, mask=row < N, other=0)
+    found = tl.load(hit + t.to(tl.int64) * N + source, mask=row < N, other=0)
+    tl.store(live + t * blocks + b, tl.max(found.to(tl.int32), 1).to(tl.int8), mask=b < blocks)
+
+
+@triton.jit
+def rows_kernel(live, before, tile_list, T, blocks, BLOCK_T: tl.constexpr):
+    """Per row block: its live tiles in ascending order, and before [blocks, T + 1], how many precede each tile."""
+    b = tl.program_id(0)
+    total = 0
+    for start in range(0, T, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        on = tl.load(live + tiles * blocks + b, mask=tiles < T, other=0).to(tl.int32)
+        earlier = total + tl.cumsum(on, 0) - on
+        tl.store(before + b * (T + 1) + tiles, earlier, mask=tiles < T)
+        tl.store(tile_list + b * T + earlier, tiles, mask=on > 0)
+        total += tl.sum(on, 0)
+    tl.store(before + b * (T + 1) + T, total)
+
+
+@triton.jit
+def tiles_kernel(live, live_count, earlier, T, blocks, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr):
+    """live_count [T] of each vocabulary block, and earlier [T], the live tiles of all those before it. One program."""
+    others = tl.arange(0, BLOCKS)
+    total = 0
+    for start in range(0, T, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        inside = (tiles < T)[:, None] & (others < blocks)[None, :]
+        on = tl.load(live + tiles[:, None] * blocks + others[None, :], mask=inside, other=0).to(tl.int32)
+        count = tl.sum(on, 1)
+        tl.store(live_count + tiles, count, mask=tiles < T)
+        tl.store(earlier + tiles, total + tl.cumsum(count, 0) - count, mask=tiles < T)
+        total += tl.sum(count, 0)
+
+
+@triton.jit
+def chunks_kernel(earlier, chunk_start, T, step, chunks, BLOCK_T: tl.constexpr):
+    """chunk_start [chunks + 1]: chunk k is the vocabulary blocks that k step to (k + 1) step live tiles precede."""
+    k = tl.program_id(0)
+    count = 0
+    for start in range(0, T, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        found = tl.load(earlier + tiles, mask=tiles < T, other=2147483647)
+        count += tl.sum((found < k * step).to(tl.int32), 0)
+    if k == chunks:
+        count = T
+    tl.store(chunk_start + k, count)
+
+
+@triton.jit
+def items_kernel(
+    before, chunk_start, item_block, item_first, item_slot, item_count, items, T, blocks, max_items,
+    PACK: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Per chunk: PACK live tiles of a row block at a time, GROUP row blocks side by side, so that they share reads."""
+    k, group = tl.program_id(0), tl.program_id(1)
+    t0, t1 = tl.load(chunk_start + k), tl.load(chunk_start + k + 1)
+    others = tl.arange(0, BLOCKS)
+    here = others < blocks
+    first = tl.load(before + others * (T + 1) + t0, mask=here, other=0)
+    count = tl.load(before + others * (T + 1) + t1, mask=here, other=0) - first
+    packs = (count + PACK - 1) // PACK
+    base = tl.sum(tl.where(others < group * GROUP, packs, 0), 0)
+    if group == 0:
+        tl.store(items + k, tl.sum(packs, 0))
+    slot0 = tl.sum(tl.where(others < group * GROUP, count, 0), 0)
+
+    b = group * GROUP + tl.arange(0, GROUP)
+    mine = b < blocks
+    first = tl.load(before + b * (T + 1) + t0, mask=mine, other=0)
+    count = tl.load(before + b * (T + 1) + t1, mask=mine, other=0) - first
+    packs = (count + PACK - 1) // PACK
+    slot0 += tl.cumsum(count, 0) - count
+    for j in range(tl.max(packs, 0)):
+        on = (packs > j).to(tl.int32)
+        where = k * max_items + base + tl.cumsum(on, 0) - on
+        tl.store(item_block + where, b, mask=on > 0)
+        tl.store(item_first + where, first + j * PACK, mask=on > 0)
+        tl.store(item_slot + where, slot0 + j * PACK, mask=on > 0)
+        tl.store(item_count + where, tl.minimum(count - j * PACK, PACK), mask=on > 0)
+        base += tl.sum(on, 0)
+
+
+@triton.jit
+def columns_kernel(live, before, earlier, chunk_start, block_list, slot_list, T, blocks, step, BLOCKS: tl.constexpr):
+    """Per vocabulary block: its live row blocks, and the slots their tiles lie in."""
+    t = tl.program_id(0)
+    b = tl.arange(0, BLOCKS)
+    here = b < blocks
+    on = tl.load(live + t * blocks + b, mask=here, other=0).to(tl.int32)
+    k = tl.load(earlier + t) // step
+    t0, t1 = tl.load(chunk_start + k), tl.load(chunk_start + k + 1)
+    first = tl.load(before + b * (T + 1) + t0, mask=here, other=0)
+    count = tl.load(before + b * (T + 1) + t1, mask=here, other=0) - first
+    slot = tl.cumsum(count, 0) - count + tl.load(before + b * (T + 1) + t, mask=here, other=0) - first
+    where = t * blocks + tl.cumsum(on, 0) - on
+    tl.store(block_list + where, b, mask=on > 0)
+    tl.store(slot_list + where, slot, mask=on > 0)

@@ -1,0 +1,38 @@
+"""Operands of the kernels: torch tensors as tensor-map descriptors where the hardware takes them, else as pointers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def tma_ready(x: Tensor) -> bool:
+    """Rows are contiguous, and begin and follow one another at multiples of 16 bytes."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x.ndim == 2 and x.stride(1) == 1 and aligned and x.numel() > 0
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A tensor map of ``x`` with boxes of rows x columns; what lies outside reads as 0."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def matrix(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """``x`` as a kernel takes it."""
+    return descriptor(x, rows, columns) if tma else x
+
+
+def dot_dtype(dtype: torch.dtype) -> Any:
+    """The Triton dtype of the products' factors."""
+    return _DOT[dtype]
+
+
+def needs_wide(x: Tensor) -> bool:
+    """Whether an element of ``x`` may lie 2**31 elements or more from its first."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31

@@ -1,0 +1,140 @@
+"""The plan of a filtered backward: live tiles, in chunks that fit into the scratch memory, all of it on the device.
+
+Tiles are BLOCK_N rows, in the work list's order, by BLOCK_V places of the vocabulary. A chunk is a run of whole
+vocabulary blocks, so that dC of its entries is complete with it; its live tiles have ``slots`` in the scratch memory,
+numbered by row block and then by vocabulary block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from cce.backends.triton.call import Call
+from cce.backends.triton.kernels.worklist import (
+    chunks_kernel,
+    columns_kernel,
+    hits_kernel,
+    items_kernel,
+    live_kernel,
+    rows_kernel,
+    tiles_kernel,
+)
+from cce.backends.triton.sizes import row_blocks
+from cce.problem import HIT, Maps, Upstream
+
+_GROUP = 16  # row blocks side by side
+
+
+@dataclass(frozen=True)
+class Live:
+    """The live tiles.
+
+    Attributes:
+        row_order: (N,) int64; block b holds rows ``row_order[b * BLOCK_N : (b + 1) * BLOCK_N]``.
+        keep: (N,) bool, the row wants a gradient, in its own place.
+        live: (T, B) int8.
+    """
+
+    row_order: Tensor
+    keep: Tensor
+    live: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tiles each launch computes; int32 arrays.
+
+    Attributes:
+        chunks: launches, as many as the worst case takes; most find nothing to do.
+        max_items: items of a chunk at the most.
+        before: (B, T + 1) live tiles of a row block before each vocabulary block; tile_list: (B, T) those tiles.
+        live_count: (T,) live row blocks of a vocabulary block; block_list, slot_list: (T, B) those, and their slots.
+        chunk_start: (chunks + 1,) first vocabulary block of each chunk.
+        item_block, item_first, item_slot, item_count: (chunks, max_items) row block, first of its live tiles (a place
+            in tile_list), its slot, and how many of them: what one program computes at a time. items: (chunks,).
+    """
+
+    chunks: int
+    max_items: int
+    before: Tensor
+    tile_list: Tensor
+    live_count: Tensor
+    block_list: Tensor
+    slot_list: Tensor
+    chunk_start: Tensor
+    item_block: Tensor
+    item_first: Tensor
+    item_slot: Tensor
+    item_count: Tensor
+    items: Tensor
+
+
+def find_live(call: Call, target_place: Tensor, maps: Maps[Tensor], upstream: Upstream[Tensor]) -> Live:
+    """The live tiles, from the map of the forward; rows with equally many hits share a block."""
+    n, t, blocks = call.problem.n, call.tiles, row_blocks(call.problem, call.spec)
+    keep = (upstream.a != 0) | (upstream.g != 0).any(1)
+    if upstream.h is not None:
+        keep |= upstream.h != 0
+    assert maps.tile_mass is not None
+    block_n, block_t, programs = 64, 16, min(8, triton.cdiv(t, 16))
+    hit = call.empty(t, n, dtype=torch.int8)
+    counts = call.empty(programs, n, dtype=torch.int32)
+    hits_kernel[(triton.cdiv(n, block_n), programs)](
+        maps.tile_mass, keep, target_place, upstream.g, hit, counts, n, t, target_place.shape[1],
+        maps.tile_mass.stride(0), triton.cdiv(t, programs), BLOCK_V=call.block_v, HIT=HIT, BLOCK_N=block_n,
+        BLOCK_T=block_t,
+    )  # fmt: skip
+    if call.spec.row_order == "live" and call.block_n > 1:
+        row_order = counts.sum(0, dtype=torch.int32).argsort(stable=True)
+    else:
+        row_order = torch.arange(n, device=hit.device)
+    live = call.empty(t, blocks, dtype=torch.int8)
+    group = max(1, 1024 // call.block_n)
+    live_kernel[(t, triton.cdiv(blocks, group))](hit, row_order, live, n, t, blocks, BLOCK_N=call.block_n, GROUP=group)
+    return Live(row_order, keep, live)
+
+
+def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
+    """The plan for ``slots`` tiles of scratch memory, ``pack`` of which one program computes at a time."""
+    t, blocks = call.tiles, row_blocks(call.problem, call.spec)
+    wide = triton.next_power_of_2(blocks)
+    slots = min(slots, blocks * t + blocks)
+    step = (
+        slots - blocks + 1
+    )  # a chunk's last vocabulary block may bring up to B tiles, and begins before its step ends
+    chunks = triton.cdiv(blocks * t + 1, step)
+
+    def ints(*shape: int) -> Tensor:
+        return call.empty(*shape, dtype=torch.int32)
+
+    plan = Plan(
+        chunks, slots, before=ints(blocks, t + 1), tile_list=ints(blocks, t), live_count=ints(t),
+        block_list=ints(t, blocks), slot_list=ints(t, blocks), chunk_start=ints(chunks + 1),
+        item_block=ints(chunks, slots), item_first=ints(chunks, slots), item_slot=ints(chunks, slots),
+        item_count=ints(chunks, slots), items=ints(chunks),
+    )  # fmt: skip
+    earlier = ints(t)
+    rows_kernel[(blocks,)](found.live, plan.before, plan.tile_list, t, blocks, BLOCK_T=1024)
+    tiles_kernel[(1,)](found.live, plan.live_count, earlier, t, blocks, BLOCK_T=max(16, 8192 // wide), BLOCKS=wide)
+    chunks_kernel[(chunks + 1,)](earlier, plan.chunk_start, t, step, chunks, BLOCK_T=1024)
+    items_kernel[(chunks, triton.cdiv(blocks, _GROUP))](
+        plan.before, plan.chunk_start, plan.item_block, plan.item_first, plan.item_slot, plan.item_count, plan.items,
+        t, blocks, slots, PACK=pack, GROUP=_GROUP, BLOCKS=wide,
+    )  # fmt: skip
+    columns_kernel[(t,)](
+        found.live,
+        plan.before,
+        earlier,
+        plan.chunk_start,
+        plan.block_list,
+        plan.slot_list,
+        t,
+        blocks,
+        step,
+        BLOCKS=wide,
+    )
+    return plan

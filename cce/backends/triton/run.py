@@ -1,0 +1,48 @@
+"""Entry points to the kernels: the device, the interpreter, and which backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cce.backends.triton.call import INTERPRETED, Call
+from cce.backends.triton.exact import exact
+from cce.backends.triton.filtered import filtered, live_tiles
+from cce.backends.triton.forward import forward as launch_forward
+from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.spec import Spec
+from cce.worklist import WorkList
+
+if INTERPRETED:
+    from cce.backends.triton.interpreter import correct_bfloat16
+
+    correct_bfloat16()
+
+
+def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
+    """As :meth:`cce.backends.base.Backend.forward`; kernels are launched on the device of the arguments."""
+    with torch.cuda.device_of(inputs.e):
+        return launch_forward(inputs, problem, spec, maps)
+
+
+def backward(
+    inputs: Inputs[Tensor],
+    problem: Problem,
+    spec: Spec,
+    outputs: Outputs[Tensor],
+    maps: Maps[Tensor],
+    upstream: Upstream[Tensor],
+) -> Gradients[Tensor]:
+    """As :meth:`cce.backends.base.Backend.backward`."""
+    with torch.cuda.device_of(inputs.e):
+        if spec.filter == "none":
+            return exact(inputs, problem, spec, outputs, upstream)
+        return filtered(Call.of(inputs, problem, spec), inputs, outputs, maps, upstream)
+
+
+def work_list(
+    inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
+) -> WorkList:
+    """As :meth:`cce.backends.base.Backend.work_list`."""
+    with torch.cuda.device_of(inputs.e):
+        return live_tiles(Call.of(inputs, problem, spec), inputs, maps, upstream)

@@ -1,0 +1,31 @@
+"""What fits into the scratch memory; from metadata alone, without Triton."""
+
+from __future__ import annotations
+
+from cce.problem import Problem
+from cce.spec import Spec
+
+#: Tiles of the filter that a matrix unit can work on.
+BLOCKS_N = (16, 32, 64, 128)
+BLOCKS_V = (16, 32, 64, 128, 256)
+#: Columns of the narrowest chunk of the exact backward.
+_COLUMNS = 256
+
+
+def row_blocks(problem: Problem, spec: Spec) -> int:
+    """B, the number of row blocks."""
+    assert spec.block_n is not None
+    return -(-problem.n // spec.block_n)
+
+
+def slot_bytes(problem: Problem, spec: Spec) -> int:
+    """Memory of a live tile in the scratch: dx, its entries and column sums, its item of the plan."""
+    assert spec.block_n is not None and spec.block_v is not None
+    return spec.block_n * spec.block_v * problem.dtype.itemsize + 8 * spec.block_v + 16
+
+
+def least_scratch(problem: Problem, spec: Spec) -> int:
+    """Bytes of the least the backward works on: a narrow chunk, or two vocabulary blocks whose tiles are all live."""
+    if spec.filter == "none":
+        return problem.n * _COLUMNS * problem.dtype.itemsize
+    return 2 * row_blocks(problem, spec) * slot_bytes(problem, spec)
