@@ -97,15 +97,22 @@ class Call:
         same = self.c.dtype == self.problem.dtype
         return self.launch.tma and self.order is None and same and tma_ready(self.c)
 
-    def operands(self, tile: Tile, e: Tensor, gathered_c: bool = False) -> dict[str, Any]:
-        """Arguments and flags of a tile of logits: ``e`` (rows, D) and ``c``, whose entries may be gathered."""
-        e_tma, c_tma = self.e_tma(e), self.c_tma and not gathered_c
-        flags = {"C_TMA": c_tma} if not gathered_c else {}
+    def operands(self, tile: Tile, e: Tensor, c_rows: int | None = None, gather: bool = False) -> dict[str, Any]:
+        """Arguments and flags of a tile of logits.
+
+        Args:
+            tile: of the product.
+            e: (rows, D).
+            c_rows: rows of a box of ``c``; the tile's columns if None.
+            gather: rows of ``c`` are read one by one, wherever they lie.
+        """
+        e_tma, c_tma = self.e_tma(e), self.c_tma and not gather
         return {
             "e": matrix(e, tile.rows, tile.depth, e_tma),
-            "c": matrix(self.c, tile.columns, tile.depth, c_tma),
+            "c": matrix(self.c, c_rows or tile.columns, tile.depth, c_tma),
             "bias": self.bias,
             "order": self.order,
+            "D": self.problem.d,
             "stride_en": e.stride(0),
             "stride_ed": e.stride(1),
             "stride_cv": self.c.stride(0),
@@ -113,11 +120,11 @@ class Call:
             "scale": self.problem.logit_scale,
             "softcap": self.softcap,
             "E_TMA": e_tma,
+            "C_TMA": c_tma,
             "EVEN_D": self.problem.d % tile.depth == 0,
             "DOT": dot_dtype(self.problem.dtype),
             "PRECISION": self.precision,
             "WIDE": needs_wide(self.c) or needs_wide(e),
             "ORDER": self.order is not None,
             **self.formula(),
-            **flags,
         }

@@ -12,7 +12,8 @@ from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weights_of
 from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
 from cce.backends.triton.kernels.gradient import dense_kernel
-from cce.backends.triton.operands import descriptor, tma_ready
+from cce.backends.triton.operands import matrix
+from cce.backends.triton.repeat import Repeated
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.rows import rows_in_use, rows_of
 from cce.spec import Spec
@@ -66,16 +67,17 @@ def _exact(
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
     step = _columns(call)
-    scratch = call.empty(problem.n * _pitch(min(step, problem.v), problem), dtype=problem.dtype)
+    scratch = call.empty(problem.n * _pitch(min(step, problem.v)), dtype=problem.dtype)
+    launch = _dz(call, inputs, formula)
     for v0 in range(0, problem.v, step):
         v1 = min(problem.v, v0 + step)
-        dz = _dz(call, inputs, formula, scratch, v0, v1, dbias)
+        dz = _chunk(call, launch, scratch, v0, v1, dbias)
         c = _rows_of_c(call, v0, v1) if problem.grad_e else None
         if c is not None:
             total = _add_product(dz, c, total)
         if dc is not None:
             _write(call, dc, v0, v1, dz)
-    del scratch
+    del scratch, launch
     de = None
     if total is not None:
         if s is not None:
@@ -99,34 +101,35 @@ def _columns(call: Call) -> int:
     return triton.cdiv(triton.cdiv(problem.v, chunks), tile) * tile
 
 
-def _pitch(columns: int, problem: Problem) -> int:
-    """Elements from row to row of the scratch: a multiple of 16 bytes, as tensor maps need."""
-    unit = 16 // problem.dtype.itemsize
-    return triton.cdiv(columns, unit) * unit
+def _pitch(columns: int) -> int:
+    """Elements from row to row of the scratch: a multiple of 16, more than tensor maps and wide stores need."""
+    return triton.cdiv(columns, 16) * 16
 
 
-def _dz(
-    call: Call, inputs: Inputs[Tensor], formula: Formula, scratch: Tensor, v0: int, v1: int, dbias: Tensor | None
-) -> Tensor:
-    """(N, v1 - v0): dx of a chunk; its column sums go into ``dbias``."""
-    problem, launch = call.problem, call.launch
-    tile, n, columns = launch.dense, problem.n, v1 - v0
-    pitch = _pitch(columns, problem)
-    dz = scratch[: n * pitch].view(n, pitch)
-    blocks, tiles = triton.cdiv(n, tile.rows), triton.cdiv(columns, tile.columns)
-    sums = call.empty(blocks, columns) if dbias is not None else None
-    dz_tma = launch.tma and tma_ready(dz)
+def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
+    """The kernel that makes dx of a chunk, with the arguments that are the same for all chunks."""
+    problem, launch, tile = call.problem, call.launch, call.launch.dense
     weighted = formula.upstream.s is not None and problem.softcap is not None
-    weight = weights_of(call, inputs.logit_weight) if weighted else None
-    dense_kernel[(min(launch.programs, blocks * tiles),)](
+    arguments = {
         **call.operands(tile, call.e), **formula.arguments(),
-        dz=descriptor(dz, tile.rows, tile.columns) if dz_tma else dz, dbias=sums,
-        weight=weight, s=formula.upstream.s,
-        N=n, V=problem.v, D=problem.d, stride_dz=pitch, v0=v0, columns=columns,
-        DZ_TMA=dz_tma, WEIGHTED=weighted, DBIAS=sums is not None,
-        BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_D=tile.depth, GROUP_N=launch.group_n, FLATTEN=tile.flatten,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        "weight": weights_of(call, inputs.logit_weight) if weighted else None, "s": formula.upstream.s,
+        "N": problem.n, "V": problem.v, "WEIGHTED": weighted, "DBIAS": problem.grad_bias,
+        "DZ_TMA": launch.tma, "BLOCK_N": tile.rows, "TILE_V": tile.columns, "BLOCK_D": tile.depth,
+        "GROUP_N": launch.group_n, "FLATTEN": tile.flatten,
+    }  # fmt: skip
+    tiles = triton.cdiv(problem.n, tile.rows) * triton.cdiv(problem.v, tile.columns)
+    grid = (min(launch.programs, tiles),)
+    return Repeated(dense_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _chunk(call: Call, launch: Repeated, scratch: Tensor, v0: int, v1: int, dbias: Tensor | None) -> Tensor:
+    """(N, v1 - v0): dx of a chunk; its column sums go into ``dbias``."""
+    tile, n, columns = call.launch.dense, call.problem.n, v1 - v0
+    pitch = _pitch(columns)
+    dz = scratch[: n * pitch].view(n, pitch)
+    sums = call.empty(triton.cdiv(n, tile.rows), columns) if dbias is not None else None
+    stored = matrix(dz, tile.rows, tile.columns, call.launch.tma)
+    launch(dz=stored, dbias=sums, stride_dz=pitch, v0=v0, columns=columns)
     if dbias is not None and sums is not None:
         if call.order is None:
             torch.sum(sums, 0, out=dbias[v0:v1])

@@ -15,7 +15,8 @@ from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one
 from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel, sort_rows_kernel
 from cce.backends.triton.kernels.gradient import sparse_kernel
 from cce.backends.triton.kernels.products import dbias_kernel, dc_kernel, de_kernel
-from cce.backends.triton.operands import descriptor, tma_ready
+from cce.backends.triton.operands import dot_dtype, matrix, tma_ready
+from cce.backends.triton.repeat import Repeated
 from cce.backends.triton.sizes import row_blocks, slot_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Upstream
 from cce.worklist import WorkList, target_positions
@@ -84,16 +85,8 @@ def filtered(
             add_rank_one_de(call, inputs.logit_weight, formula.upstream.s.index_select(0, live.row_order), total)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
-    run = _Run(call, formula, live, rows, dead)
-    for chunk in range(run.plan.chunks):
-        run.dz(chunk, dbias is not None)
-        if total is not None:
-            run.add_de(chunk, total)
-        if dc is not None:
-            run.write_dc(chunk, dc)
-        if dbias is not None:
-            run.write_dbias(chunk, dbias)
-    del run, rows, dead
+    _Run(call, formula, live, rows, dead, Gradients(total, dc, dbias)).all_chunks()
+    del rows, dead
     de = finish_de(call, total, live.row_order, formula.norm) if total is not None else None
     if formula.upstream.s is not None:
         s = formula.upstream.s if formula.norm is None else formula.upstream.s * formula.norm
@@ -127,9 +120,10 @@ def mean_rows(call: Call) -> Tensor:
     """(T, D) the mean row of ``c`` of each vocabulary block, in the products' dtype."""
     problem = call.problem
     means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
-    mean_rows_kernel[(call.tiles, triton.cdiv(problem.d, 256))](
+    mean_rows_kernel[(call.tiles, triton.cdiv(problem.d, 128))](
         call.c, call.order, None, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
-        ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
+        ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(128, call.block_v), BLOCK_D=128,
+        num_warps=8,
     )  # fmt: skip
     return means
 
@@ -163,9 +157,11 @@ def _times_e(call: Call, live: plans.Live, rows: Rows, m: Tensor, out: Tensor) -
 
 
 class _Run:
-    """The scratch memory, and the launches of one chunk."""
+    """The scratch memory, and the launches of a chunk; which chunk is their only argument that changes."""
 
-    def __init__(self, call: Call, formula: Formula, live: plans.Live, rows: Rows, dead: Dead | None) -> None:
+    def __init__(
+        self, call: Call, formula: Formula, live: plans.Live, rows: Rows, dead: Dead | None, sums: Gradients[Tensor]
+    ) -> None:
         self.call, self.formula, self.live, self.rows, self.dead = call, formula, live, rows, dead
         problem, tile = call.problem, call.launch.sparse
         left = call.spec.scratch_bytes - (rows.e.nbytes if rows.copied else 0)
@@ -174,67 +170,96 @@ class _Run:
         slots = self.plan.max_items
         self.scratch = call.empty(slots * call.block_n, call.block_v, dtype=problem.dtype)
         self.entries = call.empty(slots, call.block_v, dtype=torch.int32)
-        self.sums = call.empty(slots, call.block_v) if problem.grad_bias else None
+        self.column_sums = call.empty(slots, call.block_v) if problem.grad_bias else None
         self.counters = torch.zeros(self.plan.chunks, dtype=torch.int32, device=call.e.device)
         self.dz_tma = call.launch.tma and tma_ready(self.scratch)
+        self.launches = [self._dz()]
+        if sums.de is not None:
+            self.launches.append(self._de(sums.de))
+        if sums.dc is not None:
+            self.launches.append(self._dc(sums.dc))
+        if sums.dbias is not None:
+            self.launches.append(self._dbias(sums.dbias))
 
-    def dz(self, chunk: int, sums: bool) -> None:
+    def all_chunks(self) -> None:
+        """Every chunk there may be; most find nothing to do."""
+        for chunk in range(self.plan.chunks):
+            for launch in self.launches:
+                launch(chunk=chunk)
+
+    @property
+    def pairs(self) -> bool:
+        """Tiles of ``c`` are read as boxes, two for a program."""
+        return self.call.c_tma and 2 * self.call.block_v == self.call.launch.sparse.columns
+
+    def _dz(self) -> Repeated:
         """dx of the chunk's live tiles into the scratch memory."""
         call, plan, tile, problem = self.call, self.plan, self.call.launch.sparse, self.call.problem
-        operands = call.operands(tile, self.rows.e, gathered_c=True)
+        operands = call.operands(tile, self.rows.e, c_rows=call.block_v, gather=not self.pairs)
         if not self.rows.copied:  # rows of a block are anywhere
             operands |= {"e": self.rows.e, "E_TMA": False}
-        arguments = self.formula.arguments()
-        sparse_kernel[(call.launch.programs,)](
-            **operands, **arguments, dz=self.scratch, dbias=self.sums, slot_entries=self.entries,
-            row_order=self.live.row_order, keep=self.live.keep, tile_list=plan.tile_list,
-            item_block=plan.item_block, item_first=plan.item_first, item_slot=plan.item_slot,
-            item_count=plan.item_count, items=plan.items,
-            N=problem.n, V=problem.v, D=problem.d, T=call.tiles, chunk=chunk, max_items=plan.max_items,
-            SORTED=self.rows.copied, DBIAS=sums, MASK=problem.v % call.block_v != 0,
-            BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_V=call.block_v, BLOCK_D=tile.depth, FLATTEN=tile.flatten,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        arguments = {
+            **operands, **self.formula.arguments(), "dz": self.scratch, "dbias": self.column_sums,
+            "slot_entries": self.entries, "row_order": self.live.row_order, "keep": self.live.keep,
+            "tile_list": plan.tile_list, "item_block": plan.item_block, "item_first": plan.item_first,
+            "item_slot": plan.item_slot, "item_count": plan.item_count, "items": plan.items,
+            "N": problem.n, "V": problem.v, "T": call.tiles, "max_items": plan.max_items,
+            "SORTED": self.rows.copied, "DBIAS": self.column_sums is not None,
+            "MASK": problem.v % call.block_v != 0, "BLOCK_N": tile.rows, "TILE_V": tile.columns,
+            "BLOCK_V": call.block_v, "BLOCK_D": tile.depth, "FLATTEN": tile.flatten,
+        }  # fmt: skip
+        grid = (call.launch.programs,)
+        return Repeated(sparse_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
-    def add_de(self, chunk: int, total: Tensor) -> None:
+    def _de(self, total: Tensor) -> Repeated:
         """total += dx c."""
         call, plan, tile, problem = self.call, self.plan, self.call.launch.de, self.call.problem
         blocks = plan.before.shape[0]
-        dz = descriptor(self.scratch, call.block_n, tile.depth) if self.dz_tma else self.scratch
-        de_kernel[(blocks * triton.cdiv(problem.d, tile.columns),)](
-            dz, call.c, self.entries, plan.before, plan.chunk_start, total, problem.n, problem.d, call.tiles, blocks,
-            call.c.stride(0), call.c.stride(1), chunk, DZ_TMA=self.dz_tma, EVEN_D=problem.d % tile.columns == 0,
-            DOT=call.operands(tile, self.rows.e, gathered_c=True)["DOT"], PRECISION=call.precision,
-            BLOCK_N=call.block_n, BLOCK_V=call.block_v, BLOCK_D=tile.columns, BLOCK_K=tile.depth,
-            BLOCKS=triton.next_power_of_2(blocks), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        arguments = {
+            "dz": matrix(self.scratch, call.block_n, tile.depth, self.dz_tma),
+            "c": matrix(call.c, tile.depth, tile.columns, self.pairs), "slot_entries": self.entries,
+            "tile_list": plan.tile_list, "before": plan.before, "chunk_start": plan.chunk_start, "de": total,
+            "N": problem.n, "D": problem.d, "T": call.tiles, "blocks": blocks, "stride_cv": call.c.stride(0),
+            "stride_cd": call.c.stride(1), "DZ_TMA": self.dz_tma, "C_TMA": self.pairs,
+            "EVEN_D": problem.d % tile.columns == 0, "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision,
+            "BLOCK_N": call.block_n, "BLOCK_V": call.block_v, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
+            "BLOCKS": triton.next_power_of_2(blocks),
+        }  # fmt: skip
+        grid = (blocks * triton.cdiv(problem.d, tile.columns),)
+        return Repeated(de_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
-    def write_dc(self, chunk: int, dc: Tensor) -> None:
+    def _dc(self, dc: Tensor) -> Repeated:
         """Rows of dC of the chunk's entries."""
         call, plan, tile, problem = self.call, self.plan, self.call.launch.dc, self.call.problem
         e, e_tma = self.rows.e, self.rows.copied and call.e_tma(self.rows.e)
         mass_e = None if self.dead is None else self.dead.mass_e
-        dc_kernel[(call.launch.programs,)](
-            descriptor(self.scratch, tile.depth, call.block_v) if self.dz_tma else self.scratch,
-            descriptor(e, tile.depth, tile.columns) if e_tma else e,
-            call.order, self.live.row_order, self.live.keep, plan.live_count, plan.block_list, plan.slot_list,
-            plan.chunk_start, self.counters, mass_e, self.formula.norm, dc, problem.n, problem.v, problem.d,
-            plan.before.shape[0], e.stride(0), e.stride(1), dc.stride(0), chunk, SORTED=self.rows.copied,
-            DZ_TMA=self.dz_tma, E_TMA=e_tma, DOT=call.operands(tile, e, gathered_c=True)["DOT"],
-            PRECISION=call.precision, ORDER=call.order is not None, COMPENSATE=mass_e is not None,
-            NORM=self.formula.norm is not None, BLOCK_N=call.block_n, BLOCK_V=call.block_v, BLOCK_D=tile.columns,
-            BLOCK_K=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        arguments = {
+            "dz": matrix(self.scratch, tile.depth, call.block_v, self.dz_tma),
+            "e": matrix(e, tile.depth, tile.columns, e_tma), "order": call.order, "row_order": self.live.row_order,
+            "keep": self.live.keep, "live_count": plan.live_count, "block_list": plan.block_list,
+            "slot_list": plan.slot_list, "chunk_start": plan.chunk_start, "counters": self.counters,
+            "mass_e": mass_e, "norm": self.formula.norm, "dc": dc, "N": problem.n, "V": problem.v, "D": problem.d,
+            "blocks": plan.before.shape[0], "stride_en": e.stride(0), "stride_ed": e.stride(1),
+            "stride_dc": dc.stride(0), "SORTED": self.rows.copied, "DZ_TMA": self.dz_tma, "E_TMA": e_tma,
+            "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision, "ORDER": call.order is not None,
+            "COMPENSATE": mass_e is not None, "NORM": self.formula.norm is not None, "BLOCK_N": call.block_n,
+            "BLOCK_V": call.block_v, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
+        }  # fmt: skip
+        grid = (call.launch.programs,)
+        return Repeated(dc_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
-    def write_dbias(self, chunk: int, dbias: Tensor) -> None:
+    def _dbias(self, dbias: Tensor) -> Repeated:
         """dbias of the chunk's entries."""
         call, plan = self.call, self.plan
         mass = None if self.dead is None else self.dead.mass
-        dbias_kernel[(call.launch.programs,)](
-            self.sums, call.order, plan.live_count, plan.block_list, plan.slot_list, plan.chunk_start, mass,
-            self.formula.norm, dbias, call.problem.v, plan.before.shape[0], chunk, ORDER=call.order is not None,
-            COMPENSATE=mass is not None, NORM=self.formula.norm is not None, BLOCK_V=call.block_v,
-        )  # fmt: skip
+        arguments = {
+            "dbias_slots": self.column_sums, "order": call.order, "live_count": plan.live_count,
+            "block_list": plan.block_list, "slot_list": plan.slot_list, "chunk_start": plan.chunk_start, "mass": mass,
+            "norm": self.formula.norm, "dbias": dbias, "V": call.problem.v, "blocks": plan.before.shape[0],
+            "ORDER": call.order is not None, "COMPENSATE": mass is not None, "NORM": self.formula.norm is not None,
+            "BLOCK_V": call.block_v,
+        }  # fmt: skip
+        return Repeated(dbias_kernel, (call.launch.programs,), arguments)
 
 
 def live_tiles(call: Call, inputs: Inputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]) -> WorkList:

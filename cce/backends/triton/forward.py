@@ -114,7 +114,7 @@ def _statistics(
         **call.operands(tile, call.e), weight=weight, in_use=in_use,
         **{name: found.get(name) for name in ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")},
         **{name: tiles.get(name) for name in ("tile_lse", "tile_max", "tile_entropy")},
-        N=n, V=problem.v, D=problem.d, stride_t=n, SPLITS=splits,
+        N=n, V=problem.v, stride_t=n, SPLITS=splits,
         ONLINE=spec.lse_accumulation == "online", ENTROPY=entropy, WEIGHTED=weight is not None, PREDICTION=prediction,
         MAPS=bool(tiles), TILE_ENTROPY="tile_entropy" in tiles, ELEMENT="tile_max" in tiles,
         BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_V=call.block_v if tiles else tile.columns, BLOCK_D=tile.depth,

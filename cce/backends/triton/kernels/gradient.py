@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import LOG2E, cap, entries_of, logit_tile, wide
+from cce.backends.triton.kernels.tiles import LOG2E, cap, entries_of, load_rows, logit_tile, wide
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def chunk_tile(pid, blocks, tiles, GROUP_N: tl.constexpr):
     return first + inside % size, inside // size
 
 
-@triton.jit(do_not_specialize=["v0", "columns"])
+@triton.jit(do_not_specialize=["v0", "columns", "stride_dz"])
 def dense_kernel(
     e, c, bias, order, weight, dz, dbias,
     lse, entropy, a, g, h, s, targets,
@@ -70,6 +70,7 @@ def dense_kernel(
 ):  # fmt: skip
     """dx of places v0 to v0 + columns, all rows: dz [N, columns], and its column sums over each row block."""
     blocks, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(columns, TILE_V)
+    stride_dz = tl.multiple_of(stride_dz, 16)
     for tile in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
         # Tile origin: rows of block i, places of the chunk's tile t.
         i, t = chunk_tile(tile, blocks, tiles, GROUP_N)
@@ -97,23 +98,60 @@ def dense_kernel(
             tl.store(where, dx.to(dz.dtype.element_ty), mask=(rows < N)[:, None] & (column < columns)[None, :])
 
 
+@triton.jit
+def two_tiles(
+    e, c, row0, rows, t0, t1, D, stride_en, stride_ed,
+    E_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """e c^T of one row block and two vocabulary blocks, which share what is read of e.  # [BLOCK_N, BLOCK_V] each"""
+    z0 = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    z1 = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for k in range(0, D, BLOCK_D):
+        e_tile = load_rows(e, row0, rows, k, D, stride_en, stride_ed, E_TMA, EVEN_D, BLOCK_D).to(DOT)
+        z0 = tl.dot(e_tile, c.load([t0 * BLOCK_V, k]).T, z0, input_precision=PRECISION)
+        z1 = tl.dot(e_tile, c.load([t1 * BLOCK_V, k]).T, z1, input_precision=PRECISION)
+    return z0, z1
+
+
+@triton.jit
+def store_slots(
+    dx, sorted_rows, rows, slot, count, N, keep, entries, dz, dbias, slot_entries,
+    SORTED: tl.constexpr, DBIAS: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dx of WIDTH / BLOCK_V tiles, ``count`` of them real, into their slots; and which entries their columns are."""
+    SLOT: tl.constexpr = BLOCK_N * BLOCK_V
+    column = tl.arange(0, WIDTH)
+    counts = sorted_rows < N
+    if not SORTED:
+        counts = counts & (tl.load(keep + rows) != 0)
+    dx = tl.where(counts[:, None], dx, 0.0)
+    inside = column // BLOCK_V < count
+    tl.store(slot_entries + slot * BLOCK_V + column, entries.to(tl.int32), mask=inside)
+    if DBIAS:
+        tl.store(dbias + slot * BLOCK_V + column, tl.sum(dx, 0), mask=inside)
+    start = (slot + column // BLOCK_V).to(tl.int64) * SLOT + column % BLOCK_V
+    where = dz + start[None, :] + (tl.arange(0, BLOCK_N) * BLOCK_V)[:, None]
+    tl.store(where, dx.to(dz.dtype.element_ty), mask=tl.broadcast_to(inside[None, :], (BLOCK_N, WIDTH)))
+
+
 @triton.jit(do_not_specialize=["chunk"])
 def sparse_kernel(
     e, c, bias, order, dz, dbias, slot_entries,
     row_order, keep, tile_list, item_block, item_first, item_slot, item_count, items,
     lse, entropy, a, g, h, targets,
     N, V, D, K, T, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap, chunk, max_items,
-    SORTED: tl.constexpr, E_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr, MASK: tl.constexpr,
+    SORTED: tl.constexpr, E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr, MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into slots of [BLOCK_N, BLOCK_V].
 
     SORTED: ``e`` holds the rows in the order of the work list, and zeros for those that want no gradient; else as they
-    were, and ``keep`` says which count: the others may be NaN.
+    were, and ``keep`` says which count: the others may be NaN. C_TMA: pairs of tiles, read as boxes of c; else the
+    rows of c are gathered, in whatever order the vocabulary has.
     """
-    SLOT: tl.constexpr = BLOCK_N * BLOCK_V
     total = tl.load(items + chunk)
     base = chunk * max_items
     for item in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
@@ -124,33 +162,42 @@ def sparse_kernel(
         first = tl.load(item_first + base + item)
         sorted_rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
         rows = tl.load(row_order + tl.minimum(sorted_rows, N - 1))
-        column = tl.arange(0, TILE_V)
-        # From scalars, not from a vector that is loaded: a thread would keep a number for each of its columns.
-        place = tl.load(tile_list + b * T + first) * BLOCK_V + column % BLOCK_V
-        for nth in tl.static_range(1, TILE_V // BLOCK_V):
-            t = tl.load(tile_list + b * T + first + tl.minimum(nth, count - 1))
-            place = tl.where(column // BLOCK_V == nth, t * BLOCK_V + column % BLOCK_V, place)
-        entries = entries_of(place, order, V, ORDER, WIDE)
-        # Logit tile, as in the forward.
         if SORTED:
             read = wide(tl.minimum(sorted_rows, N - 1), WIDE)
         else:
             read = wide(rows, WIDE)
-        z = logit_tile(e, c, b * BLOCK_N, read, 0, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
-                       E_TMA, False, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
-        z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
-        # Epilogue.
-        dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
-                      ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
-        counts = sorted_rows < N
-        if not SORTED:
-            counts = counts & (tl.load(keep + rows) != 0)
-        dx = tl.where(counts[:, None], dx, 0.0)
-        # Store: the tile of slot + nth, and which entries its columns are.
-        inside = column // BLOCK_V < count
-        tl.store(slot_entries + slot * BLOCK_V + column, entries.to(tl.int32), mask=inside)
-        if DBIAS:
-            tl.store(dbias + slot * BLOCK_V + column, tl.sum(dx, 0), mask=inside)
-        start = (slot + column // BLOCK_V).to(tl.int64) * SLOT + column % BLOCK_V
-        where = dz + start[None, :] + (tl.arange(0, BLOCK_N) * BLOCK_V)[:, None]
-        tl.store(where, dx.to(dz.dtype.element_ty), mask=tl.broadcast_to(inside[None, :], (BLOCK_N, TILE_V)))
+        t0 = tl.load(tile_list + b * T + first)
+        if C_TMA:
+            t1 = tl.load(tile_list + b * T + first + tl.minimum(1, count - 1))
+            z0, z1 = two_tiles(e, c, b * BLOCK_N, read, t0, t1, D, stride_en, stride_ed, E_TMA, EVEN_D, DOT,
+                               PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
+            for nth in tl.static_range(2):
+                if nth == 0:
+                    place = t0 * BLOCK_V + tl.arange(0, BLOCK_V)
+                    z = z0
+                else:
+                    place = t1 * BLOCK_V + tl.arange(0, BLOCK_V)
+                    z = z1
+                entries = tl.minimum(place, V - 1)
+                z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
+                dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
+                              ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
+                store_slots(dx, sorted_rows, rows, slot + nth, count - nth, N, keep, entries, dz, dbias,
+                            slot_entries, SORTED, DBIAS, BLOCK_N, BLOCK_V, BLOCK_V)  # fmt: skip
+        else:
+            # From scalars, not from a vector that is loaded: a thread would keep a number for each of its columns.
+            column = tl.arange(0, TILE_V)
+            place = t0 * BLOCK_V + column % BLOCK_V
+            for nth in tl.static_range(1, TILE_V // BLOCK_V):
+                t = tl.load(tile_list + b * T + first + tl.minimum(nth, count - 1))
+                place = tl.where(column // BLOCK_V == nth, t * BLOCK_V + column % BLOCK_V, place)
+            entries = entries_of(place, order, V, ORDER, WIDE)
+            # Logit tile, as in the forward.
+            z = logit_tile(e, c, b * BLOCK_N, read, 0, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
+                           E_TMA, False, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
+            z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
+            # Epilogue, and store.
+            dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
+                          ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
+            store_slots(dx, sorted_rows, rows, slot, count, N, keep, entries, dz, dbias,
+                        slot_entries, SORTED, DBIAS, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip

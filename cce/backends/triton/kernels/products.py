@@ -10,17 +10,18 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["chunk"])
 def de_kernel(
-    dz, c, slot_entries, before, chunk_start, de,
+    dz, c, slot_entries, tile_list, before, chunk_start, de,
     N, D, T, blocks, stride_cv, stride_cd, chunk,
-    DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DZ_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """de [N, D], rows in the work list's order: += sum over the chunk's live tiles of dx c."""
     # Output tile: row block b, longest first, since the work list puts the rows with most hits last; columns d.
     tiles_d = tl.cdiv(D, BLOCK_D)
     b = blocks - 1 - tl.program_id(0) // tiles_d
-    d = (tl.program_id(0) % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    base, count = slots_of(b, before, chunk_start, chunk, T, blocks, BLOCKS)
+    d0 = (tl.program_id(0) % tiles_d) * BLOCK_D
+    d = d0 + tl.arange(0, BLOCK_D)
+    base, count, first = slots_of(b, before, chunk_start, chunk, T, blocks, BLOCKS)
     if count == 0:
         return
     rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -37,25 +38,29 @@ def de_kernel(
         else:
             row = slot.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
             dx = tl.load(dz + row[:, None] * BLOCK_V + column[None, :])
-        entries = tl.load(slot_entries + slot * BLOCK_V + column).to(tl.int64)
-        source = c + entries[:, None] * stride_cv + d[None, :] * stride_cd
-        if EVEN_D:
-            c_tile = tl.load(source)
+        if C_TMA:
+            t = tl.load(tile_list + b * T + first + step // STEPS)
+            c_tile = c.load([t * BLOCK_V + k, d0])
         else:
-            c_tile = tl.load(source, mask=(d < D)[None, :], other=0.0)
+            entries = tl.load(slot_entries + slot * BLOCK_V + column).to(tl.int64)
+            source = c + entries[:, None] * stride_cv + d[None, :] * stride_cd
+            if EVEN_D:
+                c_tile = tl.load(source)
+            else:
+                c_tile = tl.load(source, mask=(d < D)[None, :], other=0.0)
         total = tl.dot(dx, c_tile.to(DOT), total, input_precision=PRECISION)
     tl.store(where, total, mask=inside)
 
 
 @triton.jit
 def slots_of(b, before, chunk_start, chunk, T, blocks, BLOCKS: tl.constexpr):
-    """First slot and number of slots of row block b in a chunk: slots are numbered by row block, then by tile."""
+    """First slot and number of slots of row block b in a chunk, and where its tiles begin in its tile list."""
     t0, t1 = tl.load(chunk_start + chunk), tl.load(chunk_start + chunk + 1)
     others = tl.arange(0, BLOCKS)
-    counts = tl.load(before + others * (T + 1) + t1, mask=others < blocks, other=0)
-    counts -= tl.load(before + others * (T + 1) + t0, mask=others < blocks, other=0)
+    first = tl.load(before + others * (T + 1) + t0, mask=others < blocks, other=0)
+    counts = tl.load(before + others * (T + 1) + t1, mask=others < blocks, other=0) - first
     base = tl.sum(tl.where(others < b, counts, 0), 0)
-    return base, tl.sum(tl.where(others == b, counts, 0), 0)
+    return base, tl.sum(tl.where(others == b, counts, 0), 0), tl.sum(tl.where(others == b, first, 0), 0)
 
 
 @triton.jit(do_not_specialize=["chunk"])
