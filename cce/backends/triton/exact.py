@@ -63,21 +63,9 @@ def _exact(
     problem = call.problem
     formula = Formula.of(call, inputs, outputs, upstream)
     s = formula.upstream.s if problem.softcap is None else None  # with a softcap it is part of dz
-    total = None
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
-    step = _columns(call)
-    scratch = call.empty(problem.n * _pitch(min(step, problem.v)), dtype=problem.dtype)
-    launch = _dz(call, inputs, formula)
-    for v0 in range(0, problem.v, step):
-        v1 = min(problem.v, v0 + step)
-        dz = _chunk(call, launch, scratch, v0, v1, dbias)
-        c = _rows_of_c(call, v0, v1) if problem.grad_e else None
-        if c is not None:
-            total = _add_product(dz, c, total)
-        if dc is not None:
-            _write(call, dc, v0, v1, dz)
-    del scratch, launch
+    total = _chunks(call, inputs, formula, dc, dbias)
     de = None
     if total is not None:
         if s is not None:
@@ -91,6 +79,23 @@ def _exact(
         unscaled = s if formula.norm is None else s * formula.norm
         add_rank_one_dc(call, inputs.logit_weight, unscaled, dc, dbias)
     return Gradients(de, dc, dbias)
+
+
+def _chunks(
+    call: Call, inputs: Inputs[Tensor], formula: Formula, dc: Tensor | None, dbias: Tensor | None
+) -> Tensor | None:
+    """The float32 sum of dE; writes dC and dbias. The scratch memory is given back before dE is made of the sum."""
+    problem, step, total = call.problem, _columns(call), None
+    scratch = call.empty(problem.n * _pitch(min(step, problem.v)), dtype=problem.dtype)
+    launch = _dz(call, inputs, formula)
+    for v0 in range(0, problem.v, step):
+        v1 = min(problem.v, v0 + step)
+        dz = _chunk(call, launch, scratch, v0, v1, dbias)
+        if problem.grad_e:
+            total = _add_product(dz, _rows_of_c(call, v0, v1), total)
+        if dc is not None:
+            _write(call, dc, v0, v1, dz)
+    return total
 
 
 def _columns(call: Call) -> int:

@@ -188,21 +188,21 @@ class _Run:
                 launch(chunk=chunk)
 
     @property
-    def pairs(self) -> bool:
-        """Tiles of ``c`` are read as boxes, two for a program."""
-        return self.call.c_tma and 2 * self.call.block_v == self.call.launch.sparse.columns
+    def boxes(self) -> bool:
+        """Tiles of ``c`` are read as boxes, one or two for a program."""
+        return self.call.c_tma and 2 * self.call.block_v >= self.call.launch.sparse.columns
 
     def _dz(self) -> Repeated:
         """dx of the chunk's live tiles into the scratch memory."""
         call, plan, tile, problem = self.call, self.plan, self.call.launch.sparse, self.call.problem
-        operands = call.operands(tile, self.rows.e, c_rows=call.block_v, gather=not self.pairs)
+        operands = call.operands(tile, self.rows.e, c_rows=call.block_v, gather=not self.boxes)
         if not self.rows.copied:  # rows of a block are anywhere
             operands |= {"e": self.rows.e, "E_TMA": False}
         arguments = {
             **operands, **self.formula.arguments(), "dz": self.scratch, "dbias": self.column_sums,
             "slot_entries": self.entries, "row_order": self.live.row_order, "keep": self.live.keep,
             "tile_list": plan.tile_list, "item_block": plan.item_block, "item_first": plan.item_first,
-            "item_slot": plan.item_slot, "item_count": plan.item_count, "items": plan.items,
+            "item_slot": plan.item_slot, "item_tiles": plan.item_tiles, "items": plan.items,
             "N": problem.n, "V": problem.v, "T": call.tiles, "max_items": plan.max_items,
             "SORTED": self.rows.copied, "DBIAS": self.column_sums is not None,
             "MASK": problem.v % call.block_v != 0, "BLOCK_N": tile.rows, "TILE_V": tile.columns,
@@ -217,10 +217,10 @@ class _Run:
         blocks = plan.before.shape[0]
         arguments = {
             "dz": matrix(self.scratch, call.block_n, tile.depth, self.dz_tma),
-            "c": matrix(call.c, tile.depth, tile.columns, self.pairs), "slot_entries": self.entries,
+            "c": matrix(call.c, tile.depth, tile.columns, self.boxes), "slot_entries": self.entries,
             "tile_list": plan.tile_list, "before": plan.before, "chunk_start": plan.chunk_start, "de": total,
             "N": problem.n, "D": problem.d, "T": call.tiles, "blocks": blocks, "stride_cv": call.c.stride(0),
-            "stride_cd": call.c.stride(1), "DZ_TMA": self.dz_tma, "C_TMA": self.pairs,
+            "stride_cd": call.c.stride(1), "DZ_TMA": self.dz_tma, "C_TMA": self.boxes,
             "EVEN_D": problem.d % tile.columns == 0, "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision,
             "BLOCK_N": call.block_n, "BLOCK_V": call.block_v, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
             "BLOCKS": triton.next_power_of_2(blocks),
@@ -234,7 +234,7 @@ class _Run:
         e, e_tma = self.rows.e, self.rows.copied and call.e_tma(self.rows.e)
         mass_e = None if self.dead is None else self.dead.mass_e
         arguments = {
-            "dz": matrix(self.scratch, tile.depth, call.block_v, self.dz_tma),
+            "dz": matrix(self.scratch, tile.depth, tile.rows, self.dz_tma),
             "e": matrix(e, tile.depth, tile.columns, e_tma), "order": call.order, "row_order": self.live.row_order,
             "keep": self.live.keep, "live_count": plan.live_count, "block_list": plan.block_list,
             "slot_list": plan.slot_list, "chunk_start": plan.chunk_start, "counters": self.counters,
@@ -243,7 +243,7 @@ class _Run:
             "stride_dc": dc.stride(0), "SORTED": self.rows.copied, "DZ_TMA": self.dz_tma, "E_TMA": e_tma,
             "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision, "ORDER": call.order is not None,
             "COMPENSATE": mass_e is not None, "NORM": self.formula.norm is not None, "BLOCK_N": call.block_n,
-            "BLOCK_V": call.block_v, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
+            "BLOCK_V": call.block_v, "BLOCK_M": tile.rows, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
         }  # fmt: skip
         grid = (call.launch.programs,)
         return Repeated(dc_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)

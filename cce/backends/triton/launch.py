@@ -129,7 +129,7 @@ def choose(problem: Problem, spec: Spec, capability: tuple[int, int], programs: 
         dense=replace(base.dense, flatten=base.dense.flatten and plain),
         sparse=replace(sparse, flatten=sparse.flatten and flat),
         de=replace(base.de, rows=spec.block_n, depth=min(base.de.depth, spec.block_v)),
-        dc=replace(base.dc, rows=spec.block_v, depth=min(base.dc.depth, spec.block_n)),
+        dc=replace(base.dc, rows=min(base.dc.rows, spec.block_v), depth=min(base.dc.depth, spec.block_n)),
     )
 
 

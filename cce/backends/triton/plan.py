@@ -17,16 +17,15 @@ from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.worklist import (
     chunks_kernel,
     columns_kernel,
+    count_kernel,
     hits_kernel,
     items_kernel,
     live_kernel,
     rows_kernel,
-    tiles_kernel,
+    scan_kernel,
 )
 from cce.backends.triton.sizes import row_blocks
 from cce.problem import HIT, Maps, Upstream
-
-_GROUP = 16  # row blocks side by side
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Plan:
         before: (B, T + 1) live tiles of a row block before each vocabulary block; tile_list: (B, T) those tiles.
         live_count: (T,) live row blocks of a vocabulary block; block_list, slot_list: (T, B) those, and their slots.
         chunk_start: (chunks + 1,) first vocabulary block of each chunk.
-        item_block, item_first, item_slot, item_count: (chunks, max_items) row block, first of its live tiles (a place
+        item_block, item_first, item_slot, item_tiles: (chunks, max_items) row block, first of its live tiles (a place
             in tile_list), its slot, and how many of them: what one program computes at a time. items: (chunks,).
     """
 
@@ -69,7 +68,7 @@ class Plan:
     item_block: Tensor
     item_first: Tensor
     item_slot: Tensor
-    item_count: Tensor
+    item_tiles: Tensor
     items: Tensor
 
 
@@ -111,30 +110,26 @@ def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
     def ints(*shape: int) -> Tensor:
         return call.empty(*shape, dtype=torch.int32)
 
+    # A chunk without vocabulary blocks is never written: it has no items.
     plan = Plan(
         chunks, slots, before=ints(blocks, t + 1), tile_list=ints(blocks, t), live_count=ints(t),
         block_list=ints(t, blocks), slot_list=ints(t, blocks), chunk_start=ints(chunks + 1),
         item_block=ints(chunks, slots), item_first=ints(chunks, slots), item_slot=ints(chunks, slots),
-        item_count=ints(chunks, slots), items=ints(chunks),
+        item_tiles=ints(chunks, slots), items=torch.zeros(chunks, dtype=torch.int32, device=call.e.device),
     )  # fmt: skip
-    earlier = ints(t)
+    earlier, item_count, items_earlier = ints(t), ints(t), ints(t)
+    sizes = {"PACK": pack, "BLOCKS": wide}
     rows_kernel[(blocks,)](found.live, plan.before, plan.tile_list, t, blocks, BLOCK_T=1024)
-    tiles_kernel[(1,)](found.live, plan.live_count, earlier, t, blocks, BLOCK_T=max(16, 8192 // wide), BLOCKS=wide)
+    count_kernel[(t,)](found.live, plan.live_count, blocks, BLOCKS=wide)
+    scan_kernel[(1,)](plan.live_count, earlier, t, BLOCK_T=2048)
     chunks_kernel[(chunks + 1,)](earlier, plan.chunk_start, t, step, chunks, BLOCK_T=1024)
-    items_kernel[(chunks, triton.cdiv(blocks, _GROUP))](
-        plan.before, plan.chunk_start, plan.item_block, plan.item_first, plan.item_slot, plan.item_count, plan.items,
-        t, blocks, slots, PACK=pack, GROUP=_GROUP, BLOCKS=wide,
-    )  # fmt: skip
     columns_kernel[(t,)](
-        found.live,
-        plan.before,
-        earlier,
-        plan.chunk_start,
-        plan.block_list,
-        plan.slot_list,
-        t,
-        blocks,
-        step,
-        BLOCKS=wide,
-    )
+        found.live, plan.before, earlier, plan.chunk_start, plan.block_list, plan.slot_list, item_count,
+        t, blocks, step, **sizes,
+    )  # fmt: skip
+    scan_kernel[(1,)](item_count, items_earlier, t, BLOCK_T=2048)
+    items_kernel[(t,)](
+        found.live, plan.before, earlier, plan.chunk_start, items_earlier, plan.item_block, plan.item_first,
+        plan.item_slot, plan.item_tiles, plan.items, t, blocks, step, slots, **sizes,
+    )  # fmt: skip
     return plan

@@ -138,7 +138,7 @@ def store_slots(
 @triton.jit(do_not_specialize=["chunk"])
 def sparse_kernel(
     e, c, bias, order, dz, dbias, slot_entries,
-    row_order, keep, tile_list, item_block, item_first, item_slot, item_count, items,
+    row_order, keep, tile_list, item_block, item_first, item_slot, item_tiles, items,
     lse, entropy, a, g, h, targets,
     N, V, D, K, T, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap, chunk, max_items,
     SORTED: tl.constexpr, E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
@@ -149,8 +149,8 @@ def sparse_kernel(
     """dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into slots of [BLOCK_N, BLOCK_V].
 
     SORTED: ``e`` holds the rows in the order of the work list, and zeros for those that want no gradient; else as they
-    were, and ``keep`` says which count: the others may be NaN. C_TMA: pairs of tiles, read as boxes of c; else the
-    rows of c are gathered, in whatever order the vocabulary has.
+    were, and ``keep`` says which count: the others may be NaN. C_TMA: one or two tiles, read as boxes of c; else any
+    number, their rows of c gathered, in whatever order the vocabulary has.
     """
     total = tl.load(items + chunk)
     base = chunk * max_items
@@ -158,7 +158,7 @@ def sparse_kernel(
         # Tile origin: rows of block b in the work list's order; for each BLOCK_V columns one of its live tiles.
         b = tl.load(item_block + base + item)
         slot = tl.load(item_slot + base + item)
-        count = tl.load(item_count + base + item)
+        count = tl.load(item_tiles + base + item)
         first = tl.load(item_first + base + item)
         sorted_rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
         rows = tl.load(row_order + tl.minimum(sorted_rows, N - 1))
@@ -167,7 +167,7 @@ def sparse_kernel(
         else:
             read = wide(rows, WIDE)
         t0 = tl.load(tile_list + b * T + first)
-        if C_TMA:
+        if C_TMA and TILE_V != BLOCK_V:
             t1 = tl.load(tile_list + b * T + first + tl.minimum(1, count - 1))
             z0, z1 = two_tiles(e, c, b * BLOCK_N, read, t0, t1, D, stride_en, stride_ed, E_TMA, EVEN_D, DOT,
                                PRECISION, BLOCK_N, BLOCK_V, BLOCK_D)  # fmt: skip
@@ -193,8 +193,8 @@ def sparse_kernel(
                 place = tl.where(column // BLOCK_V == nth, t * BLOCK_V + column % BLOCK_V, place)
             entries = entries_of(place, order, V, ORDER, WIDE)
             # Logit tile, as in the forward.
-            z = logit_tile(e, c, b * BLOCK_N, read, 0, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
-                           E_TMA, False, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
+            z = logit_tile(e, c, b * BLOCK_N, read, t0 * BLOCK_V, entries, D, stride_en, stride_ed, stride_cv,
+                           stride_cd, E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
             z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
             # Epilogue, and store.
             dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,

@@ -69,36 +69,39 @@ def dc_kernel(
     N, V, D, blocks, stride_en, stride_ed, stride_dc, chunk,
     SORTED: tl.constexpr, DZ_TMA: tl.constexpr, E_TMA: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, ORDER: tl.constexpr, COMPENSATE: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dc [V, D] of the chunk's entries: the sum over live row blocks of dx^T e, and what stands for the dead ones."""
     tiles_d = tl.cdiv(D, BLOCK_D)
+    PARTS: tl.constexpr = BLOCK_V // BLOCK_M
     t0 = tl.load(chunk_start + chunk)
-    total_items = (tl.load(chunk_start + chunk + 1) - t0) * tiles_d
+    total_items = (tl.load(chunk_start + chunk + 1) - t0) * tiles_d * PARTS
     STEPS: tl.constexpr = BLOCK_N // BLOCK_K
     item = tl.atomic_add(counters + chunk, 1)
     while item < total_items:
-        # Output tile: the entries of vocabulary block t, columns d.
-        t = t0 + item // tiles_d
+        # Output tile: entries of vocabulary block t, columns d.
+        t = t0 + item // (tiles_d * PARTS)
+        part = (item // tiles_d) % PARTS * BLOCK_M
         d0 = (item % tiles_d) * BLOCK_D
+        item = tl.atomic_add(counters + chunk, 1)  # the next one, asked for now, so that nobody waits for it then
         d = d0 + tl.arange(0, BLOCK_D)
-        place = t * BLOCK_V + tl.arange(0, BLOCK_V)
+        place = t * BLOCK_V + part + tl.arange(0, BLOCK_M)
         if COMPENSATE:
             columns = tl.minimum(BLOCK_V, V - t * BLOCK_V).to(tl.float32)
             share = tl.load(mass_e + t.to(tl.int64) * D + d, mask=d < D, other=0.0) / columns
-            total = tl.broadcast_to(share[None, :], (BLOCK_V, BLOCK_D))
+            total = tl.broadcast_to(share[None, :], (BLOCK_M, BLOCK_D))
         else:
-            total = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+            total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for step in range(tl.load(live_count + t) * STEPS):
             b = tl.load(block_list + t * blocks + step // STEPS)
             slot = tl.load(slot_list + t * blocks + step // STEPS)
             k = (step % STEPS) * BLOCK_K
             row = k + tl.arange(0, BLOCK_K)
             if DZ_TMA:
-                dx = dz.load([slot * BLOCK_N + k, 0])
+                dx = dz.load([slot * BLOCK_N + k, part])
             else:
                 dx_row = slot.to(tl.int64) * BLOCK_N + row
-                dx = tl.load(dz + dx_row[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :])
+                dx = tl.load(dz + dx_row[:, None] * BLOCK_V + (part + tl.arange(0, BLOCK_M))[None, :])
             if E_TMA:
                 e_tile = e.load([b * BLOCK_N + k, d0])
             else:
@@ -120,7 +123,6 @@ def dc_kernel(
             entries = tl.load(order + entries).to(tl.int64)
         where = dc + entries[:, None] * stride_dc + d[None, :]
         tl.store(where, total.to(dc.dtype.element_ty), mask=(place < V)[:, None] & (d < D)[None, :])
-        item = tl.atomic_add(counters + chunk, 1)
 
 
 @triton.jit(do_not_specialize=["chunk"])

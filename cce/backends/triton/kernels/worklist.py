@@ -61,18 +61,12 @@ def rows_kernel(live, before, tile_list, T, blocks, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def tiles_kernel(live, live_count, earlier, T, blocks, BLOCK_T: tl.constexpr, BLOCKS: tl.constexpr):
-    """live_count [T] of each vocabulary block, and earlier [T], the live tiles of all those before it. One program."""
-    others = tl.arange(0, BLOCKS)
-    total = 0
-    for start in range(0, T, BLOCK_T):
-        tiles = start + tl.arange(0, BLOCK_T)
-        inside = (tiles < T)[:, None] & (others < blocks)[None, :]
-        on = tl.load(live + tiles[:, None] * blocks + others[None, :], mask=inside, other=0).to(tl.int32)
-        count = tl.sum(on, 1)
-        tl.store(live_count + tiles, count, mask=tiles < T)
-        tl.store(earlier + tiles, total + tl.cumsum(count, 0) - count, mask=tiles < T)
-        total += tl.sum(count, 0)
+def count_kernel(live, live_count, blocks, BLOCKS: tl.constexpr):
+    """live_count [T] of each vocabulary block."""
+    t = tl.program_id(0)
+    b = tl.arange(0, BLOCKS)
+    on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
+    tl.store(live_count + t, tl.sum(on, 0))
 
 
 @triton.jit
@@ -90,51 +84,66 @@ def chunks_kernel(earlier, chunk_start, T, step, chunks, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def items_kernel(
-    before, chunk_start, item_block, item_first, item_slot, item_count, items, T, blocks, max_items,
-    PACK: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Per chunk: PACK live tiles of a row block at a time, GROUP row blocks side by side, so that they share reads."""
-    k, group = tl.program_id(0), tl.program_id(1)
-    t0, t1 = tl.load(chunk_start + k), tl.load(chunk_start + k + 1)
-    others = tl.arange(0, BLOCKS)
-    here = others < blocks
-    first = tl.load(before + others * (T + 1) + t0, mask=here, other=0)
-    count = tl.load(before + others * (T + 1) + t1, mask=here, other=0) - first
-    packs = (count + PACK - 1) // PACK
-    base = tl.sum(tl.where(others < group * GROUP, packs, 0), 0)
-    if group == 0:
-        tl.store(items + k, tl.sum(packs, 0))
-    slot0 = tl.sum(tl.where(others < group * GROUP, count, 0), 0)
+def starts_of(on, t, before, earlier, chunk_start, T, blocks, step, PACK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Of vocabulary block t: its chunk; per row block the slot of its tile and whether an item begins with it.
 
-    b = group * GROUP + tl.arange(0, GROUP)
-    mine = b < blocks
-    first = tl.load(before + b * (T + 1) + t0, mask=mine, other=0)
-    count = tl.load(before + b * (T + 1) + t1, mask=mine, other=0) - first
-    packs = (count + PACK - 1) // PACK
-    slot0 += tl.cumsum(count, 0) - count
-    for j in range(tl.max(packs, 0)):
-        on = (packs > j).to(tl.int32)
-        where = k * max_items + base + tl.cumsum(on, 0) - on
-        tl.store(item_block + where, b, mask=on > 0)
-        tl.store(item_first + where, first + j * PACK, mask=on > 0)
-        tl.store(item_slot + where, slot0 + j * PACK, mask=on > 0)
-        tl.store(item_count + where, tl.minimum(count - j * PACK, PACK), mask=on > 0)
-        base += tl.sum(on, 0)
-
-
-@triton.jit
-def columns_kernel(live, before, earlier, chunk_start, block_list, slot_list, T, blocks, step, BLOCKS: tl.constexpr):
-    """Per vocabulary block: its live row blocks, and the slots their tiles lie in."""
-    t = tl.program_id(0)
+    An item is PACK live tiles of one row block, neighbours in its list; it is numbered by the first of them.
+    """
     b = tl.arange(0, BLOCKS)
     here = b < blocks
-    on = tl.load(live + t * blocks + b, mask=here, other=0).to(tl.int32)
     k = tl.load(earlier + t) // step
     t0, t1 = tl.load(chunk_start + k), tl.load(chunk_start + k + 1)
     first = tl.load(before + b * (T + 1) + t0, mask=here, other=0)
     count = tl.load(before + b * (T + 1) + t1, mask=here, other=0) - first
-    slot = tl.cumsum(count, 0) - count + tl.load(before + b * (T + 1) + t, mask=here, other=0) - first
+    rank = tl.load(before + b * (T + 1) + t, mask=here, other=0) - first
+    slot = tl.cumsum(count, 0) - count + rank
+    begins = (on != 0) & (rank % PACK == 0)
+    return k, t0, slot, begins, first + rank, tl.minimum(count - rank, PACK)
+
+
+@triton.jit
+def columns_kernel(
+    live, before, earlier, chunk_start, block_list, slot_list, item_count, T, blocks, step,
+    PACK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Per vocabulary block: its live row blocks, the slots their tiles lie in, and how many items begin with them."""
+    t = tl.program_id(0)
+    b = tl.arange(0, BLOCKS)
+    on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
+    _, _, slot, begins, _, _ = starts_of(on, t, before, earlier, chunk_start, T, blocks, step, PACK, BLOCKS)
     where = t * blocks + tl.cumsum(on, 0) - on
     tl.store(block_list + where, b, mask=on > 0)
     tl.store(slot_list + where, slot, mask=on > 0)
+    tl.store(item_count + t, tl.sum(begins.to(tl.int32), 0))
+
+
+@triton.jit
+def items_kernel(
+    live, before, earlier, chunk_start, items_earlier, item_block, item_first, item_slot, item_tiles, items,
+    T, blocks, step, max_items, PACK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The items of each chunk, by vocabulary block and then by row block: those at work together share rows of c."""
+    t = tl.program_id(0)
+    b = tl.arange(0, BLOCKS)
+    on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
+    k, t0, slot, begins, place, tiles = starts_of(on, t, before, earlier, chunk_start, T, blocks, step, PACK, BLOCKS)
+    begin = begins.to(tl.int32)
+    base = tl.load(items_earlier + t) - tl.load(items_earlier + t0)
+    where = k * max_items + base + tl.cumsum(begin, 0) - begin
+    tl.store(item_block + where, b, mask=begins)
+    tl.store(item_first + where, place, mask=begins)
+    tl.store(item_slot + where, slot, mask=begins)
+    tl.store(item_tiles + where, tiles, mask=begins)
+    if t + 1 == tl.load(chunk_start + k + 1):
+        tl.store(items + k, base + tl.sum(begin, 0))
+
+
+@triton.jit
+def scan_kernel(x, earlier, T, BLOCK_T: tl.constexpr):
+    """earlier [T]: the sum of all x before each. One program."""
+    total = 0
+    for start in range(0, T, BLOCK_T):
+        where = start + tl.arange(0, BLOCK_T)
+        count = tl.load(x + where, mask=where < T, other=0)
+        tl.store(earlier + where, total + tl.cumsum(count, 0) - count, mask=where < T)
+        total += tl.sum(count, 0)
