@@ -168,7 +168,7 @@ class _Run:
         slots = max(left // slot_bytes(problem, call.spec), 2 * row_blocks(problem, call.spec))
         self.plan = plans.make(call, live, slots, tile.columns // call.block_v)
         slots = self.plan.max_items
-        self.scratch = call.empty(slots * call.block_n, call.block_v, dtype=problem.dtype)
+        self.scratch = call.empty((slots + 1) * call.block_n, call.block_v, dtype=problem.dtype)  # one to spare
         self.entries = call.empty(slots, call.block_v, dtype=torch.int32)
         self.column_sums = call.empty(slots, call.block_v) if problem.grad_bias else None
         self.counters = torch.zeros(self.plan.chunks, dtype=torch.int32, device=call.e.device)
@@ -198,8 +198,10 @@ class _Run:
         operands = call.operands(tile, self.rows.e, c_rows=call.block_v, gather=not self.boxes)
         if not self.rows.copied:  # rows of a block are anywhere
             operands |= {"e": self.rows.e, "E_TMA": False}
+        stored = self.dz_tma and self.boxes
         arguments = {
-            **operands, **self.formula.arguments(), "dz": self.scratch, "dbias": self.column_sums,
+            **operands, **self.formula.arguments(),
+            "dz": matrix(self.scratch, call.block_n, call.block_v, stored), "DZ_TMA": stored, "dbias": self.column_sums,
             "slot_entries": self.entries, "row_order": self.live.row_order, "keep": self.live.keep,
             "tile_list": plan.tile_list, "item_block": plan.item_block, "item_first": plan.item_first,
             "item_slot": plan.item_slot, "item_tiles": plan.item_tiles, "items": plan.items,

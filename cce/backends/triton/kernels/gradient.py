@@ -116,10 +116,14 @@ def two_tiles(
 
 @triton.jit
 def store_slots(
-    dx, sorted_rows, rows, slot, count, N, keep, entries, dz, dbias, slot_entries,
-    SORTED: tl.constexpr, DBIAS: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
+    dx, sorted_rows, rows, slot, count, spare, N, keep, entries, dz, dbias, slot_entries,
+    SORTED: tl.constexpr, DZ_TMA: tl.constexpr, DBIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dx of WIDTH / BLOCK_V tiles, ``count`` of them real, into their slots; and which entries their columns are."""
+    """dx of WIDTH / BLOCK_V tiles, ``count`` of them real, into their slots; and which entries their columns are.
+
+    DZ_TMA: of one tile; one that is not real goes to the slot after the last, ``spare``, which nobody reads.
+    """
     SLOT: tl.constexpr = BLOCK_N * BLOCK_V
     column = tl.arange(0, WIDTH)
     counts = sorted_rows < N
@@ -130,9 +134,12 @@ def store_slots(
     tl.store(slot_entries + slot * BLOCK_V + column, entries.to(tl.int32), mask=inside)
     if DBIAS:
         tl.store(dbias + slot * BLOCK_V + column, tl.sum(dx, 0), mask=inside)
-    start = (slot + column // BLOCK_V).to(tl.int64) * SLOT + column % BLOCK_V
-    where = dz + start[None, :] + (tl.arange(0, BLOCK_N) * BLOCK_V)[:, None]
-    tl.store(where, dx.to(dz.dtype.element_ty), mask=tl.broadcast_to(inside[None, :], (BLOCK_N, WIDTH)))
+    if DZ_TMA:
+        dz.store([tl.where(count > 0, slot, spare) * BLOCK_N, 0], dx.to(dz.dtype))
+    else:
+        start = (slot + column // BLOCK_V).to(tl.int64) * SLOT + column % BLOCK_V
+        where = dz + start[None, :] + (tl.arange(0, BLOCK_N) * BLOCK_V)[:, None]
+        tl.store(where, dx.to(dz.dtype.element_ty), mask=tl.broadcast_to(inside[None, :], (BLOCK_N, WIDTH)))
 
 
 @triton.jit(do_not_specialize=["chunk"])
@@ -141,9 +148,10 @@ def sparse_kernel(
     row_order, keep, tile_list, item_block, item_first, item_slot, item_tiles, items,
     lse, entropy, a, g, h, targets,
     N, V, D, K, T, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap, chunk, max_items,
-    SORTED: tl.constexpr, E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr, MASK: tl.constexpr,
+    SORTED: tl.constexpr, E_TMA: tl.constexpr, C_TMA: tl.constexpr, DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr,
+    DBIAS: tl.constexpr, MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into slots of [BLOCK_N, BLOCK_V].
@@ -182,8 +190,8 @@ def sparse_kernel(
                 z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
                 dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
                               ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
-                store_slots(dx, sorted_rows, rows, slot + nth, count - nth, N, keep, entries, dz, dbias,
-                            slot_entries, SORTED, DBIAS, BLOCK_N, BLOCK_V, BLOCK_V)  # fmt: skip
+                store_slots(dx, sorted_rows, rows, slot + nth, count - nth, max_items, N, keep, entries, dz, dbias,
+                            slot_entries, SORTED, DZ_TMA, DBIAS, BLOCK_N, BLOCK_V, BLOCK_V)  # fmt: skip
         else:
             # From scalars, not from a vector that is loaded: a thread would keep a number for each of its columns.
             column = tl.arange(0, TILE_V)
@@ -199,5 +207,5 @@ def sparse_kernel(
             # Epilogue, and store.
             dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
                           ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
-            store_slots(dx, sorted_rows, rows, slot, count, N, keep, entries, dz, dbias,
-                        slot_entries, SORTED, DBIAS, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
+            store_slots(dx, sorted_rows, rows, slot, count, max_items, N, keep, entries, dz, dbias, slot_entries,
+                        SORTED, DZ_TMA and TILE_V == BLOCK_V, DBIAS, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
