@@ -331,13 +331,14 @@ def _token_weights(flat: _Flat, token_weight: Tensor) -> Tensor:
 
 
 def _total(flat: _Flat, of_target: Tensor | None, tokens: Tensor | None) -> Tensor:
-    """What "mean" divides by: the sum of the weights in use; NaN where there are none."""
-    in_use = (flat.targets >= 0).any(1).to(flat.wide)
-    if tokens is not None:
-        in_use = in_use * tokens
+    """What "mean" divides by: the sum of the weights in use; NaN, or 0 as 0 / 0 is NaN, where there are none."""
+    in_use = flat.targets[:, 0] >= 0 if flat.coefficients is None else (flat.targets >= 0).any(1)
+    if tokens is None and of_target is None:
+        return in_use.sum(dtype=flat.wide)
+    weights = in_use.to(flat.wide) if tokens is None else in_use * tokens
     if of_target is not None:
-        in_use = in_use * of_target[:, 0]
-    total = in_use.sum()
+        weights = weights * of_target[:, 0]
+    total = weights.sum()
     return torch.where(total == 0, torch.nan, total)
 
 

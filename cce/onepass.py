@@ -37,14 +37,15 @@ class Call:
         self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The weighted sum, and dE, dC and dbias (empty where not wanted) for an upstream gradient of 1."""
-        rows, used = rows_in_use(targets)
+        rows, used = (None, targets) if self.backend.skips_ignored_rows else rows_in_use(targets)
         problem = Problem.of(e, c, bias, used, None, self.logit_scale, "", self.grads)
         if problem.n == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
             return (weights.sum(), *zero_gradients(e, c, bias, self.grads))
         weights = select(weights, rows)
+        counted = weights if rows is not None else weights.masked_fill(used < 0, 0)  # NaN in a mean over nothing
         with own_dtypes(e):
             outputs, found = self.backend.loss_and_gradients(
-                Inputs(e, c, used, bias, rows), problem, self.spec.resolve(problem), weights
+                Inputs(e, c, used, bias, rows), problem, self.spec.resolve(problem), counted
             )
             value = (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
         return (value, *place_gradients(found, e, c, bias, rows))

@@ -106,6 +106,12 @@ class Spec:
 
     def resolve(self, problem: Problem) -> Spec:
         """This spec with no field left at None; what the backends receive."""
+        # Asked several times a call. A permutation is no part of a key, and sizes may be symbols under torch.compile.
+        if self.permutation is None and isinstance(problem.n, int) and isinstance(problem.v, int):
+            return _resolved(self.key, problem)
+        return self._resolve(problem)
+
+    def _resolve(self, problem: Problem) -> Spec:
         filter = _resolve_filter(self.filter, problem)
         return dataclasses.replace(
             self,
@@ -173,6 +179,11 @@ def _key(spec: Spec) -> str:
 @lru_cache(maxsize=256)
 def _from_key(key: str) -> Spec:
     return Spec(**json.loads(key))
+
+
+@lru_cache(maxsize=256)
+def _resolved(key: str, problem: Problem) -> Spec:
+    return _from_key(key)._resolve(problem)
 
 
 def _check_positive_int(name: str, value: object, *, optional: bool) -> None:

@@ -131,6 +131,7 @@ def _filtered() -> list[Case]:
         replace(base, name="filtered-capped-weights", outputs=("weighted_logit",), softcap=6.0),
         replace(base, name="filtered-soft-targets", k=3),
         replace(base, name="filtered-order", vocab_order=True),
+        replace(base, name="filtered-order-windows", vocab_order=True, spec={**_FILTERED, "scratch_bytes": 2**16}),
         replace(base, name="filtered-rows-left-out", m=131),
         replace(base, name="filtered-frozen-e", wanted=("c",)),
         replace(base, name="filtered-frozen-c", wanted=("e",)),

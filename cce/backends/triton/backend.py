@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, least_scratch
+from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, least_scratch, logits_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -36,6 +36,16 @@ class TritonBackend(Backend):
         if spec.scratch_bytes < needed:
             reasons.append(f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of its least chunk")
         return reasons
+
+    def one_pass(self, problem: Problem, spec: Spec) -> bool:
+        plain = spec.filter == "none" and spec.permutation is None and problem.softcap is None and not problem.outputs
+        # The products of the library need factors of one dtype; where c is the narrower, it would have to be copied.
+        return plain and problem.c_dtype == problem.dtype and logits_bytes(problem) <= spec.scratch_bytes
+
+    def loss_and_gradients(
+        self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+    ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+        return _kernels().loss_and_gradients(inputs, problem, spec, weights)
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         return _kernels().forward(inputs, problem, spec, maps)

@@ -111,7 +111,6 @@ class Call:
             "e": matrix(e, tile.rows, tile.depth, e_tma),
             "c": matrix(self.c, c_rows or tile.columns, tile.depth, c_tma),
             "bias": self.bias,
-            "order": self.order,
             "D": self.problem.d,
             "stride_en": e.stride(0),
             "stride_ed": e.stride(1),
@@ -125,6 +124,5 @@ class Call:
             "DOT": dot_dtype(self.problem.dtype),
             "PRECISION": self.precision,
             "WIDE": needs_wide(self.c) or needs_wide(e),
-            "ORDER": self.order is not None,
             **self.formula(),
         }

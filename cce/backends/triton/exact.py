@@ -14,6 +14,7 @@ from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one
 from cce.backends.triton.kernels.gradient import dense_kernel
 from cce.backends.triton.operands import matrix
 from cce.backends.triton.repeat import Repeated
+from cce.backends.triton.sizes import pitch
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.rows import rows_in_use, rows_of
 from cce.spec import Spec
@@ -24,8 +25,10 @@ def exact(
 ) -> Gradients[Tensor]:
     """The gradients; rows without a target are left out, which takes one question to the GPU.
 
-    While a CUDA graph is captured nothing can be asked: then such rows are computed as zeros.
+    While a CUDA graph is captured nothing can be asked: then such rows are computed as zeros. In what order the
+    vocabulary is taken makes no difference here.
     """
+    inputs = replace(inputs, vocab_order=None)
     if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():
         e = torch.where((inputs.targets >= 0).any(1, keepdim=True), inputs.e, 0)
         inputs = replace(inputs, e=e)
@@ -86,7 +89,7 @@ def _chunks(
 ) -> Tensor | None:
     """The float32 sum of dE; writes dC and dbias. The scratch memory is given back before dE is made of the sum."""
     problem, step, total = call.problem, _columns(call), None
-    scratch = call.empty(problem.n * _pitch(min(step, problem.v)), dtype=problem.dtype)
+    scratch = call.empty(problem.n * pitch(min(step, problem.v)), dtype=problem.dtype)
     launch = _dz(call, inputs, formula)
     for v0 in range(0, problem.v, step):
         v1 = min(problem.v, v0 + step)
@@ -104,11 +107,6 @@ def _columns(call: Call) -> int:
     fit = max(tile, call.spec.scratch_bytes // (problem.n * problem.dtype.itemsize) // tile * tile)
     chunks = triton.cdiv(problem.v, fit)
     return triton.cdiv(triton.cdiv(problem.v, chunks), tile) * tile
-
-
-def _pitch(columns: int) -> int:
-    """Elements from row to row of the scratch: a multiple of 16, more than tensor maps and wide stores need."""
-    return triton.cdiv(columns, 16) * 16
 
 
 def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
@@ -130,23 +128,19 @@ def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
 def _chunk(call: Call, launch: Repeated, scratch: Tensor, v0: int, v1: int, dbias: Tensor | None) -> Tensor:
     """(N, v1 - v0): dx of a chunk; its column sums go into ``dbias``."""
     tile, n, columns = call.launch.dense, call.problem.n, v1 - v0
-    pitch = _pitch(columns)
-    dz = scratch[: n * pitch].view(n, pitch)
+    width = pitch(columns)
+    dz = scratch[: n * width].view(n, width)
     sums = call.empty(triton.cdiv(n, tile.rows), columns) if dbias is not None else None
     stored = matrix(dz, tile.rows, tile.columns, call.launch.tma)
-    launch(dz=stored, dbias=sums, stride_dz=pitch, v0=v0, columns=columns)
+    launch(dz=stored, dbias=sums, stride_dz=width, v0=v0, columns=columns)
     if dbias is not None and sums is not None:
-        if call.order is None:
-            torch.sum(sums, 0, out=dbias[v0:v1])
-        else:
-            dbias.index_copy_(0, call.order[v0:v1], sums.sum(0))
+        torch.sum(sums, 0, out=dbias[v0:v1])
     return dz[:, :columns]
 
 
 def _rows_of_c(call: Call, v0: int, v1: int) -> Tensor:
     """(v1 - v0, D) rows of ``c`` in the products' dtype; a view where no copy is needed."""
-    rows = call.c[v0:v1] if call.order is None else call.c.index_select(0, call.order[v0:v1])
-    return rows.to(call.problem.dtype)
+    return call.c[v0:v1].to(call.problem.dtype)
 
 
 def _add_product(dz: Tensor, c: Tensor, total: Tensor | None) -> Tensor:
@@ -170,11 +164,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, total: Tensor | None = Non
 
 def _write(call: Call, dc: Tensor, v0: int, v1: int, dz: Tensor) -> None:
     """Rows of dC, dz^T e, in the dtype of ``c``."""
-    if call.order is None and dc.dtype == call.e.dtype:
+    if dc.dtype == call.e.dtype:
         torch.mm(dz.T, call.e, out=dc[v0:v1])
-        return
-    rows = torch.mm(dz.T, call.e).to(dc.dtype)
-    if call.order is None:
-        dc[v0:v1] = rows
     else:
-        dc.index_copy_(0, call.order[v0:v1], rows)
+        dc[v0:v1] = torch.mm(dz.T, call.e)

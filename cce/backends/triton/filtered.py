@@ -201,7 +201,8 @@ class _Run:
         stored = self.dz_tma and self.boxes
         arguments = {
             **operands, **self.formula.arguments(),
-            "dz": matrix(self.scratch, call.block_n, call.block_v, stored), "DZ_TMA": stored, "dbias": self.column_sums,
+            "dz": matrix(self.scratch, call.block_n, call.block_v, stored), "DZ_TMA": stored,
+            "order": call.order, "ORDER": call.order is not None, "dbias": self.column_sums,
             "slot_entries": self.entries, "row_order": self.live.row_order, "keep": self.live.keep,
             "tile_list": plan.tile_list, "item_block": plan.item_block, "item_first": plan.item_first,
             "item_slot": plan.item_slot, "item_tiles": plan.item_tiles, "items": plan.items,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +17,8 @@ from cce.problem import HIT, Inputs, Maps, Outputs, Problem
 from cce.spec import Spec
 
 _MOST_SPLITS = 64  # reduce_kernel holds all splits of some rows at once
+_SPLITS = ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")
+_TILES = ("tile_lse", "tile_max", "tile_entropy")
 
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
@@ -81,12 +85,41 @@ def _target_kernel(call: Call, c: Tensor, bias: Tensor | None, targets: Tensor, 
     )  # fmt: skip
 
 
-def _splits(call: Call) -> int:
-    """Stretches of the vocabulary: enough programs to fill the chip evenly, few enough to reduce at once."""
-    tile = call.launch.forward
-    blocks, tiles = triton.cdiv(call.problem.n, tile.rows), triton.cdiv(call.problem.v, tile.columns)
-    wanted = -(-call.launch.waves * call.launch.programs // blocks)
-    return max(1, min(tiles, _MOST_SPLITS, wanted))
+@dataclass(frozen=True)
+class _Window:
+    """Places v0 to v1 of the vocabulary, walked along in so many splits; ``first`` counts those of earlier windows."""
+
+    v0: int
+    v1: int
+    first: int
+    splits: int
+
+
+def _windows(call: Call, ordered: bool) -> list[_Window]:
+    """All of the vocabulary; where it has an order of its own, pieces whose rows of ``c`` fit into the scratch."""
+    v, tile = call.problem.v, call.launch.forward.columns
+    step = v
+    if ordered:
+        step = max(tile, call.spec.scratch_bytes // (call.problem.d * call.c.element_size()) // tile * tile)
+        step = triton.cdiv(triton.cdiv(v, triton.cdiv(v, step)), tile) * tile  # of about equal size
+    most = max(1, _MOST_SPLITS // triton.cdiv(v, step))
+    windows: list[_Window] = []
+    for v0 in range(0, v, step):
+        v1 = min(v, v0 + step)
+        first = windows[-1].first + windows[-1].splits if windows else 0
+        windows.append(_Window(v0, v1, first, _splits(call, triton.cdiv(v1 - v0, tile), most)))
+    return windows
+
+
+def _splits(call: Call, tiles: int, most: int) -> int:
+    """The number of splits that keeps the multiprocessors busiest: a program walks all tiles of its split."""
+    blocks, programs = triton.cdiv(call.problem.n, call.launch.forward.rows), call.launch.programs
+
+    def rounds(splits: int) -> int:
+        """Tiles one after the other on the busiest multiprocessor, about."""
+        return triton.cdiv(blocks * splits, programs) * triton.cdiv(tiles, splits)
+
+    return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
 
 
 def _statistics(
@@ -94,9 +127,12 @@ def _statistics(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Per row: what each split found, [splits, N], and the tiles' statistics, [T, N], if there are maps."""
     problem, spec, tile = call.problem, call.spec, call.launch.forward
-    n, splits = problem.n, _splits(call)
-    found = {name: call.empty(splits, n) for name in ("split_max", "split_sum")}
+    n = problem.n
     entropy, prediction = "entropy" in problem.outputs, "prediction" in problem.outputs
+    ordered = call.order is not None and (maps.tile_mass is not None or prediction)  # else no order shows
+    windows = _windows(call, ordered)
+    splits = windows[-1].first + windows[-1].splits
+    found = {name: call.empty(splits, n) for name in ("split_max", "split_sum")}
     if entropy:
         found["split_gap"] = call.empty(splits, n)
     if weight is not None:
@@ -110,17 +146,34 @@ def _statistics(
         # Whole tiles of the product store whole rows of the maps.
         height = triton.cdiv(problem.v, tile.columns) * (tile.columns // call.block_v)
         tiles = {name: call.empty(height, n) for name in names}
-    forward_kernel[(triton.cdiv(n, tile.rows) * splits,)](
-        **call.operands(tile, call.e), weight=weight, in_use=in_use,
-        **{name: found.get(name) for name in ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")},
-        **{name: tiles.get(name) for name in ("tile_lse", "tile_max", "tile_entropy")},
-        N=n, V=problem.v, stride_t=n, SPLITS=splits,
-        ONLINE=spec.lse_accumulation == "online", ENTROPY=entropy, WEIGHTED=weight is not None, PREDICTION=prediction,
-        MAPS=bool(tiles), TILE_ENTROPY="tile_entropy" in tiles, ELEMENT="tile_max" in tiles,
-        BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_V=call.block_v if tiles else tile.columns, BLOCK_D=tile.depth,
-        GROUP_N=call.launch.group_n, FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    buffer = None
+    if ordered:
+        buffer = call.empty(max(w.v1 - w.v0 for w in windows), problem.d, dtype=call.c.dtype)
+    for window in windows:
+        forward_kernel[(triton.cdiv(n, tile.rows) * window.splits,)](
+            **_operands(call, window, buffer, weight), in_use=in_use,
+            **{name: found.get(name) for name in _SPLITS}, **{name: tiles.get(name) for name in _TILES},
+            N=n, V=window.v1 - window.v0, stride_t=n, SPLITS=window.splits, first_split=window.first,
+            first_tile=window.v0 // tile.columns, ONLINE=spec.lse_accumulation == "online", ENTROPY=entropy,
+            WEIGHTED=weight is not None, PREDICTION=prediction, MAPS=bool(tiles),
+            TILE_ENTROPY="tile_entropy" in tiles, ELEMENT="tile_max" in tiles, BLOCK_N=tile.rows,
+            TILE_V=tile.columns, BLOCK_V=call.block_v if tiles else tile.columns, BLOCK_D=tile.depth,
+            GROUP_N=call.launch.group_n, FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return found, tiles
+
+
+def _operands(call: Call, window: _Window, buffer: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
+    """The operands of a window; what belongs to its entries is gathered where the vocabulary has an order."""
+    c, bias = call.c, call.bias
+    if buffer is not None:
+        assert call.order is not None
+        order = call.order[window.v0 : window.v1]
+        c = torch.index_select(c, 0, order, out=buffer[: len(order)])
+        bias = None if bias is None else bias.index_select(0, order)
+        weight = None if weight is None else weight.index_select(0, order)
+    call = replace(call, c=c, bias=bias, order=None)
+    return call.operands(call.launch.forward, call.e) | {"weight": weight}
 
 
 def _reduce(
@@ -138,7 +191,7 @@ def _reduce(
     lse = call.empty(n)
     block = 32
     reduce_kernel[(triton.cdiv(n, block),)](
-        **{name: found.get(name) for name in ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")},
+        **{name: found.get(name) for name in _SPLITS},
         target_logits=target_logits, targets=targets.contiguous(), in_use=in_use, order=call.order, lse=lse,
         **{name: extra.get(name) for name in ("entropy", "weighted_logit", "prediction")},
         N=n, K=targets.shape[1], SPLITS=splits, ORDER=call.order is not None, ENTROPY="split_gap" in found,

@@ -43,7 +43,6 @@ class Launch:
         group_n: row blocks that run side by side and share what they read of ``c``.
         tma: the architecture has tensor-map loads.
         programs: of a persistent grid: one a multiprocessor.
-        waves: programs of the forward per multiprocessor, at least.
         measured: the figures come from a measurement on this architecture.
     """
 
@@ -55,7 +54,6 @@ class Launch:
     group_n: int
     tma: bool
     programs: int
-    waves: int
     measured: bool
 
 
@@ -69,7 +67,6 @@ _SM90 = Launch(
     group_n=16,
     tma=True,
     programs=132,
-    waves=16,
     measured=True,
 )
 _SM100 = replace(
@@ -90,7 +87,6 @@ _SM80 = Launch(
     group_n=16,
     tma=False,
     programs=108,
-    waves=16,
     measured=False,
 )
 #: IEEE float32 has no matrix unit: small tiles of multiply-adds.
@@ -118,6 +114,10 @@ def choose(problem: Problem, spec: Spec, capability: tuple[int, int], programs: 
     forward = base.forward
     if problem.maps(spec):
         forward = replace(forward, columns=max(spec.block_v, forward.columns))
+    # Few row blocks make few tiles of dE: narrower ones then keep more multiprocessors busy.
+    de_columns = base.de.columns
+    if -(-problem.n // block_n) * -(-problem.d // de_columns) < 2 * programs:
+        de_columns = min(de_columns, 128)
     # A second target a row takes a loop in the epilogue, which one pipeline through all tiles cannot hold; nor has it
     # registers for a softcap or an entropy.
     plain = problem.k == 1 and problem.softcap is None and "entropy" not in problem.outputs
@@ -128,7 +128,7 @@ def choose(problem: Problem, spec: Spec, capability: tuple[int, int], programs: 
         forward=forward,
         dense=replace(base.dense, flatten=base.dense.flatten and plain),
         sparse=replace(sparse, flatten=sparse.flatten and flat),
-        de=replace(base.de, rows=spec.block_n, depth=min(base.de.depth, spec.block_v)),
+        de=replace(base.de, rows=spec.block_n, columns=de_columns, depth=min(base.de.depth, spec.block_v)),
         dc=replace(base.dc, rows=min(base.dc.rows, spec.block_v), depth=min(base.dc.depth, spec.block_n)),
     )
 

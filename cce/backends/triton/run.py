@@ -9,6 +9,7 @@ from cce.backends.triton.call import INTERPRETED, Call
 from cce.backends.triton.exact import exact
 from cce.backends.triton.filtered import filtered, live_tiles
 from cce.backends.triton.forward import forward as launch_forward
+from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -23,6 +24,14 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
     """As :meth:`cce.backends.base.Backend.forward`; kernels are launched on the device of the arguments."""
     with torch.cuda.device_of(inputs.e):
         return launch_forward(inputs, problem, spec, maps)
+
+
+def loss_and_gradients(
+    inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+    """As :meth:`cce.backends.base.Backend.loss_and_gradients`."""
+    with torch.cuda.device_of(inputs.e):
+        return launch_one_pass(inputs, problem, spec, weights)
 
 
 def backward(

@@ -24,6 +24,16 @@ def slot_bytes(problem: Problem, spec: Spec) -> int:
     return spec.block_n * spec.block_v * problem.dtype.itemsize + 8 * spec.block_v + 16
 
 
+def pitch(columns: int) -> int:
+    """Elements from row to row of the scratch: a multiple of 16, more than tensor maps and wide stores need."""
+    return -(-columns // 16) * 16
+
+
+def logits_bytes(problem: Problem) -> int:
+    """Memory of all logits in the products' dtype."""
+    return problem.n * pitch(problem.v) * problem.dtype.itemsize
+
+
 def least_scratch(problem: Problem, spec: Spec) -> int:
     """Bytes of the least the backward works on: a narrow chunk, or two vocabulary blocks whose tiles are all live."""
     if spec.filter == "none":

@@ -2,13 +2,14 @@
 
 Steps 1 and 2 of docs/algorithm.md. A program owns BLOCK_N rows and one of SPLITS stretches of the vocabulary and walks
 along it, carrying each row's maximum and sum; ``reduce_kernel`` joins the splits in ascending order, so the bits are
-the same every run. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter.
+the same every run. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter. A vocabulary with
+an order of its own comes as windows: copies of the rows of c that follow one another in it.
 """
 
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, entries_of, logit_tile, wide
+from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, wide
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def finite(m):
 @triton.jit
 def add_tile(
     z, t, rows, weight, entries, m, s, gap, weighted, best,
-    N, V, stride_t, tile_lse, tile_max, tile_entropy,
+    N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
     ONLINE: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
     MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr, ELEMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -54,7 +55,7 @@ def add_tile(
     if ENTROPY:
         tile_gap = tl.sum(tl.where(p > 0, p * (shift[:, :, None] - z3), 0.0), 2)
     if MAPS:
-        where = (t * TILES + tl.arange(0, TILES))[None, :].to(tl.int64) * stride_t + rows[:, None]
+        where = ((first_tile + t) * TILES + tl.arange(0, TILES))[None, :].to(tl.int64) * stride_t + rows[:, None]
         inside = tl.broadcast_to((rows < N)[:, None], (BLOCK_N, TILES))
         tl.store(tile_lse + where, shift + tl.log2(tile_s) * LN2, mask=inside)
         if ELEMENT:
@@ -76,26 +77,26 @@ def add_tile(
         weighted += tl.sum(tl.where(u == 0, 0.0, z * u), 1)
     if PREDICTION:
         # Not of NaN, which a row that does not count may hold: the interpreter refuses to find its maximum.
-        place = t * TILE_V + tl.argmax(tl.where(z == z, z, NEG_INF), 1, tie_break_left=True)
+        place = (first_tile + t) * TILE_V + tl.argmax(tl.where(z == z, z, NEG_INF), 1, tie_break_left=True)
         best = tl.where(row_m > m, place, best)
     return m_new, s, gap, weighted, best
 
 
 @triton.jit
 def forward_kernel(
-    e, c, bias, order, weight, in_use,
+    e, c, bias, weight, in_use,
     split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
     tile_lse, tile_max, tile_entropy,  # [T, N]
-    N, V, D, stride_en, stride_ed, stride_cv, stride_cd, stride_t, scale, softcap, SPLITS,
+    N, V, D, stride_en, stride_ed, stride_cv, stride_cd, stride_t, scale, softcap, SPLITS, first_split, first_tile,
     E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    ONLINE: tl.constexpr,
+    WIDE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ONLINE: tl.constexpr,
     ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
     MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr, ELEMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    # Tile origin: the rows of block i, and for each t of the split TILE_V places of the vocabulary from t TILE_V.
+    """Statistics of a window of the vocabulary: V rows of c, of which ``first_tile`` tiles came in earlier ones."""
+    # Tile origin: the rows of block i, and for each t of the split TILE_V places of the window from t TILE_V.
     i, split = unit_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), SPLITS, GROUP_N)
     row0 = i * BLOCK_N
     rows = row0 + tl.arange(0, BLOCK_N)
@@ -113,28 +114,28 @@ def forward_kernel(
     best = tl.zeros((BLOCK_N,), tl.int32)
     for t in tl.range(first, tl.minimum(last, whole), flatten=FLATTEN):
         # Logit tile: z = softcap tanh(scale (e c^T + bias) / softcap).
-        entries = entries_of(t * TILE_V + tl.arange(0, TILE_V), order, V, ORDER, WIDE)
+        entries = wide(tl.minimum(t * TILE_V + tl.arange(0, TILE_V), V - 1), WIDE)
         z = logit_tile(e, c, row0, read, t * TILE_V, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
                        E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
         z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
         m, s, gap, weighted, best = add_tile(
             z, t, rows, weight, entries, m, s, gap, weighted, best,
-            N, V, stride_t, tile_lse, tile_max, tile_entropy,
+            N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
             ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
     if last > whole:
         # The ragged last tile: its columns beyond V are masked after the softcap, which would undo it.
-        entries = entries_of(whole * TILE_V + tl.arange(0, TILE_V), order, V, ORDER, WIDE)
+        entries = wide(tl.minimum(whole * TILE_V + tl.arange(0, TILE_V), V - 1), WIDE)
         z = logit_tile(e, c, row0, read, whole * TILE_V, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
                        E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
         z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
         z = tl.where((whole * TILE_V + tl.arange(0, TILE_V) < V)[None, :], z, NEG_INF)
         m, s, gap, weighted, best = add_tile(
             z, whole, rows, weight, entries, m, s, gap, weighted, best,
-            N, V, stride_t, tile_lse, tile_max, tile_entropy,
+            N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
             ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
 
     # Store: one number a row and split.
-    where = split.to(tl.int64) * N + rows
+    where = (first_split + split).to(tl.int64) * N + rows
     tl.store(split_max + where, m, mask=rows < N)
     tl.store(split_sum + where, s, mask=rows < N)
     if ENTROPY:

@@ -60,11 +60,11 @@ def chunk_tile(pid, blocks, tiles, GROUP_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["v0", "columns", "stride_dz"])
 def dense_kernel(
-    e, c, bias, order, weight, dz, dbias,
+    e, c, bias, weight, dz, dbias,
     lse, entropy, a, g, h, s, targets,
     N, V, D, K, stride_en, stride_ed, stride_cv, stride_cd, stride_dz, scale, softcap, v0, columns,
     E_TMA: tl.constexpr, C_TMA: tl.constexpr, DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def dense_kernel(
         read = wide(tl.minimum(rows, N - 1), WIDE)
         first = v0 + t * TILE_V
         place = first + tl.arange(0, TILE_V)
-        entries = entries_of(place, order, V, ORDER, WIDE)
+        entries = wide(tl.minimum(place, V - 1), WIDE)
         # Logit tile, as in the forward.
         z = logit_tile(e, c, i * BLOCK_N, read, first, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
                        E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip

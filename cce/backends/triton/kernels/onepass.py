@@ -1,0 +1,108 @@
+"""Loss and gradients in one pass, where all logits fit into the scratch memory (docs/decisions/0003).
+
+``store_kernel`` keeps exp(z - m) of every tile about the tile's own maximum; once the row's log-sum-exp is known,
+``scale_kernel`` turns it into the gradient in place: no logit is made twice.
+"""
+
+import triton
+import triton.language as tl
+
+from cce.backends.triton.kernels.forward import finite
+from cce.backends.triton.kernels.gradient import chunk_tile
+from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, wide
+
+
+@triton.jit
+def store_kernel(
+    e, c, bias, q, tile_max, tile_sum,  # q [N, V], the others [T, N]
+    N, V, D, stride_en, stride_ed, stride_cv, stride_cd, stride_q, scale, softcap,
+    E_TMA: tl.constexpr, C_TMA: tl.constexpr, Q_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """q = exp(z - m), and m and the sum of q of each row and tile."""
+    blocks, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(V, TILE_V)
+    for tile in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
+        # Tile origin.
+        i, t = chunk_tile(tile, blocks, tiles, GROUP_N)
+        rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        read = wide(tl.minimum(rows, N - 1), WIDE)
+        place = t * TILE_V + tl.arange(0, TILE_V)
+        entries = wide(tl.minimum(place, V - 1), WIDE)
+        # Logit tile, as in the forward.
+        z = logit_tile(e, c, i * BLOCK_N, read, t * TILE_V, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
+                       E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
+        z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
+        if MASK:
+            z = tl.where((place < V)[None, :], z, NEG_INF)
+        # Epilogue: statistics of the tile.
+        m = tl.max(z, 1)
+        p = tl.exp2(z * LOG2E - (finite(m) * LOG2E)[:, None])
+        where = t.to(tl.int64) * N + rows
+        tl.store(tile_max + where, m, mask=rows < N)
+        tl.store(tile_sum + where, tl.sum(p, 1), mask=rows < N)
+        # Store.
+        if Q_TMA:
+            q.store([i * BLOCK_N, t * TILE_V], p.to(q.dtype))
+        else:
+            where = q + rows.to(tl.int64)[:, None] * stride_q + place[None, :]
+            tl.store(where, p.to(q.dtype.element_ty), mask=(rows < N)[:, None] & (place < V)[None, :])
+
+
+@triton.jit
+def join_kernel(tile_max, tile_sum, target_logits, targets, lse, N, K, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """lse of some rows from their tiles, in ascending order; 0 where a row has no target."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.full((BLOCK_N,), NEG_INF, tl.float32)
+    s = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)[:, None]
+        inside = (tiles < T) & (rows < N)[None, :]
+        where = tiles.to(tl.int64) * N + rows[None, :]
+        tile_m = tl.load(tile_max + where, mask=inside, other=NEG_INF)
+        tile_s = tl.load(tile_sum + where, mask=inside, other=0.0)
+        m_new = tl.maximum(m, tl.max(tile_m, 0))
+        s *= tl.exp2((m - finite(m_new)) * LOG2E)
+        s += tl.sum(tile_s * tl.exp2((tile_m - finite(m_new)[None, :]) * LOG2E), 0)
+        m = m_new
+    row_lse = finite(m) + tl.log2(s) * LN2
+    used = rows < 0
+    for k in range(K):
+        target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
+        z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=target >= 0, other=NEG_INF)
+        row_lse = tl.maximum(row_lse, z)  # made by another kernel: no loss is negative
+        used = used | (target >= 0)
+    tl.store(lse + rows, tl.where(used, row_lse, 0.0), mask=rows < N)
+
+
+@triton.jit
+def scale_kernel(
+    q, dz, tile_max, lse, target_logits, targets, a, g,
+    N, V, K, stride_q, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dz = a p - sum_k g_k [j = target_k] in place of q: p = q exp(m - lse), and at a target from its own logit.
+
+    a and g have been multiplied by the scale; a row whose a is 0 wants no gradient, and may hold NaN.
+    """
+    t = tl.program_id(0)
+    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = t * TILE_V + tl.arange(0, TILE_V)
+    inside = (rows < N)[:, None] & (place < V)[None, :]
+    row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
+    row_a = tl.load(a + rows, mask=rows < N, other=0.0)
+    m = tl.load(tile_max + t.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
+    factor = tl.exp2((finite(m) - row_lse) * LOG2E) * row_a
+    where = rows.to(tl.int64)[:, None] * stride_q + place[None, :]
+    x = tl.load(q + where, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    for k in range(K):
+        target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
+        z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
+        p = tl.exp2((z - row_lse) * LOG2E) * row_a
+        x = tl.where(place[None, :] == target[:, None], p[:, None], x)
+    for k in range(K):
+        target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
+        row_g = tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
+        x -= tl.where(place[None, :] == target[:, None], row_g[:, None], 0.0)
+    x = tl.where((row_a != 0)[:, None], x, 0.0)
+    tl.store(dz + where, x.to(dz.dtype.element_ty), mask=inside)

@@ -1,0 +1,75 @@
+"""Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from cce.backends.scaling import norm_of
+from cce.backends.triton.call import Call
+from cce.backends.triton.forward import target_logits_of
+from cce.backends.triton.kernels.onepass import join_kernel, scale_kernel, store_kernel
+from cce.backends.triton.operands import matrix
+from cce.backends.triton.sizes import pitch
+from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+
+def loss_and_gradients(
+    inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+    """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
+    call = Call.of(inputs, problem, spec)
+    n, width = problem.n, pitch(problem.v)
+    a = weights.sum(1)
+    norm = norm_of(Upstream(a, weights), problem.dtype)
+    factor = problem.logit_scale if norm is None else problem.logit_scale / norm
+    a, g = a * factor, weights * factor
+    # exp(z - m) lies in [0, 1], where float16 is finer than bfloat16; the gradient takes its place.
+    dz = call.empty(n, width, dtype=problem.dtype)
+    q = dz if problem.dtype == torch.float32 else dz.view(torch.float16)
+    target_logits = target_logits_of(call, inputs.targets)
+    tile_max, lse = _store(call, inputs, q, target_logits)
+    tile, k = call.launch.dense, inputs.targets.shape[1]
+    rows = 16
+    scale_kernel[(len(tile_max), triton.cdiv(n, rows))](
+        q, dz, tile_max, lse, target_logits, inputs.targets, a, g, n, problem.v, k, width,
+        TILE_V=tile.columns, BLOCK_N=rows,
+    )  # fmt: skip
+    return Outputs(lse, target_logits), _products(call, dz[:, : problem.v], a, norm)
+
+
+def _store(call: Call, inputs: Inputs[Tensor], q: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills q (N, V); the maxima (T, N) it is relative to, and lse (N,)."""
+    problem, launch, tile = call.problem, call.launch, call.launch.dense
+    n, k = inputs.targets.shape
+    t, blocks = triton.cdiv(problem.v, tile.columns), triton.cdiv(n, tile.rows)
+    tile_max, tile_sum, lse = call.empty(t, n), call.empty(t, n), call.empty(n)
+    store_kernel[(min(launch.programs, blocks * t),)](
+        **call.operands(tile, call.e), q=matrix(q, tile.rows, tile.columns, launch.tma), tile_max=tile_max,
+        tile_sum=tile_sum, N=n, V=problem.v, stride_q=q.stride(0), Q_TMA=launch.tma,
+        MASK=problem.v % tile.columns != 0, BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_D=tile.depth,
+        GROUP_N=launch.group_n, FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    join_kernel[(triton.cdiv(n, 16),)](
+        tile_max, tile_sum, target_logits, inputs.targets, lse, n, k, t, BLOCK_N=16, BLOCK_T=128
+    )
+    return tile_max, lse
+
+
+def _products(call: Call, dz: Tensor, a: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
+    """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
+    problem = call.problem
+    c = call.c.to(problem.dtype)
+    de = torch.mm(dz, c).to(problem.e_dtype) if problem.grad_e else None
+    dc = None
+    if problem.grad_c:
+        e = torch.where((a != 0)[:, None], call.e, 0)  # a row that wants no gradient may hold NaN
+        dc = torch.mm(dz.T, e).to(problem.c_dtype)
+    dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
+    if norm is not None:
+        for x in (de, dc, dbias):
+            if x is not None:
+                x.mul_(norm)
+    return Gradients(de, dc, dbias)
