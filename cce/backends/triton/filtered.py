@@ -120,10 +120,9 @@ def mean_rows(call: Call) -> Tensor:
     """(T, D) the mean row of ``c`` of each vocabulary block, in the products' dtype."""
     problem = call.problem
     means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
-    mean_rows_kernel[(call.tiles, triton.cdiv(problem.d, 128))](
+    mean_rows_kernel[(call.tiles, triton.cdiv(problem.d, 256))](
         call.c, call.order, None, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
-        ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(128, call.block_v), BLOCK_D=128,
-        num_warps=8,
+        ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
     )  # fmt: skip
     return means
 
@@ -221,12 +220,12 @@ class _Run:
         arguments = {
             "dz": matrix(self.scratch, call.block_n, tile.depth, self.dz_tma),
             "c": matrix(call.c, tile.depth, tile.columns, self.boxes), "slot_entries": self.entries,
-            "tile_list": plan.tile_list, "before": plan.before, "chunk_start": plan.chunk_start, "de": total,
+            "tile_list": plan.tile_list, "block_slot": plan.block_slot, "block_tiles": plan.block_tiles,
+            "block_first": plan.block_first, "de": total,
             "N": problem.n, "D": problem.d, "T": call.tiles, "blocks": blocks, "stride_cv": call.c.stride(0),
             "stride_cd": call.c.stride(1), "DZ_TMA": self.dz_tma, "C_TMA": self.boxes,
             "EVEN_D": problem.d % tile.columns == 0, "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision,
             "BLOCK_N": call.block_n, "BLOCK_V": call.block_v, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
-            "BLOCKS": triton.next_power_of_2(blocks),
         }  # fmt: skip
         grid = (blocks * triton.cdiv(problem.d, tile.columns),)
         return Repeated(de_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
@@ -236,12 +235,15 @@ class _Run:
         call, plan, tile, problem = self.call, self.plan, self.call.launch.dc, self.call.problem
         e, e_tma = self.rows.e, self.rows.copied and call.e_tma(self.rows.e)
         mass_e = None if self.dead is None else self.dead.mass_e
+        dc_tma = call.launch.tma and call.order is None and tma_ready(dc)
         arguments = {
             "dz": matrix(self.scratch, tile.depth, tile.rows, self.dz_tma),
             "e": matrix(e, tile.depth, tile.columns, e_tma), "order": call.order, "row_order": self.live.row_order,
             "keep": self.live.keep, "live_count": plan.live_count, "block_list": plan.block_list,
             "slot_list": plan.slot_list, "chunk_start": plan.chunk_start, "counters": self.counters,
-            "mass_e": mass_e, "norm": self.formula.norm, "dc": dc, "N": problem.n, "V": problem.v, "D": problem.d,
+            "mass_e": mass_e, "norm": self.formula.norm,
+            "dc": matrix(dc, tile.rows, tile.columns, dc_tma), "DC_TMA": dc_tma,
+            "N": problem.n, "V": problem.v, "D": problem.d,
             "blocks": plan.before.shape[0], "stride_en": e.stride(0), "stride_ed": e.stride(1),
             "stride_dc": dc.stride(0), "SORTED": self.rows.copied, "DZ_TMA": self.dz_tma, "E_TMA": e_tma,
             "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision, "ORDER": call.order is not None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.worklist import (
+    blocks_kernel,
     chunks_kernel,
     columns_kernel,
     count_kernel,
@@ -53,6 +54,8 @@ class Plan:
         before: (B, T + 1) live tiles of a row block before each vocabulary block; tile_list: (B, T) those tiles.
         live_count: (T,) live row blocks of a vocabulary block; block_list, slot_list: (T, B) those, and their slots.
         chunk_start: (chunks + 1,) first vocabulary block of each chunk.
+        block_slot, block_tiles, block_first: (chunks, B) first slot of a row block, how many live tiles it has, and the
+            place of the first of them in tile_list.
         item_block, item_first, item_slot, item_tiles: (chunks, max_items) row block, first of its live tiles (a place
             in tile_list), its slot, and how many of them: what one program computes at a time. items: (chunks,).
     """
@@ -65,6 +68,9 @@ class Plan:
     block_list: Tensor
     slot_list: Tensor
     chunk_start: Tensor
+    block_slot: Tensor
+    block_tiles: Tensor
+    block_first: Tensor
     item_block: Tensor
     item_first: Tensor
     item_slot: Tensor
@@ -102,9 +108,7 @@ def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
     t, blocks = call.tiles, row_blocks(call.problem, call.spec)
     wide = triton.next_power_of_2(blocks)
     slots = min(slots, blocks * t + blocks)
-    step = (
-        slots - blocks + 1
-    )  # a chunk's last vocabulary block may bring up to B tiles, and begins before its step ends
+    step = slots - blocks + 1  # a chunk's last vocabulary block begins before its step ends, and may bring B tiles
     chunks = triton.cdiv(blocks * t + 1, step)
 
     def ints(*shape: int) -> Tensor:
@@ -114,6 +118,7 @@ def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
     plan = Plan(
         chunks, slots, before=ints(blocks, t + 1), tile_list=ints(blocks, t), live_count=ints(t),
         block_list=ints(t, blocks), slot_list=ints(t, blocks), chunk_start=ints(chunks + 1),
+        block_slot=ints(chunks, blocks), block_tiles=ints(chunks, blocks), block_first=ints(chunks, blocks),
         item_block=ints(chunks, slots), item_first=ints(chunks, slots), item_slot=ints(chunks, slots),
         item_tiles=ints(chunks, slots), items=torch.zeros(chunks, dtype=torch.int32, device=call.e.device),
     )  # fmt: skip
@@ -123,13 +128,14 @@ def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
     count_kernel[(t,)](found.live, plan.live_count, blocks, BLOCKS=wide)
     scan_kernel[(1,)](plan.live_count, earlier, t, BLOCK_T=2048)
     chunks_kernel[(chunks + 1,)](earlier, plan.chunk_start, t, step, chunks, BLOCK_T=1024)
+    ranges = (plan.block_slot, plan.block_tiles, plan.block_first)
+    blocks_kernel[(chunks,)](plan.before, plan.chunk_start, *ranges, t, blocks, BLOCKS=wide)
     columns_kernel[(t,)](
-        found.live, plan.before, earlier, plan.chunk_start, plan.block_list, plan.slot_list, item_count,
-        t, blocks, step, **sizes,
-    )  # fmt: skip
+        found.live, plan.before, earlier, *ranges, plan.block_list, plan.slot_list, item_count, t, blocks, step, **sizes
+    )
     scan_kernel[(1,)](item_count, items_earlier, t, BLOCK_T=2048)
     items_kernel[(t,)](
-        found.live, plan.before, earlier, plan.chunk_start, items_earlier, plan.item_block, plan.item_first,
+        found.live, plan.before, earlier, plan.chunk_start, *ranges, items_earlier, plan.item_block, plan.item_first,
         plan.item_slot, plan.item_tiles, plan.items, t, blocks, step, slots, **sizes,
     )  # fmt: skip
     return plan

@@ -49,7 +49,7 @@ def mean_rows_kernel(
     """means [cdiv(V, ROWS), D]: of every ROWS rows of c the mean, or with weights the weighted sum."""
     t = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    sums = tl.zeros((STEP, BLOCK_D), tl.float32)
     for start in range(t * ROWS, tl.minimum((t + 1) * ROWS, V), STEP):
         place = start + tl.arange(0, STEP)
         entries = entries_of(place, order, V, ORDER, True)
@@ -57,7 +57,8 @@ def mean_rows_kernel(
         rows = tl.load(c + entries[:, None] * stride_cv + d[None, :] * stride_cd, mask=inside, other=0.0).to(tl.float32)
         if WEIGHTED:
             rows *= tl.load(weight + entries)[:, None]
-        total += tl.sum(rows, 0)
+        sums += rows
+    total = tl.sum(sums, 0)
     if not WEIGHTED:
         total /= tl.minimum(ROWS, V - t * ROWS).to(tl.float32)
     tl.store(means + t.to(tl.int64) * D + d, total.to(means.dtype.element_ty), mask=d < D)

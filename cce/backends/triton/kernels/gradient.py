@@ -10,9 +10,23 @@ from cce.backends.triton.kernels.tiles import LOG2E, cap, entries_of, load_rows,
 
 
 @triton.jit
+def row_values(rows, lse, entropy, a, g, h, targets, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr):
+    """What the epilogue needs of each row; read before the product, which hides the wait.  # [BLOCK_N] each"""
+    row_lse = tl.load(lse + rows)
+    row_a = tl.load(a + rows)
+    row_h, centre, target, row_g = row_a, row_a, row_a, row_a
+    if ENTROPY:
+        row_h = tl.load(h + rows)
+        centre = row_lse - tl.load(entropy + rows)
+    if ONE_TARGET:
+        target = tl.load(targets + rows)
+        row_g = tl.load(g + rows)
+    return row_lse, row_a, row_h, centre, target, row_g
+
+
+@triton.jit
 def gradient(
-    z, rows, place, V,
-    lse, entropy, a, g, h, s, weight, entries, targets, K, softcap,
+    z, rows, values, place, V, g, s, weight, entries, targets, K, softcap,
     ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, ONE_TARGET: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
@@ -20,23 +34,21 @@ def gradient(
 
     a, g, h and s have been multiplied by the scale. ``place`` [TILE_V] is where the columns stand in the vocabulary.
     """
-    row_lse = tl.load(lse + rows)[:, None]
-    row_a = tl.load(a + rows)[:, None]
-    p = tl.exp2(z * LOG2E - row_lse * LOG2E)
+    row_lse, row_a, row_h, centre, target, row_g = values
+    p = tl.exp2(z * LOG2E - (row_lse * LOG2E)[:, None])
     if MASK:
         p = tl.where((place < V)[None, :], p, 0.0)
     if ENTROPY:
-        centre = row_lse - tl.load(entropy + rows)[:, None]
-        dz = p * (row_a + tl.load(h + rows)[:, None] * (centre - tl.maximum(z, -1e30)))  # p is 0 where z = -inf
+        # p is 0 where z = -inf
+        dz = p * (row_a[:, None] + row_h[:, None] * (centre[:, None] - tl.maximum(z, -1e30)))
     else:
-        dz = p * row_a
+        dz = p * row_a[:, None]
     if ONE_TARGET:
-        target = tl.load(targets + rows)[:, None]
-        dz = tl.where(place[None, :] == target, dz - tl.load(g + rows)[:, None], dz)
+        dz = tl.where(place[None, :] == target[:, None], dz - row_g[:, None], dz)
     else:
         for k in range(K):
-            target = tl.load(targets + rows * K + k)[:, None]
-            dz -= tl.where(place[None, :] == target, tl.load(g + rows * K + k)[:, None], 0.0)
+            target_k = tl.load(targets + rows * K + k)[:, None]
+            dz -= tl.where(place[None, :] == target_k, tl.load(g + rows * K + k)[:, None], 0.0)
     if SOFTCAP:
         if WEIGHTED:
             u = tl.load(weight + entries)[None, :]
@@ -79,12 +91,13 @@ def dense_kernel(
         first = v0 + t * TILE_V
         place = first + tl.arange(0, TILE_V)
         entries = wide(tl.minimum(place, V - 1), WIDE)
+        values = row_values(read, lse, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
         # Logit tile, as in the forward.
         z = logit_tile(e, c, i * BLOCK_N, read, first, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
                        E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
         z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
         # Epilogue. Columns beyond the chunk are stored nowhere, so they need no mask.
-        dx = gradient(z, read, place, V, lse, entropy, a, g, h, s, weight, entries, targets, K, softcap,
+        dx = gradient(z, read, values, place, V, g, s, weight, entries, targets, K, softcap,
                       ENTROPY, WEIGHTED, SOFTCAP, ONE_TARGET, False)  # fmt: skip
         # Store.
         column = t * TILE_V + tl.arange(0, TILE_V)
@@ -142,6 +155,17 @@ def store_slots(
         tl.store(where, dx.to(dz.dtype.element_ty), mask=tl.broadcast_to(inside[None, :], (BLOCK_N, WIDTH)))
 
 
+@triton.jit
+def item_at(where, item_block, item_slot, item_tiles, item_first):
+    """Row block, first slot, number of tiles, and first place in the row block's tile list."""
+    return (
+        tl.load(item_block + where),
+        tl.load(item_slot + where),
+        tl.load(item_tiles + where),
+        tl.load(item_first + where),
+    )
+
+
 @triton.jit(do_not_specialize=["chunk"])
 def sparse_kernel(
     e, c, bias, order, dz, dbias, slot_entries,
@@ -162,12 +186,11 @@ def sparse_kernel(
     """
     total = tl.load(items + chunk)
     base = chunk * max_items
-    for item in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
+    step = tl.num_programs(0)
+    b, slot, count, first = item_at(base + tl.minimum(tl.program_id(0), max_items - 1), item_block, item_slot,
+                                    item_tiles, item_first)  # fmt: skip
+    for item in tl.range(tl.program_id(0), total, step, flatten=FLATTEN):
         # Tile origin: rows of block b in the work list's order; for each BLOCK_V columns one of its live tiles.
-        b = tl.load(item_block + base + item)
-        slot = tl.load(item_slot + base + item)
-        count = tl.load(item_tiles + base + item)
-        first = tl.load(item_first + base + item)
         sorted_rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
         rows = tl.load(row_order + tl.minimum(sorted_rows, N - 1))
         if SORTED:
@@ -175,6 +198,10 @@ def sparse_kernel(
         else:
             read = wide(rows, WIDE)
         t0 = tl.load(tile_list + b * T + first)
+        values = row_values(rows, lse, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
+        # What the next round begins with: read now, so that it need not wait.
+        next_b, next_slot, next_count, next_first = item_at(
+            base + tl.minimum(item + step, total - 1), item_block, item_slot, item_tiles, item_first)  # fmt: skip
         if C_TMA and TILE_V != BLOCK_V:
             t1 = tl.load(tile_list + b * T + first + tl.minimum(1, count - 1))
             z0, z1 = two_tiles(e, c, b * BLOCK_N, read, t0, t1, D, stride_en, stride_ed, E_TMA, EVEN_D, DOT,
@@ -188,7 +215,7 @@ def sparse_kernel(
                     z = z1
                 entries = tl.minimum(place, V - 1)
                 z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
-                dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
+                dx = gradient(z, rows, values, place, V, g, a, a, entries, targets, K, softcap,
                               ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
                 store_slots(dx, sorted_rows, rows, slot + nth, count - nth, max_items, N, keep, entries, dz, dbias,
                             slot_entries, SORTED, DZ_TMA, DBIAS, BLOCK_N, BLOCK_V, BLOCK_V)  # fmt: skip
@@ -205,7 +232,8 @@ def sparse_kernel(
                            stride_cd, E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
             z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
             # Epilogue, and store.
-            dx = gradient(z, rows, place, V, lse, entropy, a, g, h, a, a, entries, targets, K, softcap,
+            dx = gradient(z, rows, values, place, V, g, a, a, entries, targets, K, softcap,
                           ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
             store_slots(dx, sorted_rows, rows, slot, count, max_items, N, keep, entries, dz, dbias, slot_entries,
                         SORTED, DZ_TMA and TILE_V == BLOCK_V, DBIAS, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
+        b, slot, count, first = next_b, next_slot, next_count, next_first

@@ -10,10 +10,10 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["chunk"])
 def de_kernel(
-    dz, c, slot_entries, tile_list, before, chunk_start, de,
+    dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de,
     N, D, T, blocks, stride_cv, stride_cd, chunk,
     DZ_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """de [N, D], rows in the work list's order: += sum over the chunk's live tiles of dx c."""
     # Output tile: row block b, longest first, since the work list puts the rows with most hits last; columns d.
@@ -21,9 +21,11 @@ def de_kernel(
     b = blocks - 1 - tl.program_id(0) // tiles_d
     d0 = (tl.program_id(0) % tiles_d) * BLOCK_D
     d = d0 + tl.arange(0, BLOCK_D)
-    base, count, first = slots_of(b, before, chunk_start, chunk, T, blocks, BLOCKS)
+    count = tl.load(block_tiles + chunk * blocks + b)
     if count == 0:
         return
+    base = tl.load(block_slot + chunk * blocks + b)
+    first = tl.load(block_first + chunk * blocks + b)
     rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < N)[:, None] & (d < D)[None, :]
     where = de + rows.to(tl.int64)[:, None] * D + d[None, :]
@@ -52,22 +54,11 @@ def de_kernel(
     tl.store(where, total, mask=inside)
 
 
-@triton.jit
-def slots_of(b, before, chunk_start, chunk, T, blocks, BLOCKS: tl.constexpr):
-    """First slot and number of slots of row block b in a chunk, and where its tiles begin in its tile list."""
-    t0, t1 = tl.load(chunk_start + chunk), tl.load(chunk_start + chunk + 1)
-    others = tl.arange(0, BLOCKS)
-    first = tl.load(before + others * (T + 1) + t0, mask=others < blocks, other=0)
-    counts = tl.load(before + others * (T + 1) + t1, mask=others < blocks, other=0) - first
-    base = tl.sum(tl.where(others < b, counts, 0), 0)
-    return base, tl.sum(tl.where(others == b, counts, 0), 0), tl.sum(tl.where(others == b, first, 0), 0)
-
-
 @triton.jit(do_not_specialize=["chunk"])
 def dc_kernel(
     dz, e, order, row_order, keep, live_count, block_list, slot_list, chunk_start, counters, mass_e, norm, dc,
     N, V, D, blocks, stride_en, stride_ed, stride_dc, chunk,
-    SORTED: tl.constexpr, DZ_TMA: tl.constexpr, E_TMA: tl.constexpr, DOT: tl.constexpr,
+    SORTED: tl.constexpr, DZ_TMA: tl.constexpr, E_TMA: tl.constexpr, DC_TMA: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, ORDER: tl.constexpr, COMPENSATE: tl.constexpr, NORM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -118,11 +109,14 @@ def dc_kernel(
         # Store: written once, in its final dtype.
         if NORM:
             total *= tl.load(norm)
-        entries = tl.minimum(place, V - 1).to(tl.int64)
-        if ORDER:
-            entries = tl.load(order + entries).to(tl.int64)
-        where = dc + entries[:, None] * stride_dc + d[None, :]
-        tl.store(where, total.to(dc.dtype.element_ty), mask=(place < V)[:, None] & (d < D)[None, :])
+        if DC_TMA:
+            dc.store([t * BLOCK_V + part, d0], total.to(dc.dtype))
+        else:
+            entries = tl.minimum(place, V - 1).to(tl.int64)
+            if ORDER:
+                entries = tl.load(order + entries).to(tl.int64)
+            where = dc + entries[:, None] * stride_dc + d[None, :]
+            tl.store(where, total.to(dc.dtype.element_ty), mask=(place < V)[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["chunk"])

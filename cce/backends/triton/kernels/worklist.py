@@ -84,7 +84,10 @@ def chunks_kernel(earlier, chunk_start, T, step, chunks, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def starts_of(on, t, before, earlier, chunk_start, T, blocks, step, PACK: tl.constexpr, BLOCKS: tl.constexpr):
+def starts_of(
+    on, t, before, earlier, block_slot, block_tiles, block_first, T, blocks, step,
+    PACK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """Of vocabulary block t: its chunk; per row block the slot of its tile and whether an item begins with it.
 
     An item is PACK live tiles of one row block, neighbours in its list; it is numbered by the first of them.
@@ -92,25 +95,25 @@ def starts_of(on, t, before, earlier, chunk_start, T, blocks, step, PACK: tl.con
     b = tl.arange(0, BLOCKS)
     here = b < blocks
     k = tl.load(earlier + t) // step
-    t0, t1 = tl.load(chunk_start + k), tl.load(chunk_start + k + 1)
-    first = tl.load(before + b * (T + 1) + t0, mask=here, other=0)
-    count = tl.load(before + b * (T + 1) + t1, mask=here, other=0) - first
-    rank = tl.load(before + b * (T + 1) + t, mask=here, other=0) - first
-    slot = tl.cumsum(count, 0) - count + rank
+    place = tl.load(before + b * (T + 1) + t, mask=here, other=0)
+    rank = place - tl.load(block_first + k * blocks + b, mask=here, other=0)
+    slot = tl.load(block_slot + k * blocks + b, mask=here, other=0) + rank
+    count = tl.load(block_tiles + k * blocks + b, mask=here, other=0)
     begins = (on != 0) & (rank % PACK == 0)
-    return k, t0, slot, begins, first + rank, tl.minimum(count - rank, PACK)
+    return k, slot, begins, place, tl.minimum(count - rank, PACK)
 
 
 @triton.jit
 def columns_kernel(
-    live, before, earlier, chunk_start, block_list, slot_list, item_count, T, blocks, step,
-    PACK: tl.constexpr, BLOCKS: tl.constexpr,
+    live, before, earlier, block_slot, block_tiles, block_first, block_list, slot_list, item_count,
+    T, blocks, step, PACK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Per vocabulary block: its live row blocks, the slots their tiles lie in, and how many items begin with them."""
     t = tl.program_id(0)
     b = tl.arange(0, BLOCKS)
     on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
-    _, _, slot, begins, _, _ = starts_of(on, t, before, earlier, chunk_start, T, blocks, step, PACK, BLOCKS)
+    _, slot, begins, _, _ = starts_of(on, t, before, earlier, block_slot, block_tiles, block_first, T, blocks, step,
+                                      PACK, BLOCKS)  # fmt: skip
     where = t * blocks + tl.cumsum(on, 0) - on
     tl.store(block_list + where, b, mask=on > 0)
     tl.store(slot_list + where, slot, mask=on > 0)
@@ -119,16 +122,18 @@ def columns_kernel(
 
 @triton.jit
 def items_kernel(
-    live, before, earlier, chunk_start, items_earlier, item_block, item_first, item_slot, item_tiles, items,
+    live, before, earlier, chunk_start, block_slot, block_tiles, block_first, items_earlier,
+    item_block, item_first, item_slot, item_tiles, items,
     T, blocks, step, max_items, PACK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The items of each chunk, by vocabulary block and then by row block: those at work together share rows of c."""
     t = tl.program_id(0)
     b = tl.arange(0, BLOCKS)
     on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
-    k, t0, slot, begins, place, tiles = starts_of(on, t, before, earlier, chunk_start, T, blocks, step, PACK, BLOCKS)
+    k, slot, begins, place, tiles = starts_of(on, t, before, earlier, block_slot, block_tiles, block_first,
+                                              T, blocks, step, PACK, BLOCKS)  # fmt: skip
     begin = begins.to(tl.int32)
-    base = tl.load(items_earlier + t) - tl.load(items_earlier + t0)
+    base = tl.load(items_earlier + t) - tl.load(items_earlier + tl.load(chunk_start + k))
     where = k * max_items + base + tl.cumsum(begin, 0) - begin
     tl.store(item_block + where, b, mask=begins)
     tl.store(item_first + where, place, mask=begins)
@@ -147,3 +152,18 @@ def scan_kernel(x, earlier, T, BLOCK_T: tl.constexpr):
         count = tl.load(x + where, mask=where < T, other=0)
         tl.store(earlier + where, total + tl.cumsum(count, 0) - count, mask=where < T)
         total += tl.sum(count, 0)
+
+
+@triton.jit
+def blocks_kernel(before, chunk_start, block_slot, block_tiles, block_first, T, blocks, BLOCKS: tl.constexpr):
+    """Per chunk and row block: its first slot, how many live tiles, and the first of them in its tile list."""
+    k = tl.program_id(0)
+    t0, t1 = tl.load(chunk_start + k), tl.load(chunk_start + k + 1)
+    b = tl.arange(0, BLOCKS)
+    here = b < blocks
+    first = tl.load(before + b * (T + 1) + t0, mask=here, other=0)
+    count = tl.load(before + b * (T + 1) + t1, mask=here, other=0) - first
+    where = k * blocks + b
+    tl.store(block_slot + where, tl.cumsum(count, 0) - count, mask=here)
+    tl.store(block_tiles + where, count, mask=here)
+    tl.store(block_first + where, first, mask=here)
