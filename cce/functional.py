@@ -311,17 +311,16 @@ def _in_one_pass(
     grads = wanted_gradients(flat.e, flat.c, flat.bias)
     if any(x is not None and x.requires_grad for x in (coefficients, tokens)):
         return None
-    backend = onepass.choose(
+    call = onepass.choose(
         flat.e, flat.c, flat.bias, flat.targets, flat.softcap, flat.logit_scale, flat.backend, flat.spec, grads
     )
-    if backend is None:
+    if call is None:
         return None
     weights = (flat.targets >= 0).to(flat.wide) if coefficients is None else coefficients
     if tokens is not None:
         weights = weights * tokens[:, None]
     if total is not None:
         weights = weights / total
-    call = onepass.Call(backend, flat.spec, flat.logit_scale, grads)
     return onepass.weighted_loss(flat.e, flat.c, flat.bias, flat.targets, weights, call)
 
 

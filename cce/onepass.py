@@ -10,7 +10,7 @@ be run again, they are computed anew, by the same code and so to the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,11 +26,17 @@ from cce.spec import Spec
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend needs beside the tensors: itself, the user's spec, the scale, the gradients wanted."""
+    """What a backend needs beside the tensors.
+
+    Attributes:
+        backend: that runs it.
+        problem, spec: of all rows; ``spec`` is resolved.
+        grads: names of the gradients wanted.
+    """
 
     backend: Backend
+    problem: Problem
     spec: Spec
-    logit_scale: float
     grads: str
 
     def run(
@@ -38,14 +44,14 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The weighted sum, and dE, dC and dbias (empty where not wanted) for an upstream gradient of 1."""
         rows, used = (None, targets) if self.backend.skips_ignored_rows else rows_in_use(targets)
-        problem = Problem.of(e, c, bias, used, None, self.logit_scale, "", self.grads)
-        if problem.n == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
+        if len(used) == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
             return (weights.sum(), *zero_gradients(e, c, bias, self.grads))
+        problem = self.problem if len(used) == self.problem.n else replace(self.problem, n=len(used))
         weights = select(weights, rows)
         counted = weights if rows is not None else weights.masked_fill(used < 0, 0)  # NaN in a mean over nothing
         with own_dtypes(e):
             outputs, found = self.backend.loss_and_gradients(
-                Inputs(e, c, used, bias, rows), problem, self.spec.resolve(problem), counted
+                Inputs(e, c, used, bias, rows), problem, self.spec, counted
             )
             value = (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
         return (value, *place_gradients(found, e, c, bias, rows))
@@ -61,8 +67,8 @@ def choose(
     backend: str,
     spec: Spec,
     grads: str,
-) -> Backend | None:
-    """The backend that would run this call, if it is one that should do it in one pass; decided from metadata."""
+) -> Call | None:
+    """How to run this call in one pass, if the backend that would run it should; decided from metadata."""
     if not grads or torch.compiler.is_compiling():  # compiled code sees forward and backward as one node each
         return None
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, "", grads)
@@ -70,7 +76,7 @@ def choose(
         return None
     resolved = spec.resolve(problem)
     chosen = registry.choose(backend, problem, resolved)
-    return chosen if chosen.one_pass(problem, resolved) else None
+    return Call(chosen, problem, resolved, grads) if chosen.one_pass(problem, resolved) else None
 
 
 def weighted_loss(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, call: Call) -> Tensor:
@@ -81,36 +87,31 @@ def weighted_loss(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, we
         targets: (M, K) from ``prepare_targets``; weights: (M, K), without gradient, of the accumulation dtype.
         call: how.
     """
-    value: Tensor = _WeightedLoss.apply(e, c, bias, targets, weights, call)[0]  # type: ignore[no-untyped-call]
+    value: Tensor = _WeightedLoss.apply(e, c, bias, targets, weights, call)  # type: ignore[no-untyped-call]
     return value
 
 
 class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, call: Call
-    ) -> tuple[Tensor, ...]:
-        return call.run(e, c, bias, targets, weights)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.call = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, call: Call
+    ) -> Tensor:
+        value, *gradients = call.run(e, c, bias, targets, weights)
+        ctx.save_for_backward(e, c, bias, targets, weights)
         ctx.set_materialize_grads(False)
-        ctx.ready = output[1:]
+        ctx.call, ctx.ready = call, gradients
+        return value
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 6
         e, c, bias, targets, weights = ctx.saved_tensors
         gradients, ctx.ready = ctx.ready, None
         if gradients is None:
             gradients = ctx.call.run(e, c, bias, targets, weights)[1:]
-        if upstream.device.type != "cpu" or upstream != 1:
-            with torch.no_grad():
-                gradients = [x.mul_(upstream) for x in gradients]
+        with torch.no_grad():
+            ctx.call.backend.scale(gradients, upstream)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _Once.apply(upstream, e, c, *gradients)  # type: ignore[no-untyped-call]
         found = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))

@@ -37,7 +37,8 @@ class Spec:
 
     A field left at None is chosen for the problem by :meth:`resolve`. The default is what a user should
     have: bf16 and fp16 inputs are filtered and compensated, to the accuracy of a dense computation in that
-    dtype; float32 and float64 are exact.
+    dtype; float32 and float64 are exact, and so are problems on a GPU whose logits all fit into ``scratch_bytes``,
+    where a filter saves less time than it takes.
 
     Args:
         block_n: token rows of a tile of the filter.
@@ -112,7 +113,7 @@ class Spec:
         return self._resolve(problem)
 
     def _resolve(self, problem: Problem) -> Spec:
-        filter = _resolve_filter(self.filter, problem)
+        filter = _resolve_filter(self.filter, self.scratch_bytes, problem)
         return dataclasses.replace(
             self,
             block_n=self.block_n or _BLOCK_N,
@@ -145,13 +146,17 @@ class Spec:
         return hash(self.key)
 
 
-def _resolve_filter(filter: str | None, problem: Problem) -> str:
+def _resolve_filter(filter: str | None, scratch_bytes: int, problem: Problem) -> str:
     # A weighted sum of capped logits has a gradient of the same size in every tile: nothing may be skipped.
     if problem.softcap is not None and "weighted_logit" in problem.outputs:
         return "none"
     if filter is not None:
         return filter
-    return "element" if problem.dtype in (torch.bfloat16, torch.float16) else "none"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return "none"
+    # Few rows on a GPU: finding the live tiles takes longer than computing them all (docs/performance-notes.md).
+    small = problem.n * problem.v * problem.dtype.itemsize <= scratch_bytes
+    return "none" if problem.device == "cuda" and small else "element"
 
 
 def _resolve_order(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -66,6 +67,17 @@ class Backend(ABC):
         ``weights`` is (N, K), in the accumulation dtype. Only where :meth:`one_pass` says so.
         """
         raise NotImplementedError(f"backend {self.name!r} has no pass that computes gradients along with the loss")
+
+    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiplies the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor of one number.
+
+        It is 1 where the loss is what was differentiated. The values of a GPU cannot be looked at without waiting for
+        it: there a backend can save the pass over the gradients, in a kernel that looks first.
+        """
+        if factor.device.type == "cpu" and factor == 1:
+            return
+        for gradient in gradients:
+            gradient.mul_(factor)
 
     def work_list(
         self,

@@ -60,6 +60,7 @@ class Case:
 
 EVERYTHING = ("entropy", "weighted_logit", "prediction")
 _BLOCKS = {"block_n": 16, "block_v": 32}
+_DEFAULT = {**_BLOCKS, "scratch_bytes": 2**17}  # too few for all logits: filtered on every device
 _FILTERED = {**_BLOCKS, "filter": "element", "threshold": 2.0**-9}
 _MASS = {**_FILTERED, "filter": "tile", "threshold": 2.0**-6}
 
@@ -153,7 +154,7 @@ def _dtypes() -> list[Case]:
         replace(plain, name="mixed-bf16-f32", e_dtype=BF16),
         replace(plain, name="mixed-f32-bf16", c_dtype=BF16),
         replace(filtered, name="mixed-f16-bf16-filtered", e_dtype=F16, c_dtype=BF16),
-        replace(plain, name="default-spec-bf16", data="peaked", e_dtype=BF16, c_dtype=BF16, v=2000, spec=_BLOCKS),
+        replace(plain, name="default-spec-bf16", data="peaked", e_dtype=BF16, c_dtype=BF16, v=2000, spec=_DEFAULT),
         replace(plain, name="float64-sums", spec={"filter": "none", "accumulate": "float64"}),
     ]
     return cases

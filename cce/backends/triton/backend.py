@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -46,6 +47,9 @@ class TritonBackend(Backend):
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
     ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
         return _kernels().loss_and_gradients(inputs, problem, spec, weights)
+
+    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        _kernels().scale(gradients, factor)
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         return _kernels().forward(inputs, problem, spec, maps)

@@ -55,7 +55,8 @@ class Call:
     def of(cls, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
         e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
         device, precision = e.device, float32_precision()
-        launch = choose(problem, spec, capability(device), multiprocessors(device), precision)
+        # Without the vocabulary order, whose values a cache would compare, and so wait for.
+        launch = choose(problem, Spec.from_key(spec.key), capability(device), multiprocessors(device), precision)
         return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, precision)
 
     @property

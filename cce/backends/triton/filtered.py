@@ -12,10 +12,10 @@ from cce.backends.triton import plan as plans
 from cce.backends.triton.call import Call
 from cce.backends.triton.exact import product
 from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
-from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel, sort_rows_kernel
+from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel
 from cce.backends.triton.kernels.gradient import sparse_kernel
-from cce.backends.triton.kernels.products import dbias_kernel, dc_kernel, de_kernel
-from cce.backends.triton.operands import dot_dtype, matrix, tma_ready
+from cce.backends.triton.kernels.products import dbias_kernel, products_kernel
+from cce.backends.triton.operands import dot_dtype, gather, matrix, needs_wide, tma_ready
 from cce.backends.triton.repeat import Repeated
 from cce.backends.triton.sizes import row_blocks, slot_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Upstream
@@ -44,12 +44,8 @@ class Rows:
 
 def sorted_rows(call: Call, live: plans.Live, n0: int, n1: int) -> Tensor:
     """(n1 - n0, D): rows n0 to n1 of the work list's order."""
-    d = call.problem.d
-    out = call.empty(n1 - n0, d, dtype=call.e.dtype)
-    sort_rows_kernel[(n1 - n0, triton.cdiv(d, 1024))](
-        call.e, live.row_order[n0:n1], live.keep, out, d, call.e.stride(0), call.e.stride(1), BLOCK_D=1024
-    )
-    return out
+    out = call.empty(n1 - n0, call.problem.d, dtype=call.e.dtype)
+    return gather(call.e, live.row_order[n0:n1], out, live.keep)
 
 
 @dataclass(frozen=True)
@@ -170,13 +166,11 @@ class _Run:
         self.scratch = call.empty((slots + 1) * call.block_n, call.block_v, dtype=problem.dtype)  # one to spare
         self.entries = call.empty(slots, call.block_v, dtype=torch.int32)
         self.column_sums = call.empty(slots, call.block_v) if problem.grad_bias else None
-        self.counters = torch.zeros(self.plan.chunks, dtype=torch.int32, device=call.e.device)
+        self.counters = torch.zeros(self.plan.chunks, 2, dtype=torch.int32, device=call.e.device)
         self.dz_tma = call.launch.tma and tma_ready(self.scratch)
         self.launches = [self._dz()]
-        if sums.de is not None:
-            self.launches.append(self._de(sums.de))
-        if sums.dc is not None:
-            self.launches.append(self._dc(sums.dc))
+        if sums.de is not None or sums.dc is not None:
+            self.launches.append(self._products(sums.de, sums.dc))
         if sums.dbias is not None:
             self.launches.append(self._dbias(sums.dbias))
 
@@ -213,45 +207,38 @@ class _Run:
         grid = (call.launch.programs,)
         return Repeated(sparse_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
-    def _de(self, total: Tensor) -> Repeated:
-        """total += dx c."""
-        call, plan, tile, problem = self.call, self.plan, self.call.launch.de, self.call.problem
-        blocks = plan.before.shape[0]
-        arguments = {
-            "dz": matrix(self.scratch, call.block_n, tile.depth, self.dz_tma),
-            "c": matrix(call.c, tile.depth, tile.columns, self.boxes), "slot_entries": self.entries,
-            "tile_list": plan.tile_list, "block_slot": plan.block_slot, "block_tiles": plan.block_tiles,
-            "block_first": plan.block_first, "de": total,
-            "N": problem.n, "D": problem.d, "T": call.tiles, "blocks": blocks, "stride_cv": call.c.stride(0),
-            "stride_cd": call.c.stride(1), "DZ_TMA": self.dz_tma, "C_TMA": self.boxes,
-            "EVEN_D": problem.d % tile.columns == 0, "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision,
-            "BLOCK_N": call.block_n, "BLOCK_V": call.block_v, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
-        }  # fmt: skip
-        grid = (blocks * triton.cdiv(problem.d, tile.columns),)
-        return Repeated(de_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
-
-    def _dc(self, dc: Tensor) -> Repeated:
-        """Rows of dC of the chunk's entries."""
-        call, plan, tile, problem = self.call, self.plan, self.call.launch.dc, self.call.problem
+    def _products(self, de: Tensor | None, dc: Tensor | None) -> Repeated:
+        """de += dx c, and rows of dC of the chunk's entries."""
+        call, plan, problem = self.call, self.plan, self.call.problem
+        of_e, of_c = call.launch.de, call.launch.dc
         e, e_tma = self.rows.e, self.rows.copied and call.e_tma(self.rows.e)
         mass_e = None if self.dead is None else self.dead.mass_e
-        dc_tma = call.launch.tma and call.order is None and tma_ready(dc)
+        dc_tma = dc is not None and call.launch.tma and call.order is None and tma_ready(dc)
+        de_tma = de is not None and call.launch.tma and tma_ready(de)
         arguments = {
-            "dz": matrix(self.scratch, tile.depth, tile.rows, self.dz_tma),
-            "e": matrix(e, tile.depth, tile.columns, e_tma), "order": call.order, "row_order": self.live.row_order,
-            "keep": self.live.keep, "live_count": plan.live_count, "block_list": plan.block_list,
-            "slot_list": plan.slot_list, "chunk_start": plan.chunk_start, "counters": self.counters,
-            "mass_e": mass_e, "norm": self.formula.norm,
-            "dc": matrix(dc, tile.rows, tile.columns, dc_tma), "DC_TMA": dc_tma,
-            "N": problem.n, "V": problem.v, "D": problem.d,
-            "blocks": plan.before.shape[0], "stride_en": e.stride(0), "stride_ed": e.stride(1),
-            "stride_dc": dc.stride(0), "SORTED": self.rows.copied, "DZ_TMA": self.dz_tma, "E_TMA": e_tma,
+            "e_dz": matrix(self.scratch, call.block_n, of_e.depth, self.dz_tma),
+            "c_dz": matrix(self.scratch, of_c.depth, of_c.rows, self.dz_tma),
+            "e": matrix(e, of_c.depth, of_c.columns, e_tma), "c": matrix(call.c, of_e.depth, of_e.columns, self.boxes),
+            "slot_entries": self.entries, "tile_list": plan.tile_list, "block_slot": plan.block_slot,
+            "block_tiles": plan.block_tiles, "block_first": plan.block_first, "de": de,
+            "de_in": None if de is None or not de_tma else matrix(de, call.block_n, of_e.columns, True),
+            "order": call.order,
+            "row_order": self.live.row_order, "keep": self.live.keep, "live_count": plan.live_count,
+            "block_list": plan.block_list, "slot_list": plan.slot_list, "chunk_start": plan.chunk_start,
+            "counters": self.counters, "mass_e": mass_e, "norm": self.formula.norm,
+            "dc": None if dc is None else matrix(dc, of_c.rows, of_c.columns, dc_tma),
+            "N": problem.n, "V": problem.v, "D": problem.d, "T": call.tiles, "blocks": plan.before.shape[0],
+            "stride_en": e.stride(0), "stride_ed": e.stride(1), "stride_cv": call.c.stride(0),
+            "stride_cd": call.c.stride(1), "stride_dc": problem.d, "DE": de is not None, "DC": dc is not None,
+            "SORTED": self.rows.copied, "DZ_TMA": self.dz_tma, "C_TMA": self.boxes, "E_TMA": e_tma,
+            "DE_TMA": de_tma, "DC_TMA": dc_tma, "EVEN_D": problem.d % of_e.columns == 0,
             "DOT": dot_dtype(problem.dtype), "PRECISION": call.precision, "ORDER": call.order is not None,
-            "COMPENSATE": mass_e is not None, "NORM": self.formula.norm is not None, "BLOCK_N": call.block_n,
-            "BLOCK_V": call.block_v, "BLOCK_M": tile.rows, "BLOCK_D": tile.columns, "BLOCK_K": tile.depth,
+            "COMPENSATE": mass_e is not None, "NORM": self.formula.norm is not None,
+            "WIDE": needs_wide(call.c) or problem.v * problem.d >= 2**31, "BLOCK_N": call.block_n,
+            "BLOCK_V": call.block_v, "E_BLOCK_D": of_e.columns, "E_BLOCK_K": of_e.depth, "E_STAGES": of_e.stages,
+            "C_BLOCK_M": of_c.rows, "C_BLOCK_D": of_c.columns, "C_BLOCK_K": of_c.depth, "C_STAGES": of_c.stages,
         }  # fmt: skip
-        grid = (call.launch.programs,)
-        return Repeated(dc_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
+        return Repeated(products_kernel, (call.launch.programs,), arguments, num_warps=of_c.warps)
 
     def _dbias(self, dbias: Tensor) -> Repeated:
         """dbias of the chunk's entries."""

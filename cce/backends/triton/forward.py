@@ -13,6 +13,7 @@ from torch import Tensor
 from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.compensation import mean_rows_kernel
 from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
+from cce.backends.triton.operands import gather
 from cce.problem import HIT, Inputs, Maps, Outputs, Problem
 from cce.spec import Spec
 
@@ -169,7 +170,7 @@ def _operands(call: Call, window: _Window, buffer: Tensor | None, weight: Tensor
     if buffer is not None:
         assert call.order is not None
         order = call.order[window.v0 : window.v1]
-        c = torch.index_select(c, 0, order, out=buffer[: len(order)])
+        c = gather(c, order, buffer)
         bias = None if bias is None else bias.index_select(0, order)
         weight = None if weight is None else weight.index_select(0, order)
     call = replace(call, c=c, bias=bias, order=None)

@@ -7,6 +7,7 @@ One frozen dataclass, and one factory that owns the heuristics. The figures for 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -61,7 +62,7 @@ class Launch:
 _SM90 = Launch(
     forward=Tile(128, 256, 64, stages=4, flatten=True),
     dense=Tile(128, 256, 64, stages=3, flatten=True),
-    sparse=Tile(128, 256, 64, stages=3, flatten=True),
+    sparse=Tile(128, 256, 64, stages=4),
     de=Tile(128, 256, 64, stages=5),
     dc=Tile(128, 256, 64, stages=7),
     group_n=16,
@@ -93,6 +94,7 @@ _SM80 = Launch(
 _FMA = Tile(32, 64, 32, warps=4, stages=2)
 
 
+@lru_cache(maxsize=256)
 def choose(problem: Problem, spec: Spec, capability: tuple[int, int], programs: int, precision: str) -> Launch:
     """The configuration for a problem on a device.
 

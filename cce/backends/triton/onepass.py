@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
 
-from cce.backends.scaling import norm_of
-from cce.backends.triton.call import Call
+from cce.backends.scaling import norm_of, scaled
+from cce.backends.triton.call import Call, multiprocessors
 from cce.backends.triton.forward import target_logits_of
-from cce.backends.triton.kernels.onepass import join_kernel, scale_kernel, store_kernel
+from cce.backends.triton.kernels.onepass import join_kernel, multiply_kernel, scale_kernel, store_kernel
 from cce.backends.triton.operands import matrix
 from cce.backends.triton.sizes import pitch
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
@@ -22,10 +24,10 @@ def loss_and_gradients(
     """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
     call = Call.of(inputs, problem, spec)
     n, width = problem.n, pitch(problem.v)
-    a = weights.sum(1)
+    a = weights[:, 0] if problem.k == 1 else weights.sum(1)
     norm = norm_of(Upstream(a, weights), problem.dtype)
-    factor = problem.logit_scale if norm is None else problem.logit_scale / norm
-    a, g = a * factor, weights * factor
+    upstream = scaled(Upstream(a, weights), problem.logit_scale, norm)
+    a, g = upstream.a, upstream.g
     # exp(z - m) lies in [0, 1], where float16 is finer than bfloat16; the gradient takes its place.
     dz = call.empty(n, width, dtype=problem.dtype)
     q = dz if problem.dtype == torch.float32 else dz.view(torch.float16)
@@ -65,7 +67,7 @@ def _products(call: Call, dz: Tensor, a: Tensor, norm: Tensor | None) -> Gradien
     de = torch.mm(dz, c).to(problem.e_dtype) if problem.grad_e else None
     dc = None
     if problem.grad_c:
-        e = torch.where((a != 0)[:, None], call.e, 0)  # a row that wants no gradient may hold NaN
+        e = call.e.masked_fill((a == 0)[:, None], 0)  # a row that wants no gradient may hold NaN
         dc = torch.mm(dz.T, e).to(problem.c_dtype)
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     if norm is not None:
@@ -73,3 +75,11 @@ def _products(call: Call, dz: Tensor, a: Tensor, norm: Tensor | None) -> Gradien
             if x is not None:
                 x.mul_(norm)
     return Gradients(de, dc, dbias)
+
+
+def multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies each in place by ``factor``; nothing is read or written where that is 1."""
+    for x in gradients:
+        if x.numel():
+            programs, block = multiprocessors(x.device), 4096
+            multiply_kernel[(min(8 * programs, triton.cdiv(x.numel(), block)),)](x, factor, x.numel(), BLOCK=block)

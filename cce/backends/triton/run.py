@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from cce.backends.triton.exact import exact
 from cce.backends.triton.filtered import filtered, live_tiles
 from cce.backends.triton.forward import forward as launch_forward
 from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
+from cce.backends.triton.onepass import multiply
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -32,6 +35,12 @@ def loss_and_gradients(
     """As :meth:`cce.backends.base.Backend.loss_and_gradients`."""
     with torch.cuda.device_of(inputs.e):
         return launch_one_pass(inputs, problem, spec, weights)
+
+
+def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """As :meth:`cce.backends.base.Backend.scale`."""
+    with torch.cuda.device_of(factor):
+        multiply(gradients, factor)
 
 
 def backward(

@@ -62,14 +62,3 @@ def mean_rows_kernel(
     if not WEIGHTED:
         total /= tl.minimum(ROWS, V - t * ROWS).to(tl.float32)
     tl.store(means + t.to(tl.int64) * D + d, total.to(means.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def sort_rows_kernel(e, row_order, keep, out, D, stride_en, stride_ed, BLOCK_D: tl.constexpr):
-    """out [N, D]: rows of e in the work list's order, zeros for those that want no gradient."""
-    i = tl.program_id(0)
-    row = tl.load(row_order + i).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    kept = tl.load(keep + row + tl.zeros((BLOCK_D,), tl.int64)) != 0
-    x = tl.load(e + row * stride_en + d * stride_ed, mask=(d < D) & kept, other=0.0)
-    tl.store(out + i.to(tl.int64) * D + d, x.to(out.dtype.element_ty), mask=d < D)

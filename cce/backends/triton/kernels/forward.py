@@ -9,7 +9,7 @@ an order of its own comes as windows: copies of the rows of c that follow one an
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, wide
+from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, store_as_held, wide
 
 
 @triton.jit
@@ -57,12 +57,12 @@ def add_tile(
     if MAPS:
         where = ((first_tile + t) * TILES + tl.arange(0, TILES))[None, :].to(tl.int64) * stride_t + rows[:, None]
         inside = tl.broadcast_to((rows < N)[:, None], (BLOCK_N, TILES))
-        tl.store(tile_lse + where, shift + tl.log2(tile_s) * LN2, mask=inside)
+        store_as_held(tile_lse + where, shift + tl.log2(tile_s) * LN2, inside)
         if ELEMENT:
-            tl.store(tile_max + where, tile_m, mask=inside)
+            store_as_held(tile_max + where, tile_m, inside)
         if TILE_ENTROPY:
             tile_h = tl.where(tile_s > 0, tl.log2(tile_s) * LN2 + tile_gap / tile_s, 0.0)
-            tl.store(tile_entropy + where, tile_h, mask=inside)
+            store_as_held(tile_entropy + where, tile_h, inside)
 
     safe = finite(m_new)
     old = tl.exp2((m - safe) * LOG2E)  # 0 for the first tile, where m = -inf

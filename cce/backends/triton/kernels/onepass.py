@@ -106,3 +106,14 @@ def scale_kernel(
         x -= tl.where(place[None, :] == target[:, None], row_g[:, None], 0.0)
     x = tl.where((row_a != 0)[:, None], x, 0.0)
     tl.store(dz + where, x.to(dz.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply_kernel(x, factor, size, BLOCK: tl.constexpr):
+    """x *= factor for a contiguous tensor of ``size`` numbers; most often the factor is 1, and nothing is done."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+            where = start + tl.arange(0, BLOCK)
+            product = tl.load(x + where, mask=where < size, other=0.0).to(tl.float32) * by
+            tl.store(x + where, product.to(x.dtype.element_ty), mask=where < size)
