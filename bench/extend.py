@@ -1,0 +1,153 @@
+"""A problem of any larger shape with the statistics of a trained head: ``bench/train_lm.py`` made the head.
+
+    python bench/extend.py /tmp/lm/trained.pt --shapes 8192x2304x256000 8192x4096x128256 16384x1024x151936
+
+prints the statistics of the head and of its extensions side by side. What is extended, and why it stays alike:
+
+- D: an isometry, which changes no inner product of e and c: not the logits, nor the filter or its errors.
+- N: the first rows, or all rows again, the copies with a little noise.
+- V: entries behind the given ones, as a BPE adds them, each a mix of two rare ones. Their logits are lowered by what
+  the Zipf law of the training text's counts says of their rank, and all together so that the probability of all new
+  entries, over the rows, is that of the law. Targets stay among the given entries, so that few tiles of new ones
+  are live: compare live fractions, and the share of the later half's mass that is in hits, with the real ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from head_statistics import Column, measure, row_chunks, show
+from problems import Head
+from torch import Tensor
+
+SHAPES = ("8192x2304x256000", "8192x4096x128256", "16384x1024x151936")
+ROW_NOISE = 0.02  # of a repeated row, relative to its norm
+MIX = 0.5  # share of the second parent in a new entry: shares squared add to 1, so that variances stay
+
+
+@dataclass(frozen=True)
+class TrainedHead(Head):
+    """A head with the training text's unigram ``counts`` (V,)."""
+
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Extrapolated entries V0 to V: their parents (V - V0, 2), shift of log-probability, and share of all text."""
+
+    parents: Tensor
+    shift: Tensor
+    mass: float
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> TrainedHead:
+    """What ``bench/train_lm.py`` wrote, or ``python -m cce demo --save PATH.pt``."""
+    found = torch.load(path, map_location=device, weights_only=True)
+    e, c = found["e"].bfloat16(), found["c"].bfloat16()
+    return TrainedHead("trained", e, c, found["targets"].long(), found["unigram_counts"].long())
+
+
+def extend(head: TrainedHead, n: int, d: int, v: int, seed: int = 0) -> TrainedHead:
+    """The problem (n, d, v) in bf16, on the device of ``head``.
+
+    Raises:
+        ValueError: ``d`` or ``v`` is smaller than the head's.
+    """
+    (d0, v0), device = (head.c.shape[1], len(head.c)), head.e.device
+    if d < d0 or v < v0 or n < 1:
+        raise ValueError(f"got N={n}, D={d}, V={v}, expected N >= 1, D >= {d0} and V >= {v0}: a head is only extended")
+    rng = torch.Generator(device).manual_seed(seed)
+    c, counts = _more_entries(head, v, rng)
+    e, targets = _more_rows(head.e, n, rng), head.targets.repeat(-(-n // len(head.targets)))[:n]
+    rotation = torch.linalg.qr(torch.randn(d, d0, generator=rng, device=device)).Q.T.contiguous()  # [D0, D]
+    e, c = (torch.cat([(part.float() @ rotation).bfloat16() for part in x.split(2**14)]) for x in (e, c))
+    return TrainedHead(f"{head.name}, extended", e, c, targets, counts)
+
+
+def _more_rows(e: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """(n, D0): the first rows, or copies behind all of them."""
+    repeats = -(-n // len(e))
+    rows = e.repeat(repeats, 1)[:n].float()
+    copies = rows[len(e) :]
+    noise = torch.randn(copies.shape, generator=rng, device=e.device) / math.sqrt(e.shape[1])
+    rows[len(e) :] += ROW_NOISE * copies.norm(dim=1, keepdim=True) * noise
+    return rows.bfloat16()
+
+
+def _more_entries(head: TrainedHead, v: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The head c (v, D0) and its counts (v,)."""
+    if v == len(head.c):
+        return head.c, head.counts
+    tail = extrapolate(head.counts, v, rng)
+    first, second = (head.c[parent].float() for parent in tail.parents.T)
+    mean = head.c[len(head.c) // 2 :].float().mean(0)
+    new = mean + math.sqrt(1 - MIX**2) * (first - mean) + MIX * (second - mean)
+    constant = constant_logit(head.e)
+    new += tail.shift[:, None] * constant
+    new += balance(head.e, head.c, new, tail.mass) * constant
+    counts = head.counts[tail.parents[:, 0]] * tail.shift.exp()
+    return torch.cat([head.c, new.bfloat16()]), torch.cat([head.counts, counts.round().long()])
+
+
+def extrapolate(counts: Tensor, v: int, rng: torch.Generator) -> Tail:
+    """Entries behind the given ones, after the Zipf law of the rarer half of them.
+
+    A new entry takes after a parent: it differs from the law as the parent does, and lies lower by the law's
+    difference between their ranks. Ranks are ids: a BPE's merges come in the order of their frequency.
+    """
+    v0, device = len(counts), counts.device
+    ids = torch.arange(v0 // 2, v0, device=device)
+    rank, height = (ids + 1).double().log(), (counts[ids] + 0.5).double().log()
+    slope = ((rank - rank.mean()) * (height - height.mean())).sum() / ((rank - rank.mean()) ** 2).sum()
+    slope = slope.clamp(-3.0, -0.5)  # of a text too short to tell
+    parents = torch.randint(v0 // 2, v0, (v - v0, 2), generator=rng, device=device)
+    new_rank = torch.arange(v0 + 1, v + 1, device=device).double().log()
+    shift = slope * (new_rank - (parents[:, 0] + 1).double().log())
+    mass = ((counts[parents[:, 0]] + 0.5) * shift.exp()).sum()
+    return Tail(parents, shift.float(), float(mass / (mass + counts.sum())))
+
+
+def constant_logit(e: Tensor) -> Tensor:
+    """w (D0,) with ``e @ w`` as near to 1 as can be in every row: what raises the logit of an entry everywhere."""
+    rows = e.double()
+    gram = rows.T @ rows
+    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+    return torch.linalg.solve(gram, rows.sum(0)).float()
+
+
+def balance(e: Tensor, c: Tensor, new: Tensor, mass: float) -> float:
+    """What to add to the logits of ``new`` so that their probability is ``mass`` in the mean over all rows."""
+    c, chunks = c.float(), row_chunks(e, len(c) + len(new))
+    odds = torch.cat([(rows @ new.T).logsumexp(1) - (rows @ c.T).logsumexp(1) for rows in chunks])
+    low, high = -50.0, 50.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((odds + middle).sigmoid().mean()) < mass else (low, middle)
+    return low
+
+
+def main() -> None:
+    """Prints the statistics of a head and of its extensions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained", type=Path, help="what bench/train_lm.py wrote")
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, metavar="NxDxV")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    head = load(options.trained, options.device)
+    columns: list[Column] = [("real", measure(head, head.counts))]
+    for shape in options.shapes:
+        n, d, v = map(int, shape.split("x"))
+        larger = extend(head, n, d, v, options.seed)
+        columns.append((shape, measure(larger, larger.counts)))
+        del larger
+    show(columns)
+
+
+if __name__ == "__main__":
+    main()
