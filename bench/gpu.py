@@ -117,7 +117,7 @@ def imposed_filter(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
             made = {size: imposed(e, c, live, size, options.backend) for size in (FILTERED.scratch_bytes, LITTLE)}
             if kind == "random" or fraction not in (0.1, 0.3):
                 del made[LITTLE]
-            times = compare({str(size): it.step for size, it in made.items()}, e, c, rounds=5, steps=2)
+            times = compare({str(size): it.step for size, it in made.items()}, e, c)
             for size, it in made.items():
                 error = errors(e, c, it)
                 over = peak_bytes(it.step) - gradient_bytes(e, c)
@@ -148,7 +148,7 @@ def trained_filter(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
         "trained, exact": EXACT,
     }
     runs = {name: step(e, c, targets, options.backend, spec) for name, spec in specs.items()}
-    times = compare(runs, e, c, rounds=5, steps=2)
+    times = compare(runs, e, c)
     for name, spec in specs.items():
         found = runs[name]()
         de, dc = (relative_error(f, x) for f, x in zip(found, exact, strict=True))
@@ -182,7 +182,7 @@ def compiled_dense(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
     """What torch.compile makes of the dense loss."""
     e, c, targets = random_head(n, d, v)
     run = gradients_of(torch.compile(dense_loss), e, c, targets)
-    times = compare({"torch.compile": run}, e, c, rounds=5, steps=2)
+    times = compare({"torch.compile": run}, e, c)
     over = (peak_bytes(run) - gradient_bytes(e, c)) / MIB
     yield {"what": "torch.compile", **timed(times, "torch.compile"), "mib_over": over}
 

@@ -1,8 +1,8 @@
 """GPU time in units of one cuBLAS ``e @ c.T``, and memory.
 
-The card is power-capped, so its clock depends on what ran before: candidates take turns, and every round is compared
-with its own ``mm`` (docs/performance-notes.md). Steps follow one another without waiting, as in training: a kernel
-that sleeps lets the host run ahead before the first.
+The card is power-capped: the clock falls with the work of the last tenth of a second (docs/performance-notes.md). So
+candidates take turns, all of them, ``mm`` too, run equally long without a pause, as in training, and every round is
+compared with its own ``mm``. A kernel that sleeps lets the host run ahead before the first step.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ class Time:
     high: float
 
 
-def compare(runs: Mapping[str, Run], e: Tensor, c: Tensor, rounds: int = 7, steps: int = 3) -> dict[str, Time]:
-    """The time of each of ``runs``, and of ``mm``, in turns; ``steps`` of one after the other make a measurement."""
+def compare(runs: Mapping[str, Run], e: Tensor, c: Tensor, rounds: int = 5, span_ms: float = 120) -> dict[str, Time]:
+    """The time of each of ``runs``, and of ``mm``, in turns; steps of about ``span_ms`` make a measurement."""
     logits = torch.empty(len(e), len(c), dtype=e.dtype, device=e.device)
     all_runs = {"mm": lambda: torch.mm(e, c.T, out=logits), **runs}
-    for run in all_runs.values():
-        for _ in range(2):
-            run()
+    steps = {}
+    for name, run in all_runs.items():
+        run()
+        steps[name] = max(1, round(span_ms / _events(run, 2)))
     times: dict[str, list[float]] = {name: [] for name in all_runs}
     for _ in range(rounds):
         for name, run in all_runs.items():
-            times[name].append(_events(run, steps))
+            times[name].append(_events(run, steps[name]))
     return {name: _summary(found, times["mm"]) for name, found in times.items()}
 
 

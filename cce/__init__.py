@@ -11,6 +11,7 @@ from cce.functional import Terms, loss, terms
 from cce.modules import LinearCrossEntropy
 from cce.registry import backends, register_backend, unregister_backend
 from cce.spec import Spec
+from cce.vocab_order import VocabOrder
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "LinearCrossEntropy",
     "Spec",
     "Terms",
+    "VocabOrder",
     "backends",
     "explain",
     "live_fraction",

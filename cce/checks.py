@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,7 @@ def check_options(
     *, ignore_index: Any, shift: Any, softcap: Any, logit_scale: Any, backend: Any, spec: Any, vocab_parallel: Any
 ) -> None:
     """The options ``terms`` and ``loss`` share."""
-    _integer("ignore_index", ignore_index)
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: got {ignore_index}, expected an int of at most 64 bits")
+    check_ignore_index(ignore_index)
     _integer("shift", shift)
     if shift < 0:
         raise ValueError(f"shift: got {shift}, expected an int >= 0")
@@ -59,6 +57,13 @@ def check_options(
         raise ValueError(
             f"vocab_parallel: got {vocab_parallel!r}, expected None: no backend of this release splits the vocabulary"
         )
+
+
+def check_ignore_index(ignore_index: Any) -> None:
+    """What a target may be beside an entry."""
+    _integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {ignore_index}, expected an int of at most 64 bits")
 
 
 def check_shift(shift: int, targets: Tensor, lead: int) -> None:
@@ -76,6 +81,58 @@ def check_vocab_order(spec: Spec, v: int) -> None:
     order = spec.permutation
     if order is not None and len(order) != v:
         raise ValueError(f"spec.vocab_order: got {len(order)} entries, expected V = {v}")
+
+
+def check_vocab_order_options(v: Any, every: Any, decay: Any) -> None:
+    """The numbers a ``VocabOrder`` is made with."""
+    for name, value in (("v", v), ("every", every)):
+        _integer(name, value)
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected an int >= 1")
+    _number("decay", decay, "a number in (0, 1]", lambda x: 0 < x <= 1)
+
+
+def check_counts(name: str, counts: Any, v: int, *, dtypes: tuple[torch.dtype, ...] = (*FLOATS, *INTEGERS)) -> None:
+    """(V,) what a vocabulary can be sorted by; a GPU's values are not looked at, as that would wait for it."""
+    _tensor(name, counts)
+    if counts.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {counts.dtype}, expected one of {expected}")
+    _shape(name, counts, (v,), "(V,)")
+    if counts.is_meta:
+        raise ValueError(f"{name}: got a tensor on {counts.device}, expected one with values")
+    if counts.device.type == "cpu":
+        bad = ~((counts >= 0) & (counts < torch.inf))
+        if bool(bad.any()):
+            where = int(bad.nonzero()[0])
+            raise ValueError(f"{name}: got {counts[where].item()} at index {where}, expected finite values >= 0")
+
+
+def check_vocab_order_state(state: Any, v: int) -> None:
+    """What ``VocabOrder.state_dict`` returns, of ``v`` entries."""
+    names = ("counts", "permutation", "updates")
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict: got {state!r} of type {type(state).__name__}, expected a dict")
+    if set(state) != set(names):
+        raise ValueError(f"state_dict: got the keys {sorted(map(str, state))}, expected {sorted(names)}")
+    check_counts("state_dict['counts']", state["counts"], v)
+    _integer("state_dict['updates']", state["updates"])
+    if state["updates"] < 0:
+        raise ValueError(f"state_dict['updates']: got {state['updates']}, expected an int >= 0")
+    order = state["permutation"]
+    _tensor("state_dict['permutation']", order)
+    _shape("state_dict['permutation']", order, (v,), "(V,)")
+    if order.dtype != torch.int64:
+        raise TypeError(f"state_dict['permutation']: got dtype {order.dtype}, expected int64")
+    if not torch.equal(order.sort().values, torch.arange(v, device=order.device)):
+        raise ValueError(f"state_dict['permutation']: got {order}, expected a permutation of range({v})")
+
+
+def check_integers(name: str, value: Any) -> None:
+    """An integer tensor of any shape."""
+    _tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
 
 
 def check_outputs(outputs: Any) -> None:

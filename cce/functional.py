@@ -270,7 +270,8 @@ def _flatten(
     checks.check_shift(shift, targets, lead)
     shape = targets.shape[:lead]
     k = 1 if target_weight is None else targets.shape[-1]
-    rows = ops.prepare_targets(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
+    prepare = ops.prepare_targets_op if torch.compiler.is_compiling() else ops.prepare_targets
+    rows = prepare(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
     e, c, bias = autocast(e, c, bias)
     softcap = None if softcap is None else float(softcap)
     flat = _Flat(
@@ -316,11 +317,11 @@ def _in_one_pass(
     )
     if call is None:
         return None
-    weights = (flat.targets >= 0).to(flat.wide) if coefficients is None else coefficients
+    weights = flat.targets >= 0 if coefficients is None else coefficients
     if tokens is not None:
         weights = weights * tokens[:, None]
-    if total is not None:
-        weights = weights / total
+    # Of a count, and of a mean over nothing, which is NaN, too.
+    weights = weights.to(flat.wide) if total is None else weights / total
     return onepass.weighted_loss(flat.e, flat.c, flat.bias, flat.targets, weights, call)
 
 
@@ -355,11 +356,9 @@ def wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:
 def autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The casts F.linear makes under autocast (which leaves float64 alone)."""
     device = e.device.type
-    if (
-        not torch.amp.is_autocast_available(device)
-        or not torch.is_autocast_enabled(device)
-        or torch.float64 in (e.dtype, c.dtype)
-    ):
+    # Not every device has it; torch.compile cannot ask for it (torch 2.11), but compiles for those that have.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if not known or not torch.is_autocast_enabled(device) or torch.float64 in (e.dtype, c.dtype):
         return e, c, bias
     dtype = torch.get_autocast_dtype(device)
     return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)

@@ -48,10 +48,9 @@ class Call:
             return (weights.sum(), *zero_gradients(e, c, bias, self.grads))
         problem = self.problem if len(used) == self.problem.n else replace(self.problem, n=len(used))
         weights = select(weights, rows)
-        counted = weights if rows is not None else weights.masked_fill(used < 0, 0)  # NaN in a mean over nothing
         with own_dtypes(e):
             outputs, found = self.backend.loss_and_gradients(
-                Inputs(e, c, used, bias, rows), problem, self.spec, counted
+                Inputs(e, c, used, bias, rows), problem, self.spec, weights
             )
             value = (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
         return (value, *place_gradients(found, e, c, bias, rows))

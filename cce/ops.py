@@ -24,7 +24,6 @@ from cce.spec import Spec
 _MAPS = ("tile_mass", "tile_entropy")
 
 
-@torch.library.custom_op("cce::prepare_targets", mutates_args=())
 def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
     """``targets`` as int64 with -1 for ``ignore_index``; an entry outside [0, v) is an error, and never read.
 
@@ -48,7 +47,11 @@ def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
     return found.masked_fill_(targets == ignore_index, -1) if 0 <= ignore_index < v else found
 
 
-@prepare_targets.register_fake
+#: The same for compiled code, which cannot look at values.
+prepare_targets_op = torch.library.custom_op("cce::prepare_targets", prepare_targets, mutates_args=())
+
+
+@prepare_targets_op.register_fake
 def _(targets: Tensor, v: int, ignore_index: int) -> Tensor:
     return torch.empty_like(targets, dtype=torch.int64)
 

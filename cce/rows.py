@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from cce.problem import Gradients, Outputs, Upstream
 
 
-def own_dtypes(e: Tensor) -> torch.autocast:
+def own_dtypes(e: Tensor) -> AbstractContextManager[Any]:
     """The front end has cast what autocast casts; a backend's own float32 arithmetic stays float32."""
+    if not torch.is_autocast_enabled(e.device.type):
+        return nullcontext()
     return torch.autocast(e.device.type, enabled=False)
 
 

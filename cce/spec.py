@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -107,10 +108,18 @@ class Spec:
 
     def resolve(self, problem: Problem) -> Spec:
         """This spec with no field left at None; what the backends receive."""
-        # Asked several times a call. A permutation is no part of a key, and sizes may be symbols under torch.compile.
-        if self.permutation is None and isinstance(problem.n, int) and isinstance(problem.v, int):
+        # Asked several times a call. Sizes may be symbols under torch.compile.
+        if self.permutation is not None:
+            return self._with_permutation(_from_key(self.key).resolve(problem))
+        if isinstance(problem.n, int) and isinstance(problem.v, int):
             return _resolved(self.key, problem)
         return self._resolve(problem)
+
+    def _with_permutation(self, other: Spec) -> Spec:
+        """``other`` with this spec's permutation, which was checked when given: a GPU need not be waited for again."""
+        found = copy.copy(other)
+        object.__setattr__(found, "vocab_order", self.permutation)
+        return found
 
     def _resolve(self, problem: Problem) -> Spec:
         filter = _resolve_filter(self.filter, self.scratch_bytes, problem)
@@ -138,7 +147,7 @@ class Spec:
         if not isinstance(other, Spec):
             return NotImplemented
         mine, theirs = self.permutation, other.permutation
-        if mine is None or theirs is None:
+        if mine is theirs or mine is None or theirs is None:
             return self.key == other.key and mine is theirs
         return self.key == other.key and torch.equal(mine, theirs)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from cce.backends.triton.call import Call
@@ -14,7 +13,7 @@ from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one
 from cce.backends.triton.kernels.gradient import dense_kernel
 from cce.backends.triton.operands import matrix
 from cce.backends.triton.repeat import Repeated
-from cce.backends.triton.sizes import pitch
+from cce.backends.triton.sizes import cdiv, pitch
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.rows import rows_in_use, rows_of
 from cce.spec import Spec
@@ -105,8 +104,8 @@ def _columns(call: Call) -> int:
     """Of a chunk: what fits into the scratch memory, in chunks of about equal size, whole tiles each."""
     problem, tile = call.problem, call.launch.dense.columns
     fit = max(tile, call.spec.scratch_bytes // (problem.n * problem.dtype.itemsize) // tile * tile)
-    chunks = triton.cdiv(problem.v, fit)
-    return triton.cdiv(triton.cdiv(problem.v, chunks), tile) * tile
+    chunks = cdiv(problem.v, fit)
+    return cdiv(cdiv(problem.v, chunks), tile) * tile
 
 
 def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
@@ -120,7 +119,7 @@ def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
         "DZ_TMA": launch.tma, "BLOCK_N": tile.rows, "TILE_V": tile.columns, "BLOCK_D": tile.depth,
         "GROUP_N": launch.group_n, "FLATTEN": tile.flatten,
     }  # fmt: skip
-    tiles = triton.cdiv(problem.n, tile.rows) * triton.cdiv(problem.v, tile.columns)
+    tiles = cdiv(problem.n, tile.rows) * cdiv(problem.v, tile.columns)
     grid = (min(launch.programs, tiles),)
     return Repeated(dense_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
@@ -130,7 +129,7 @@ def _chunk(call: Call, launch: Repeated, scratch: Tensor, v0: int, v1: int, dbia
     tile, n, columns = call.launch.dense, call.problem.n, v1 - v0
     width = pitch(columns)
     dz = scratch[: n * width].view(n, width)
-    sums = call.empty(triton.cdiv(n, tile.rows), columns) if dbias is not None else None
+    sums = call.empty(cdiv(n, tile.rows), columns) if dbias is not None else None
     stored = matrix(dz, tile.rows, tile.columns, call.launch.tma)
     launch(dz=stored, dbias=sums, stride_dz=width, v0=v0, columns=columns)
     if dbias is not None and sums is not None:

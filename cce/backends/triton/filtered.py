@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from cce.backends.triton import plan as plans
@@ -17,7 +16,7 @@ from cce.backends.triton.kernels.gradient import sparse_kernel
 from cce.backends.triton.kernels.products import dbias_kernel, products_kernel
 from cce.backends.triton.operands import dot_dtype, gather, matrix, needs_wide, tma_ready
 from cce.backends.triton.repeat import Repeated
-from cce.backends.triton.sizes import row_blocks, slot_bytes
+from cce.backends.triton.sizes import cdiv, row_blocks, slot_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Upstream
 from cce.worklist import WorkList, target_positions
 
@@ -116,7 +115,7 @@ def mean_rows(call: Call) -> Tensor:
     """(T, D) the mean row of ``c`` of each vocabulary block, in the products' dtype."""
     problem = call.problem
     means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
-    mean_rows_kernel[(call.tiles, triton.cdiv(problem.d, 256))](
+    mean_rows_kernel[(call.tiles, cdiv(problem.d, 256))](
         call.c, call.order, None, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
         ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
     )  # fmt: skip
@@ -129,7 +128,7 @@ def _dead_mass(
     """(t1 - t0, N): the sum of dx over the columns of each dead tile, rows in the work list's order."""
     assert maps.tile_mass is not None
     n, outputs = call.problem.n, formula.outputs
-    dead_mass_kernel[(t1 - t0, triton.cdiv(n, 1024))](
+    dead_mass_kernel[(t1 - t0, cdiv(n, 1024))](
         maps.tile_mass, maps.tile_entropy, live.live, live.row_order, live.keep, outputs.lse, outputs.entropy,
         formula.upstream.a, formula.upstream.h, m, n, call.problem.v, live.live.shape[1], maps.tile_mass.stride(0),
         call.softcap, t0, ENTROPY=formula.upstream.h is not None, SOFTCAP=call.problem.softcap is not None,

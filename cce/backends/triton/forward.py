@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.compensation import mean_rows_kernel
 from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
 from cce.backends.triton.operands import gather
+from cce.backends.triton.sizes import cdiv, power_of_two
 from cce.problem import HIT, Inputs, Maps, Outputs, Problem
 from cce.spec import Spec
 
 _MOST_SPLITS = 64  # reduce_kernel holds all splits of some rows at once
+_SPLIT_BYTES = 2**20  # of all splits' maxima and sums
 _SPLITS = ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")
 _TILES = ("tile_lse", "tile_max", "tile_entropy")
 
@@ -68,8 +69,8 @@ def weights_of(call: Call, logit_weight: Tensor | None) -> Tensor:
 def weighted_rows(call: Call, u: Tensor) -> Tensor:
     """(D,) sum_v u_v c_v, float32."""
     rows, step = 1024, 64
-    parts = call.empty(triton.cdiv(call.problem.v, rows), call.problem.d)
-    mean_rows_kernel[(len(parts), triton.cdiv(call.problem.d, 128))](
+    parts = call.empty(cdiv(call.problem.v, rows), call.problem.d)
+    mean_rows_kernel[(len(parts), cdiv(call.problem.d, 128))](
         call.c, None, u, parts, call.problem.v, call.problem.d, call.c.stride(0), call.c.stride(1),
         ORDER=False, WEIGHTED=True, ROWS=rows, STEP=step, BLOCK_D=128,
     )  # fmt: skip
@@ -79,7 +80,7 @@ def weighted_rows(call: Call, u: Tensor) -> Tensor:
 def _target_kernel(call: Call, c: Tensor, bias: Tensor | None, targets: Tensor, found: Tensor) -> None:
     n, k = targets.shape
     formula = {**call.formula(), "BIAS": bias is not None}
-    block = min(1024, triton.next_power_of_2(call.problem.d))
+    block = min(1024, power_of_two(call.problem.d))
     target_kernel[(n, k)](
         call.e, c, bias, targets.contiguous(), found, call.problem.d, k, call.e.stride(0), call.e.stride(1),
         c.stride(0), c.stride(1), call.problem.logit_scale, call.softcap, **formula, BLOCK_D=block,
@@ -102,23 +103,23 @@ def _windows(call: Call, ordered: bool) -> list[_Window]:
     step = v
     if ordered:
         step = max(tile, call.spec.scratch_bytes // (call.problem.d * call.c.element_size()) // tile * tile)
-        step = triton.cdiv(triton.cdiv(v, triton.cdiv(v, step)), tile) * tile  # of about equal size
-    most = max(1, _MOST_SPLITS // triton.cdiv(v, step))
+        step = cdiv(cdiv(v, cdiv(v, step)), tile) * tile  # of about equal size
+    most = max(1, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * call.problem.n)) // cdiv(v, step))
     windows: list[_Window] = []
     for v0 in range(0, v, step):
         v1 = min(v, v0 + step)
         first = windows[-1].first + windows[-1].splits if windows else 0
-        windows.append(_Window(v0, v1, first, _splits(call, triton.cdiv(v1 - v0, tile), most)))
+        windows.append(_Window(v0, v1, first, _splits(call, cdiv(v1 - v0, tile), most)))
     return windows
 
 
 def _splits(call: Call, tiles: int, most: int) -> int:
     """The number of splits that keeps the multiprocessors busiest: a program walks all tiles of its split."""
-    blocks, programs = triton.cdiv(call.problem.n, call.launch.forward.rows), call.launch.programs
+    blocks, programs = cdiv(call.problem.n, call.launch.forward.rows), call.launch.programs
 
     def rounds(splits: int) -> int:
         """Tiles one after the other on the busiest multiprocessor, about."""
-        return triton.cdiv(blocks * splits, programs) * triton.cdiv(tiles, splits)
+        return cdiv(blocks * splits, programs) * cdiv(tiles, splits)
 
     return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
 
@@ -145,13 +146,13 @@ def _statistics(
         names = ["tile_lse", *(["tile_max"] if spec.filter == "element" else [])]
         names += ["tile_entropy"] if maps.tile_entropy is not None else []
         # Whole tiles of the product store whole rows of the maps.
-        height = triton.cdiv(problem.v, tile.columns) * (tile.columns // call.block_v)
+        height = cdiv(problem.v, tile.columns) * (tile.columns // call.block_v)
         tiles = {name: call.empty(height, n) for name in names}
     buffer = None
     if ordered:
         buffer = call.empty(max(w.v1 - w.v0 for w in windows), problem.d, dtype=call.c.dtype)
     for window in windows:
-        forward_kernel[(triton.cdiv(n, tile.rows) * window.splits,)](
+        forward_kernel[(cdiv(n, tile.rows) * window.splits,)](
             **_operands(call, window, buffer, weight), in_use=in_use,
             **{name: found.get(name) for name in _SPLITS}, **{name: tiles.get(name) for name in _TILES},
             N=n, V=window.v1 - window.v0, stride_t=n, SPLITS=window.splits, first_split=window.first,
@@ -191,13 +192,13 @@ def _reduce(
         extra["prediction"] = call.empty(n, dtype=torch.int64)
     lse = call.empty(n)
     block = 32
-    reduce_kernel[(triton.cdiv(n, block),)](
+    reduce_kernel[(cdiv(n, block),)](
         **{name: found.get(name) for name in _SPLITS},
         target_logits=target_logits, targets=targets.contiguous(), in_use=in_use, order=call.order, lse=lse,
         **{name: extra.get(name) for name in ("entropy", "weighted_logit", "prediction")},
         N=n, K=targets.shape[1], SPLITS=splits, ORDER=call.order is not None, ENTROPY="split_gap" in found,
         WEIGHTED="split_weighted" in found, PREDICTION="split_best" in found,
-        BLOCK_N=block, BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_N=block, BLOCK_S=power_of_two(splits),
     )  # fmt: skip
     return Outputs(lse, target_logits, **extra)
 
@@ -207,7 +208,7 @@ def _fill(call: Call, lse: Tensor, in_use: Tensor, tiles: dict[str, Tensor], map
     assert maps.tile_mass is not None and call.spec.threshold is not None
     n, t = call.problem.n, call.tiles
     block_n, block_t = 256, 8
-    mass_kernel[(triton.cdiv(t, block_t), triton.cdiv(n, block_n))](
+    mass_kernel[(cdiv(t, block_t), cdiv(n, block_n))](
         tiles["tile_lse"], tiles.get("tile_max", tiles["tile_lse"]), lse, in_use, maps.tile_mass,
         tiles.get("tile_entropy"), maps.tile_entropy, n, t, n, maps.tile_mass.stride(0),
         math.log(call.spec.threshold), HIT=HIT, TILE_ENTROPY=maps.tile_entropy is not None,

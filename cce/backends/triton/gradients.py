@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weighted_rows, weights_of
 from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
+from cce.backends.triton.sizes import cdiv
 from cce.problem import Inputs, Outputs, Upstream
 from cce.worklist import target_positions
 
@@ -58,7 +58,7 @@ def finish_de(call: Call, total: Tensor, row_order: Tensor | None, norm: Tensor 
     """dE (N, D) in the dtype of ``e``; ``total`` holds its rows in ``row_order``."""
     problem = call.problem
     de = call.empty(problem.n, problem.d, dtype=problem.e_dtype)
-    finish_kernel[(problem.n, triton.cdiv(problem.d, 1024))](
+    finish_kernel[(problem.n, cdiv(problem.d, 1024))](
         total, row_order, norm, de, problem.n, problem.d, de.stride(0), SORTED=row_order is not None,
         NORM=norm is not None, BLOCK_D=1024,
     )  # fmt: skip
@@ -76,6 +76,6 @@ def add_rank_one_dc(call: Call, weights: Tensor | None, s: Tensor, dc: Tensor | 
     if dc is not None:
         e = torch.where((s != 0)[:, None], call.e, 0)  # a row that does not count may be NaN
         total = torch.mv(e.to(torch.float32).T, s)
-        rank_one_kernel[(problem.v, triton.cdiv(problem.d, 1024))](dc, u, total, problem.d, dc.stride(0), BLOCK_D=1024)
+        rank_one_kernel[(problem.v, cdiv(problem.d, 1024))](dc, u, total, problem.d, dc.stride(0), BLOCK_D=1024)
     if dbias is not None:
         dbias.add_(u * s.sum())

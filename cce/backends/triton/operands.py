@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cce.backends.triton.kernels.rows import gather_kernel
+from cce.backends.triton.sizes import cdiv, power_of_two
 
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -44,8 +44,8 @@ def needs_wide(x: Tensor) -> bool:
 def gather(x: Tensor, index: Tensor, out: Tensor, keep: Tensor | None = None) -> Tensor:
     """The first rows of ``out``: ``x[index]``, zeros where ``keep`` is given and False for that row."""
     rows, d = len(index), x.shape[1]
-    block_r, block_d = 16, min(512, triton.next_power_of_2(d))
-    gather_kernel[(triton.cdiv(rows, block_r), triton.cdiv(d, block_d))](
+    block_r, block_d = 16, min(512, power_of_two(d))
+    gather_kernel[(cdiv(rows, block_r), cdiv(d, block_d))](
         x, index, keep, out, rows, d, x.stride(0), x.stride(1), KEEP=keep is not None, EVEN_D=d % block_d == 0,
         BLOCK_R=block_r, BLOCK_D=block_d,
     )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from cce.backends.triton.call import Call
@@ -25,7 +24,7 @@ from cce.backends.triton.kernels.worklist import (
     rows_kernel,
     scan_kernel,
 )
-from cce.backends.triton.sizes import row_blocks
+from cce.backends.triton.sizes import cdiv, power_of_two, row_blocks
 from cce.problem import HIT, Maps, Upstream
 
 
@@ -85,12 +84,12 @@ def find_live(call: Call, target_place: Tensor, maps: Maps[Tensor], upstream: Up
     if upstream.h is not None:
         keep |= upstream.h != 0
     assert maps.tile_mass is not None
-    block_n, block_t, programs = 64, 16, min(8, triton.cdiv(t, 16))
+    block_n, block_t, programs = 64, 16, min(8, cdiv(t, 16))
     hit = call.empty(t, n, dtype=torch.int8)
     counts = call.empty(programs, n, dtype=torch.int32)
-    hits_kernel[(triton.cdiv(n, block_n), programs)](
+    hits_kernel[(cdiv(n, block_n), programs)](
         maps.tile_mass, keep, target_place, upstream.g, hit, counts, n, t, target_place.shape[1],
-        maps.tile_mass.stride(0), triton.cdiv(t, programs), BLOCK_V=call.block_v, HIT=HIT, BLOCK_N=block_n,
+        maps.tile_mass.stride(0), cdiv(t, programs), BLOCK_V=call.block_v, HIT=HIT, BLOCK_N=block_n,
         BLOCK_T=block_t,
     )  # fmt: skip
     if call.spec.row_order == "live" and call.block_n > 1:
@@ -99,17 +98,17 @@ def find_live(call: Call, target_place: Tensor, maps: Maps[Tensor], upstream: Up
         row_order = torch.arange(n, device=hit.device)
     live = call.empty(t, blocks, dtype=torch.int8)
     group = max(1, 1024 // call.block_n)
-    live_kernel[(t, triton.cdiv(blocks, group))](hit, row_order, live, n, t, blocks, BLOCK_N=call.block_n, GROUP=group)
+    live_kernel[(t, cdiv(blocks, group))](hit, row_order, live, n, t, blocks, BLOCK_N=call.block_n, GROUP=group)
     return Live(row_order, keep, live)
 
 
 def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
     """The plan for ``slots`` tiles of scratch memory, ``pack`` of which one program computes at a time."""
     t, blocks = call.tiles, row_blocks(call.problem, call.spec)
-    wide = triton.next_power_of_2(blocks)
+    wide = power_of_two(blocks)
     slots = min(slots, blocks * t + blocks)
     step = slots - blocks + 1  # a chunk's last vocabulary block begins before its step ends, and may bring B tiles
-    chunks = triton.cdiv(blocks * t + 1, step)
+    chunks = cdiv(blocks * t + 1, step)
 
     def ints(*shape: int) -> Tensor:
         return call.empty(*shape, dtype=torch.int32)

@@ -12,6 +12,16 @@ BLOCKS_V = (16, 32, 64, 128, 256)
 _COLUMNS = 256
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up. Triton's own wraps its arguments for the compiler, which takes ten times as long."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
 def row_blocks(problem: Problem, spec: Spec) -> int:
     """B, the number of row blocks."""
     assert spec.block_n is not None

@@ -83,7 +83,8 @@ def scale_kernel(
 ):  # fmt: skip
     """dz = a p - sum_k g_k [j = target_k] in place of q: p = q exp(m - lse), and at a target from its own logit.
 
-    a and g have been multiplied by the scale; a row whose a is 0 wants no gradient, and may hold NaN.
+    a and g have been multiplied by the scale; those of a target -1 do not count, whatever they are. A row that has no
+    other may hold NaN, and so may one whose a is 0.
     """
     t = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,8 +96,10 @@ def scale_kernel(
     factor = tl.exp2((finite(m) - row_lse) * LOG2E) * row_a
     where = rows.to(tl.int64)[:, None] * stride_q + place[None, :]
     x = tl.load(q + where, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    used = rows < 0
     for k in range(K):
         target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
+        used = used | (target >= 0)
         z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
         p = tl.exp2((z - row_lse) * LOG2E) * row_a
         x = tl.where(place[None, :] == target[:, None], p[:, None], x)
@@ -104,16 +107,23 @@ def scale_kernel(
         target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
         row_g = tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
         x -= tl.where(place[None, :] == target[:, None], row_g[:, None], 0.0)
-    x = tl.where((row_a != 0)[:, None], x, 0.0)
+    x = tl.where((used & (row_a != 0))[:, None], x, 0.0)
     tl.store(dz + where, x.to(dz.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def multiply_kernel(x, factor, size, BLOCK: tl.constexpr):
-    """x *= factor for a contiguous tensor of ``size`` numbers; most often the factor is 1, and nothing is done."""
+def multiply_kernel(x, y, factor, x_size, y_size, SECOND: tl.constexpr, BLOCK: tl.constexpr):
+    """x and y *= factor, contiguous tensors; most often the factor is 1, and nothing is done."""
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
-            where = start + tl.arange(0, BLOCK)
-            product = tl.load(x + where, mask=where < size, other=0.0).to(tl.float32) * by
-            tl.store(x + where, product.to(x.dtype.element_ty), mask=where < size)
+        multiply_one(x, by, x_size, BLOCK)
+        if SECOND:
+            multiply_one(y, by, y_size, BLOCK)
+
+
+@triton.jit
+def multiply_one(x, by, size, BLOCK: tl.constexpr):
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        product = tl.load(x + where, mask=where < size, other=0.0).to(tl.float32) * by
+        tl.store(x + where, product.to(x.dtype.element_ty), mask=where < size)
