@@ -39,7 +39,7 @@ class TritonBackend(Backend):
         return reasons
 
     def one_pass(self, problem: Problem, spec: Spec) -> bool:
-        plain = spec.filter == "none" and spec.permutation is None and problem.softcap is None and not problem.outputs
+        plain = spec.filter == "none" and problem.softcap is None and not problem.outputs
         # The products of the library need factors of one dtype; where c is the narrower, it would have to be copied.
         return plain and problem.c_dtype == problem.dtype and logits_bytes(problem) <= spec.scratch_bytes
 

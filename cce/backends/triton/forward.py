@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,34 +87,19 @@ def _target_kernel(call: Call, c: Tensor, bias: Tensor | None, targets: Tensor, 
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Places v0 to v1 of the vocabulary, walked along in so many splits; ``first`` counts those of earlier windows."""
-
-    v0: int
-    v1: int
-    first: int
-    splits: int
-
-
-def _windows(call: Call, ordered: bool) -> list[_Window]:
-    """All of the vocabulary; where it has an order of its own, pieces whose rows of ``c`` fit into the scratch."""
+def _windows(call: Call, ordered: bool) -> list[tuple[int, int]]:
+    """Places of the vocabulary: all, or where it has an order pieces whose rows of ``c`` fit into the scratch."""
     v, tile = call.problem.v, call.launch.forward.columns
     step = v
     if ordered:
         step = max(tile, call.spec.scratch_bytes // (call.problem.d * call.c.element_size()) // tile * tile)
         step = cdiv(cdiv(v, cdiv(v, step)), tile) * tile  # of about equal size
-    most = max(1, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * call.problem.n)) // cdiv(v, step))
-    windows: list[_Window] = []
-    for v0 in range(0, v, step):
-        v1 = min(v, v0 + step)
-        first = windows[-1].first + windows[-1].splits if windows else 0
-        windows.append(_Window(v0, v1, first, _splits(call, cdiv(v1 - v0, tile), most)))
-    return windows
+    return [(v0, min(v, v0 + step)) for v0 in range(0, v, step)]
 
 
-def _splits(call: Call, tiles: int, most: int) -> int:
+def _splits(call: Call, tiles: int) -> int:
     """The number of splits that keeps the multiprocessors busiest: a program walks all tiles of its split."""
+    most = max(1, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * call.problem.n)))
     blocks, programs = cdiv(call.problem.n, call.launch.forward.rows), call.launch.programs
 
     def rounds(splits: int) -> int:
@@ -133,7 +118,7 @@ def _statistics(
     entropy, prediction = "entropy" in problem.outputs, "prediction" in problem.outputs
     ordered = call.order is not None and (maps.tile_mass is not None or prediction)  # else no order shows
     windows = _windows(call, ordered)
-    splits = windows[-1].first + windows[-1].splits
+    splits = _splits(call, cdiv(windows[0][1], tile.columns))
     found = {name: call.empty(splits, n) for name in ("split_max", "split_sum")}
     if entropy:
         found["split_gap"] = call.empty(splits, n)
@@ -150,14 +135,14 @@ def _statistics(
         tiles = {name: call.empty(height, n) for name in names}
     buffer = None
     if ordered:
-        buffer = call.empty(max(w.v1 - w.v0 for w in windows), problem.d, dtype=call.c.dtype)
-    for window in windows:
-        forward_kernel[(cdiv(n, tile.rows) * window.splits,)](
-            **_operands(call, window, buffer, weight), in_use=in_use,
+        buffer = call.empty(windows[0][1], problem.d, dtype=call.c.dtype)
+    for v0, v1 in windows:
+        forward_kernel[(cdiv(n, tile.rows) * splits,)](
+            **_operands(call, v0, v1, buffer, weight), in_use=in_use, CARRY=v0 > 0,
             **{name: found.get(name) for name in _SPLITS}, **{name: tiles.get(name) for name in _TILES},
-            N=n, V=window.v1 - window.v0, stride_t=n, SPLITS=window.splits, first_split=window.first,
-            first_tile=window.v0 // tile.columns, ONLINE=spec.lse_accumulation == "online", ENTROPY=entropy,
-            WEIGHTED=weight is not None, PREDICTION=prediction, MAPS=bool(tiles),
+            N=n, V=v1 - v0, stride_t=n, SPLITS=splits, first_tile=v0 // tile.columns,
+            ONLINE=spec.lse_accumulation == "online", ENTROPY=entropy, WEIGHTED=weight is not None,
+            PREDICTION=prediction, MAPS=bool(tiles),
             TILE_ENTROPY="tile_entropy" in tiles, ELEMENT="tile_max" in tiles, BLOCK_N=tile.rows,
             TILE_V=tile.columns, BLOCK_V=call.block_v if tiles else tile.columns, BLOCK_D=tile.depth,
             GROUP_N=call.launch.group_n, FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
@@ -165,12 +150,12 @@ def _statistics(
     return found, tiles
 
 
-def _operands(call: Call, window: _Window, buffer: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
+def _operands(call: Call, v0: int, v1: int, buffer: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
     """The operands of a window; what belongs to its entries is gathered where the vocabulary has an order."""
     c, bias = call.c, call.bias
     if buffer is not None:
         assert call.order is not None
-        order = call.order[window.v0 : window.v1]
+        order = call.order[v0:v1]
         c = gather(c, order, buffer)
         bias = None if bias is None else bias.index_select(0, order)
         weight = None if weight is None else weight.index_select(0, order)

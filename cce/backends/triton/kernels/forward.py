@@ -87,15 +87,18 @@ def forward_kernel(
     e, c, bias, weight, in_use,
     split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
     tile_lse, tile_max, tile_entropy,  # [T, N]
-    N, V, D, stride_en, stride_ed, stride_cv, stride_cd, stride_t, scale, softcap, SPLITS, first_split, first_tile,
+    N, V, D, stride_en, stride_ed, stride_cv, stride_cd, stride_t, scale, softcap, SPLITS, first_tile,
     E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ONLINE: tl.constexpr,
     ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
     MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr, ELEMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_N: tl.constexpr, FLATTEN: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of a window of the vocabulary: V rows of c, of which ``first_tile`` tiles came in earlier ones."""
+    """Statistics of a window of the vocabulary: V rows of c, behind ``first_tile`` tiles of earlier ones.
+
+    CARRY: there were some; each split goes on with what the split of the same number found in them.
+    """
     # Tile origin: the rows of block i, and for each t of the split TILE_V places of the window from t TILE_V.
     i, split = unit_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), SPLITS, GROUP_N)
     row0 = i * BLOCK_N
@@ -107,11 +110,21 @@ def forward_kernel(
     whole = V // TILE_V
     first, last = split * tiles // SPLITS, (split + 1) * tiles // SPLITS
 
+    kept = split.to(tl.int64) * N + rows
     m = tl.full((BLOCK_N,), NEG_INF, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     gap = tl.zeros((BLOCK_N,), tl.float32)
     weighted = tl.zeros((BLOCK_N,), tl.float32)
     best = tl.zeros((BLOCK_N,), tl.int32)
+    if CARRY:
+        m = tl.load(split_max + kept, mask=rows < N, other=NEG_INF)
+        s = tl.load(split_sum + kept, mask=rows < N, other=0.0)
+        if ENTROPY:
+            gap = tl.load(split_gap + kept, mask=rows < N, other=0.0)
+        if WEIGHTED:
+            weighted = tl.load(split_weighted + kept, mask=rows < N, other=0.0)
+        if PREDICTION:
+            best = tl.load(split_best + kept, mask=rows < N, other=0)
     for t in tl.range(first, tl.minimum(last, whole), flatten=FLATTEN):
         # Logit tile: z = softcap tanh(scale (e c^T + bias) / softcap).
         entries = wide(tl.minimum(t * TILE_V + tl.arange(0, TILE_V), V - 1), WIDE)
@@ -135,15 +148,14 @@ def forward_kernel(
             ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
 
     # Store: one number a row and split.
-    where = (first_split + split).to(tl.int64) * N + rows
-    tl.store(split_max + where, m, mask=rows < N)
-    tl.store(split_sum + where, s, mask=rows < N)
+    tl.store(split_max + kept, m, mask=rows < N)
+    tl.store(split_sum + kept, s, mask=rows < N)
     if ENTROPY:
-        tl.store(split_gap + where, gap, mask=rows < N)
+        tl.store(split_gap + kept, gap, mask=rows < N)
     if WEIGHTED:
-        tl.store(split_weighted + where, weighted, mask=rows < N)
+        tl.store(split_weighted + kept, weighted, mask=rows < N)
     if PREDICTION:
-        tl.store(split_best + where, best, mask=rows < N)
+        tl.store(split_best + kept, best, mask=rows < N)
 
 
 @triton.jit
@@ -178,9 +190,11 @@ def reduce_kernel(
         parts = tl.load(split_weighted + where, mask=inside, other=0.0)
         tl.store(weighted_logit + rows, tl.sum(parts, 0), mask=rows < N)
     if PREDICTION:
-        first = tl.argmax(m, 0, tie_break_left=True)[None, :]
+        # The first place of the largest logit; a row of NaN has none, and gets 0.
         parts = tl.load(split_best + where, mask=inside, other=0)
-        place = tl.sum(tl.where(splits == first, parts, 0), 0)
+        NONE: tl.constexpr = 2**31 - 1
+        place = tl.min(tl.where(inside & (m == tl.max(m, 0)[None, :]), parts, NONE), 0)
+        place = tl.where(place == NONE, 0, place)
         if ORDER:
             entry = tl.load(order + place, mask=used, other=-1)
         else:
