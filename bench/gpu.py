@@ -134,30 +134,43 @@ def imposed_filter(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
 
 def trained_filter(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Row]:
     """Filtered steps on hidden states of a trained model, extended to the shape."""
-    if options.trained is None:
-        return
-    head = extend(load(options.trained, device="cuda"), n, d, v)
-    e, c, targets = head.e, head.c, head.targets
+    if options.trained is not None:
+        head = extend(load(options.trained, device="cuda"), n, d, v)
+        yield from filtered("extended", head.e, head.c, head.targets, options.backend)
+
+
+def as_trained(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Row]:
+    """The same as they are, of no more rows than the shape has."""
+    if options.trained is not None:
+        head = load(options.trained, device="cuda")
+        yield from filtered("trained", head.e[:n], head.c, head.targets[:n], options.backend)
+
+
+def filtered(name: str, e: Tensor, c: Tensor, targets: Tensor, backend: str) -> Iterator[Row]:
+    """Time, memory and errors of filters, and of the exact loss."""
     exact = reference(e, c, targets)
     dense = [relative_error(f, x) for f, x in zip(dense_gradients(e, c, targets), exact, strict=True)]
     specs = {
-        "trained, by mean logit": FILTERED,
-        "trained, by mean logit, 32 MiB": cce.Spec(filter="element", scratch_bytes=LITTLE),
-        "trained, as numbered": cce.Spec(filter="element", vocab_order="natural"),
-        "trained, not compensated": cce.Spec(filter="element", compensate=False),
-        "trained, exact": EXACT,
+        "by mean logit": FILTERED,
+        "by mean logit, 2^-14": cce.Spec(filter="element", threshold=2.0**-14),
+        "by mean logit, 2^-15": cce.Spec(filter="element", threshold=2.0**-15),
+        "by mean logit, 2^-16": cce.Spec(filter="element", threshold=2.0**-16),
+        "by mean logit, 32 MiB": cce.Spec(filter="element", scratch_bytes=LITTLE),
+        "as numbered": cce.Spec(filter="element", vocab_order="natural"),
+        "not compensated": cce.Spec(filter="element", compensate=False),
+        "exact": EXACT,
     }
-    runs = {name: step(e, c, targets, options.backend, spec) for name, spec in specs.items()}
+    runs = {label: step(e, c, targets, backend, spec) for label, spec in specs.items()}
     times = compare(runs, e, c)
-    for name, spec in specs.items():
-        found = runs[name]()
+    for label, spec in specs.items():
+        found = runs[label]()
         de, dc = (relative_error(f, x) for f, x in zip(found, exact, strict=True))
         del found
         yield {
-            "what": name,
-            **timed(times, name),
-            "live": cce.live_fraction(e, c, targets, spec=spec, backend=options.backend),
-            "mib_over": (peak_bytes(runs[name]) - gradient_bytes(e, c)) / MIB,
+            "what": f"{name}, {label}",
+            **timed(times, label),
+            "live": cce.live_fraction(e, c, targets, spec=spec, backend=backend),
+            "mib_over": (peak_bytes(runs[label]) - gradient_bytes(e, c)) / MIB,
             "error_de": de,
             "error_dc": dc,
             "dense_de": dense[0],
@@ -190,7 +203,8 @@ def compiled_dense(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
 PARTS = {
     "exact": forward_and_exact,
     "imposed": imposed_filter,
-    "trained": trained_filter,
+    "extended": trained_filter,
+    "trained": as_trained,
     "few": few_rows,
     "compiled": compiled_dense,
 }
