@@ -1,0 +1,143 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100, uses what the architecture has, and fits on it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import triton
+from launches import ARCHITECTURES, Architecture, Compiled, Setting, compile_launches
+from spills import known
+from triton.runtime.jit import JITFunction
+
+from cce.backends.triton import kernels
+from cce.testing import Case
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+EXACT, ELEMENT = {"filter": "none"}, {"filter": "element"}
+ALL = ("entropy", "weighted_logit", "prediction")
+
+
+def case(spec: dict[str, object] = EXACT, dtype: torch.dtype = BF16, **options: object) -> Case:
+    """A problem whose sizes are multiples of all blocks."""
+    return replace(Case("", n=256, d=256, v=1024, e_dtype=dtype, c_dtype=dtype), spec=spec, **options)
+
+
+ODD = {"n": 251, "d": 100, "v": 1013}  # rows of 200 bytes: no tensor maps
+SETTINGS = {
+    "exact": Setting(case()),
+    "exact-float16": Setting(case(dtype=F16)),
+    "exact-tf32": Setting(case(dtype=F32), precision="high"),
+    "exact-float32": Setting(case(dtype=F32)),
+    "exact-odd": Setting(case(bias=True, **ODD)),
+    "exact-mixed": Setting(case(c_dtype=F32), precision="high"),
+    "exact-softcap": Setting(case(softcap=30.0)),
+    "exact-everything": Setting(
+        case(k=2, bias=True, softcap=30.0, logit_scale=2.0, outputs=ALL, logit_weight=True, vocab_order=True)
+    ),
+    "exact-smoothing": Setting(case(bias=True, outputs=("weighted_logit",))),
+    "filtered": Setting(case(ELEMENT)),
+    "filtered-few-rows": Setting(case(ELEMENT), programs=132),
+    "filtered-float16": Setting(case(ELEMENT, dtype=F16)),
+    "filtered-tf32": Setting(case(ELEMENT, dtype=F32), precision="high"),
+    "filtered-float32": Setting(case(ELEMENT, dtype=F32)),
+    "filtered-order": Setting(case(ELEMENT, vocab_order=True)),
+    "filtered-softcap": Setting(case(ELEMENT, softcap=30.0)),
+    "filtered-entropy": Setting(case(ELEMENT, outputs=("entropy",))),
+    "filtered-soft-targets": Setting(case(ELEMENT, k=2)),
+    "filtered-bias": Setting(case({**ELEMENT, "row_order": "natural"}, bias=True, logit_scale=2.0)),
+    "filtered-odd": Setting(case(ELEMENT, bias=True, **ODD)),
+    "filtered-small-blocks": Setting(case({**ELEMENT, "block_n": 16, "block_v": 32})),
+    "filtered-wide-blocks": Setting(case({**ELEMENT, "block_v": 256})),
+    "filtered-online": Setting(case({**ELEMENT, "lse_accumulation": "online"})),
+    "filtered-little-scratch": Setting(case({**ELEMENT, "scratch_bytes": 2**18})),
+    "filtered-wide-offsets": Setting(case(ELEMENT), wide=True),
+    "filtered-frozen-e": Setting(case(ELEMENT, wanted=("c",))),
+    "filtered-frozen-c": Setting(case(ELEMENT, wanted=("e",))),
+    "filtered-everything": Setting(
+        case(ELEMENT, k=2, bias=True, softcap=30.0, logit_scale=2.0, outputs=("entropy", "prediction"))
+    ),
+    "filtered-by-mass": Setting(case({"filter": "tile", "compensate": False})),
+}
+
+#: Refused by the GPU, and so a mistake of the launch code.
+TOO_LARGE = {("sm_90", "filtered-wide-blocks")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of Triton's own: what an earlier run compiled is not looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns where this is not said
+        yield
+
+
+@cache
+def compiled(name: str, architecture: Architecture) -> list[Compiled]:
+    return compile_launches(SETTINGS[name], architecture)
+
+
+IEEE = ("exact-float32", "filtered-float32")  # no matrix unit has these products
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_compiles(architecture: Architecture, name: str, request: pytest.FixtureRequest) -> None:
+    """Products are the matrix unit's, boxes are loaded as such, shared memory suffices, few registers are spilled."""
+    if (str(architecture), name) in TOO_LARGE:
+        request.applymarker(pytest.mark.xfail(reason="shared memory does not suffice"))
+    wrong = [
+        f"{kernel.name}: {line}"
+        for kernel in compiled(name, architecture)
+        for line in faults(kernel, architecture, name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def faults(kernel: Compiled, architecture: Architecture, name: str) -> list[str]:
+    found = []
+    if f".target {architecture.ptx}" not in kernel.ptx:
+        found.append(f"not made for {architecture.ptx}")
+    products = [architecture.product]
+    if "small-blocks" in name:  # than the 64 rows that later matrix units want
+        products.append("mma.sync")
+    if kernel.multiplies and name not in IEEE and not any(product in kernel.ptx for product in products):
+        found.append(f"its product is not {' or '.join(products)}")
+    if kernel.boxes and "cp.async.bulk.tensor" not in kernel.ptx:
+        found.append(f"{', '.join(kernel.boxes)} not loaded or stored as boxes")
+    if kernel.shared > architecture.shared:
+        found.append(f"takes {kernel.shared} bytes of shared memory, there are {architecture.shared}")
+    if kernel.stack > known(str(architecture), name, kernel.name):
+        found.append(f"spills {kernel.stack} bytes, known are {known(str(architecture), name, kernel.name)}")
+    return found
+
+
+@pytest.mark.parametrize("name", ["exact", "filtered", "exact-float16", "filtered-float16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_operands_are_boxes(architecture: Architecture, name: str) -> None:
+    """Of matrices in their own order, where the architecture has them."""
+    products = {kernel.name: kernel.boxes for kernel in compiled(name, architecture) if kernel.multiplies}
+    assert len(products) == 3
+    for kernel, boxes in products.items():
+        assert {"e", "c"} <= set(boxes) if architecture.capability >= (9, 0) else not boxes, kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_nothing_is_left_out(architecture: Architecture) -> None:
+    """Every kernel of the package is among those compiled."""
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
+    ]
+    written = {
+        name for module in modules for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }  # fmt: skip
+    assert written == {kernel.name for name in SETTINGS for kernel in compiled(name, architecture)}
