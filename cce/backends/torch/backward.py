@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cce.backends.scaling import norm_of, scaled
-from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
+from cce.backends.torch.arithmetic import Arithmetic, Rows, gathered
 from cce.backends.torch.forward import weighted_rows, weights_along
 from cce.backends.torch.logits import add_at_, logits_, softcap_derivative, softmax_gradient_
 from cce.backends.torch.plan import Plan
@@ -17,27 +17,27 @@ from cce.compensation import columns_of_tiles, dead_mass
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import rows_of
 from cce.spec import Spec
-from cce.worklist import work_list
+from cce.worklist import WorkList, work_list
 
 
 @dataclass
 class Skipped:
-    """What compensates the tiles the filter skips.
+    """What compensates the tiles the filter skips, of one group of tiles at a time.
 
     Attributes:
-        maps, upstream, row_live: what their mass is made from.
         step: tiles of a group.
-        t0, t1: the group of tiles that ``dc`` and ``dbias`` are for.
-        dc: (t1 - t0, D), what every row of a tile's dC gets besides its live part.
+        t0, t1: the group.
+        mass: (t1 - t0, N) of its skipped tiles, rows in the work list's order.
+        means: (t1 - t0, D) mean rows of ``c``, filled as the walk meets the tiles; None without dE.
+        dc: (t1 - t0, D), what every row of a tile's dC gets besides its live part; None without dC.
         dbias: (t1 - t0,), the same of the bias.
     """
 
-    maps: Maps[Tensor]
-    upstream: Upstream[Tensor]
-    row_live: Tensor
     step: int
     t0: int = 0
     t1: int = 0
+    mass: Tensor | None = None
+    means: Tensor | None = None
     dc: Tensor | None = None
     dbias: Tensor | None = None
 
@@ -51,23 +51,23 @@ def backward(
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
     """dE accumulates over the vocabulary; every row of dC is complete in one visit and written once."""
-    row_live = None
-    if spec.filter != "none":
-        row_live = work_list(inputs, problem, spec, maps, upstream).row_live
-    run = Run(inputs, problem, spec, outputs, upstream)
-    if row_live is not None and spec.compensate:
-        run.compensate(maps, upstream, row_live)
+    work = None if spec.filter == "none" else work_list(inputs, problem, spec, maps, upstream)
+    run = Run(inputs, problem, spec, outputs, maps, upstream, work)
     if upstream.s is not None and problem.softcap is None:
-        run.add_rank_one(upstream.s)
-    found = segments(problem, spec, run.plan.columns, row_live)
-    targets = Targets(inputs, run.upstream, found)
-    for index, segment in enumerate(s.located() for s in found):
+        run.add_rank_one()
+    found = segments(problem, spec, run.plan.columns, None if work is None else work.live)
+    targets = Targets(run.inputs, run.upstream, found)
+    for index, segment in enumerate(s.located(problem, spec, inputs.e.device) for s in found):
         run.segment(segment, targets.of(index, segment))
     return run.finish()
 
 
 class Run:
-    """The sums of one backward, and the buffers of the piece being worked on."""
+    """The sums of one backward, and the buffers of the piece being worked on.
+
+    Under a filter rows stand in the work list's order, dE's too until the end; what the dead tiles' mass is made from
+    stays as it was given.
+    """
 
     def __init__(
         self,
@@ -75,46 +75,61 @@ class Run:
         problem: Problem,
         spec: Spec,
         outputs: Outputs[Tensor],
+        maps: Maps[Tensor],
         upstream: Upstream[Tensor],
+        work: WorkList | None,
     ) -> None:
-        self.inputs, self.problem, self.spec = inputs, problem, spec
+        self.problem, self.spec, self.work = problem, spec, work
+        self.given = (outputs, maps, upstream)
         self.arithmetic = Arithmetic.choose(problem, spec)
         self.plan = Plan.choose(problem, spec, gathered(inputs))
+        if work is not None:
+            order = work.row_order
+            rows = order if inputs.rows is None else inputs.rows.index_select(0, order)
+            inputs = replace(inputs, rows=rows, targets=inputs.targets.index_select(0, order))
+            outputs, upstream = rows_of(outputs, order), rows_of(upstream, order)
+        self.inputs, self.outputs = inputs, outputs
         self.rows = Rows(inputs, self.arithmetic, keep=self.plan.keep_rows)
-        self.outputs, self.norm = outputs, norm_of(upstream, self.arithmetic.operand)
+        self.norm = norm_of(upstream, self.arithmetic.operand)
         self.upstream = scaled(upstream, problem.logit_scale, self.norm)
         wide = inputs.e.new_empty(0, dtype=self.arithmetic.result)
         self.z = wide.new_empty(self.plan.rows * self.plan.columns)
         self.de = wide.new_zeros(problem.n, problem.d) if problem.grad_e else None
         self.dbias = wide.new_zeros(problem.v) if problem.grad_bias else None
         self.dc = inputs.c.new_empty(problem.v, problem.d) if problem.grad_c else None
-        self.skipped: Skipped | None = None
+        self.skipped = Skipped(self.plan.tiles) if work is not None and spec.compensate else None
         self.rank_one: Tensor | None = None  # (D,): dC_v += u_v rank_one
 
-    def compensate(self, maps: Maps[Tensor], upstream: Upstream[Tensor], row_live: Tensor) -> None:
-        """Has the skipped tiles compensated, a group at a time, as the walk along the vocabulary reaches them."""
-        self.skipped = Skipped(maps, upstream, row_live, self.plan.tiles)
-
-    def _compensate_up_to(self, t: int) -> None:
-        """The group of tile ``t``: dE += m cbar; the rows (m^T e)_t / BLOCK_V are kept until its dC is written."""
+    def _compensate_from(self, t: int) -> None:
+        """Ends the group of tiles before ``t`` and begins the next, if t is not of the group."""
         skipped = self.skipped
-        if skipped is None or t < skipped.t1:
+        if skipped is None or self.work is None or t < skipped.t1:
             return
+        self._end_group()
         problem, spec = self.problem, self.spec
         t1 = min(spec.tiles(problem.v), t + skipped.step)
-        mass = dead_mass(problem, spec, self.outputs, skipped.maps, skipped.upstream, skipped.row_live, t, t1)  # (t, N)
+        outputs, maps, upstream = self.given
+        mass = dead_mass(problem, spec, outputs, maps, upstream, self.work.row_live, t, t1)
+        mass = mass.index_select(1, self.work.row_order)  # (t, N)
         if self.norm is not None:
             mass /= self.norm
         columns = columns_of_tiles(problem, spec, t, t1, mass)
-        if self.de is not None:
-            self.de.addmm_(mass.T, self._mean_rows(t, t1))
-        skipped.t0, skipped.t1 = t, t1
+        skipped.t0, skipped.t1, skipped.mass = t, t1, mass
+        skipped.means = None if self.de is None else mass.new_zeros(t1 - t, problem.d)
         skipped.dbias = mass.sum(1) / columns
         skipped.dc = self._times_e(mass) / columns[:, None] if self.dc is not None else None
 
-    def add_rank_one(self, s: Tensor) -> None:
+    def _end_group(self) -> None:
+        """dE += m cbar."""
+        skipped = self.skipped
+        if skipped is not None and self.de is not None and skipped.mass is not None and skipped.means is not None:
+            self.de.addmm_(skipped.mass.T, skipped.means)
+            skipped.mass = skipped.means = None
+
+    def add_rank_one(self) -> None:
         """The gradient of sum_v u_v z_v without a softcap: dE_i += s_i sum_v u_v c_v, dC_v += u_v sum_i s_i e_i."""
-        s = s * self.problem.logit_scale if self.norm is None else s * self.problem.logit_scale / self.norm
+        s = self.upstream.s
+        assert s is not None
         if self.de is not None:
             self.de.addr_(s, weighted_rows(self.inputs, self.problem, self.arithmetic, step=self.plan.columns))
         if self.dc is not None:
@@ -124,28 +139,46 @@ class Run:
 
     def segment(self, segment: Segment, targets: tuple[Tensor, Tensor, Tensor]) -> None:
         """One run of tiles: its live rows block by block, then its rows of dC."""
-        if segment.rows is not None:
-            self._compensate_up_to(segment.t0)
-        slab = self._slab(segment)
-        total = self.problem.n if segment.rows is None else len(segment.rows)
-        c = self.arithmetic.columns(self.inputs, segment.v0, segment.v1) if total else None
-        for n0, n1 in self.plan.row_blocks(total):
-            index = None if segment.rows is None else segment.rows[n0:n1]
-            e = self.rows.block(n0, n1) if index is None else self.rows.gather(index)
-            assert c is not None
-            dz = self._dz(segment, e, c, slice(n0, n1) if index is None else index, _within(targets, n0, n1, total))
-            if self.dbias is not None:
-                self._add_along(self.dbias, segment, dz.sum(0))
-            dz = dz.to(self.arithmetic.operand)
-            if self.de is not None:
-                self._add_de(dz, c, n0, n1, index)
-            if slab is not None and n0 == 0:
-                self.arithmetic.product(dz.T, e, slab)
-            elif slab is not None:
-                self.arithmetic.add_product(dz.T, e, slab)
+        skipped = self.skipped if segment.blocks is not None else None
+        if skipped is not None:
+            self._compensate_from(segment.t0)
+        means = None if skipped is None else skipped.means
+        slab, total = self._slab(segment), len(segment)
+        if total or means is not None:
+            c = self.arithmetic.columns(self.inputs, segment.v0, segment.v1)
+            if skipped is not None and means is not None:
+                torch.mean(c, 0, dtype=means.dtype, out=means[segment.t0 - skipped.t0])
+            for n0, n1 in self.plan.row_blocks(total):
+                self._rows(segment, c, slab, n0, n1, _within(targets, n0, n1, total))
         self._write(segment, slab, empty=total == 0)
 
+    def _rows(
+        self,
+        segment: Segment,
+        c: Tensor,
+        slab: Tensor | None,
+        n0: int,
+        n1: int,
+        targets: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Rows n0 to n1 of a segment: their dz, and what it adds to the sums."""
+        rows = segment.part(n0, n1)
+        e = self.rows.block(rows.start, rows.stop) if isinstance(rows, slice) else self.rows.gather(rows)
+        dz = self._dz(segment, e, c, rows, targets)
+        if self.dbias is not None:
+            self.dbias[segment.v0 : segment.v1] += dz.sum(0)
+        dz = dz.to(self.arithmetic.operand)
+        if self.de is not None:
+            self._add_de(self.de, dz, c, rows)
+        if slab is not None and n0 == 0:
+            self.arithmetic.product(dz.T, e, slab)
+        elif slab is not None:
+            self.arithmetic.add_product(dz.T, e, slab)
+
     def finish(self) -> Gradients[Tensor]:
+        self._end_group()
+        self.skipped = None
+        self.z = self.z.new_empty(0)  # dE in its rows' own order takes as much as a piece
         if self.norm is not None:
             for total in (self.de, self.dbias):
                 if total is not None:
@@ -153,7 +186,16 @@ class Run:
         dbias = self.dbias
         if dbias is not None and self.inputs.vocab_order is not None:
             dbias = torch.empty_like(dbias).index_copy_(0, self.inputs.vocab_order, dbias)
-        return Gradients(self.de, self.dc, dbias)
+        return Gradients(self._de_as_given(), self.dc, dbias)
+
+    def _de_as_given(self) -> Tensor | None:
+        """dE, its rows in their own order and, where these have to be moved, in the dtype of ``e``."""
+        if self.de is None or self.work is None:
+            return self.de
+        out = self.de.new_empty(self.de.shape, dtype=self.inputs.e.dtype)
+        for n0, n1 in self.plan.row_blocks(self.problem.n):
+            out.index_copy_(0, self.work.row_order[n0:n1], self.de[n0:n1].to(out.dtype))
+        return out
 
     def _dz(
         self, segment: Segment, e: Tensor, c: Tensor, rows: slice | Tensor, targets: tuple[Tensor, Tensor, Tensor]
@@ -170,14 +212,12 @@ class Run:
         add_at_(dz.view(-1), row * shape[1] + column, value)
         return dz if derivative is None else dz.mul_(derivative)
 
-    def _add_de(self, dz: Tensor, c: Tensor, n0: int, n1: int, index: Tensor | None) -> None:
-        assert self.de is not None
-        if index is None:
-            self.arithmetic.add_product(dz, c, self.de[n0:n1])
+    def _add_de(self, de: Tensor, dz: Tensor, c: Tensor, rows: slice | Tensor) -> None:
+        if isinstance(rows, slice):
+            self.arithmetic.add_product(dz, c, de[rows])
         else:
             # Gather, add, scatter: rows are distinct, so this needs no atomics.
-            total = self.de.index_select(0, index)
-            self.de.index_copy_(0, index, self.arithmetic.add_product(dz, c, total))
+            de.index_copy_(0, rows, self.arithmetic.add_product(dz, c, de.index_select(0, rows)))
 
     def _slab(self, segment: Segment) -> Tensor | None:
         """(columns, D) where the segment's dC is summed: in dC itself if it has the right dtype and order."""
@@ -189,7 +229,7 @@ class Run:
 
     def _write(self, segment: Segment, slab: Tensor | None, empty: bool) -> None:
         """Adds what is the same for a tile's rows, undoes the scaling, and stores dC in its dtype."""
-        skipped = self.skipped if segment.rows is not None else None
+        skipped = self.skipped if segment.blocks is not None else None
         if skipped is not None and skipped.dbias is not None and self.dbias is not None:
             self.dbias[segment.v0 : segment.v1] += skipped.dbias[segment.t0 - skipped.t0]
         if slab is None or self.dc is None:
@@ -206,18 +246,6 @@ class Run:
             self.dc.index_copy_(0, self.inputs.vocab_order[segment.v0 : segment.v1], slab.to(self.dc.dtype))
         elif slab.data_ptr() != self.dc[segment.v0 : segment.v1].data_ptr():
             self.dc[segment.v0 : segment.v1] = slab
-
-    def _add_along(self, x: Tensor, segment: Segment, values: Tensor) -> None:
-        x[segment.v0 : segment.v1] += values
-
-    def _mean_rows(self, t0: int, t1: int) -> Tensor:
-        """(t1 - t0, D) mean row of ``c`` of each tile."""
-        block_v, wide = self.spec.block_v or 1, self.arithmetic.result
-        means = []
-        for t in range(t0, t1):
-            piece = along_vocabulary(self.inputs, self.inputs.c, t * block_v, min(self.problem.v, (t + 1) * block_v))
-            means.append(piece.mean(0, dtype=wide))
-        return torch.stack(means)
 
     def _times_e(self, weights: Tensor) -> Tensor:
         """weights (t, N) times the rows of ``e``: (t, D), a block of rows at a time."""

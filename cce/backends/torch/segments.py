@@ -1,8 +1,12 @@
-"""The pieces of the vocabulary the backward walks through: dense runs, and single tiles with their live rows."""
+"""The pieces of the vocabulary the backward walks through: dense runs, and single tiles with their live rows.
+
+Rows stand in the work list's order, where those of a tile are whole blocks, most often neighbours: then a slice finds
+them, and nothing is gathered.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,39 +19,59 @@ from cce.worklist import target_positions
 
 @dataclass(frozen=True)
 class Segment:
-    """Vocabulary tiles t0 to t1 (columns v0 to v1) whose live rows are the same.
+    """Vocabulary tiles t0 to t1 (columns v0 to v1) whose live row blocks are the same: ``blocks``; None stands for all.
 
-    ``live`` (N,) bool marks them, None stands for all. ``rows`` (L,) int64, ascending, are their indices, made by
-    :meth:`located` when the walk arrives: those of all tiles at once would take more than the logits.
+    ``rows`` are those of the blocks, made by :meth:`located` when the walk arrives: a slice if the blocks are
+    neighbours, else (L,) int64, ascending; indices of all segments at once would take more than the logits.
     """
 
     t0: int
     t1: int
     v0: int
     v1: int
-    live: Tensor | None = None
-    rows: Tensor | None = None
+    blocks: tuple[int, ...] | None = None
+    rows: slice | Tensor = field(default_factory=lambda: slice(0, 0))
 
-    def located(self) -> Segment:
+    def located(self, problem: Problem, spec: Spec, device: torch.device) -> Segment:
         """The segment with its rows."""
-        return self if self.live is None else replace(self, rows=self.live.nonzero()[:, 0])
+        blocks, block_n = self.blocks, spec.block_n or 1
+        if blocks is None:
+            return replace(self, rows=slice(0, problem.n))
+        if not blocks:
+            return self
+        runs = [slice(b * block_n, min(problem.n, (b + 1) * block_n)) for b in blocks]
+        if blocks[-1] - blocks[0] + 1 == len(blocks):
+            return replace(self, rows=slice(runs[0].start, runs[-1].stop))
+        return replace(self, rows=torch.cat([torch.arange(run.start, run.stop, device=device) for run in runs]))
+
+    def __len__(self) -> int:
+        return len(self.rows) if isinstance(self.rows, Tensor) else self.rows.stop - self.rows.start
+
+    def part(self, n0: int, n1: int) -> slice | Tensor:
+        """The rows that are number n0 to n1 of the segment's."""
+        if isinstance(self.rows, Tensor):
+            return self.rows[n0:n1]
+        return slice(self.rows.start + n0, self.rows.start + n1)
 
 
-def segments(problem: Problem, spec: Spec, columns: int, row_live: Tensor | None) -> list[Segment]:
-    """The whole vocabulary; neighbouring tiles that are live in all rows are joined up to ``columns``."""
-    if row_live is None:
+def segments(problem: Problem, spec: Spec, columns: int, live: Tensor | None) -> list[Segment]:
+    """The whole vocabulary; neighbouring tiles that are live in all rows are joined up to ``columns``.
+
+    ``live`` (B, T) bool are the live tiles of every row block; None stands for all.
+    """
+    if live is None:
         return [Segment(k.t0, k.t1, k.v0, k.v1) for k in chunks(problem, spec, columns)]
     assert spec.block_v is not None
-    live = [count for tiles in row_live.split(16) for count in tiles.sum(1).tolist()]
     found: list[Segment] = []
-    for t, count in enumerate(live):
+    for t, on in enumerate(live.T.tolist()):
         v0, v1 = t * spec.block_v, min(problem.v, (t + 1) * spec.block_v)
         last = found[-1] if found else None
-        whole = count == problem.n
-        if whole and last is not None and last.live is None and _joins(last, v1, columns, spec.block_v):
+        if not all(on):
+            found.append(Segment(t, t + 1, v0, v1, tuple(b for b, is_live in enumerate(on) if is_live)))
+        elif last is not None and last.blocks is None and _joins(last, v1, columns, spec.block_v):
             found[-1] = Segment(last.t0, t + 1, last.v0, v1)
         else:
-            found.append(Segment(t, t + 1, v0, v1, None if whole else row_live[t]))
+            found.append(Segment(t, t + 1, v0, v1))
     return found
 
 
@@ -76,7 +100,6 @@ class Targets:
     def of(self, index: int, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
         """Position among the segment's rows, column within it, and value of the entries in segment ``index``."""
         here = slice(self._ends[index], self._ends[index + 1])
-        row = self.row[here]
-        if segment.rows is not None:
-            row = torch.searchsorted(segment.rows, row)
+        row, rows = self.row[here], segment.rows
+        row = torch.searchsorted(rows, row) if isinstance(rows, Tensor) else row - rows.start
         return row, self.place[here] - segment.v0, self.value[here]
