@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cce import registry
-from cce.problem import HIT, Gradients, Inputs, Maps, Problem, Upstream
+from cce.problem import Gradients, Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 
@@ -64,7 +64,7 @@ def imposed(e: Tensor, c: Tensor, live: Tensor, scratch_bytes: int, backend: str
     chosen = registry.load(backend)
     inputs = Inputs(e, c, torch.arange(n, device=e.device)[:, None] % spec.block_v)
     of_rows = live.repeat_interleave(spec.block_n, 1)[:, :n]
-    given = Maps(tile_mass=torch.where(of_rows, float(HIT), 0.0).to(problem.map_dtype(spec)))
+    given = Maps(tile_mass=torch.where(of_rows, -1.0, 0.0).to(problem.map_dtype(spec)))
     weight = torch.full((n,), 1 / n, device=e.device)
     upstream = Upstream(weight, weight[:, None])
     made = Maps(tile_mass=torch.empty(live.shape[0], n, dtype=problem.map_dtype(spec), device=e.device))

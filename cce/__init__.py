@@ -12,6 +12,7 @@ from cce.modules import LinearCrossEntropy
 from cce.registry import backends, register_backend, unregister_backend
 from cce.spec import Spec
 from cce.vocab_order import VocabOrder
+from cce.vocab_parallel import VocabParallel
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "Spec",
     "Terms",
     "VocabOrder",
+    "VocabParallel",
     "backends",
     "explain",
     "live_fraction",

@@ -18,8 +18,11 @@ REDUCTIONS = ("mean", "sum", "none")
 OUTPUTS = ("nll", "lse", "entropy", "prediction")
 
 
-def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any) -> None:
-    """Types, dtypes, shapes and devices of the tensors; their values are not looked at."""
+def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any, part: bool = False) -> None:
+    """Types, dtypes, shapes and devices of the tensors; their values are not looked at.
+
+    ``part``: ``c`` is a part of the vocabulary, which may be empty.
+    """
     _float_tensor("e", e)
     _float_tensor("c", c)
     _tensor("targets", targets)
@@ -27,7 +30,7 @@ def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any) -
         raise TypeError(f"targets: got dtype {targets.dtype}, expected an integer dtype (soft targets: target_weight)")
     if e.ndim < 1:
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected (..., D)")
-    if c.ndim != 2 or c.shape[0] < 1 or c.shape[1] < 1:
+    if c.ndim != 2 or c.shape[0] < (0 if part else 1) or c.shape[1] < 1:
         raise ValueError(f"c: got shape {tuple(c.shape)}, expected (V, D) with V >= 1 and D >= 1")
     if e.shape[-1] != c.shape[1]:
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected (..., {c.shape[1]}) to match c's {tuple(c.shape)}")
@@ -35,12 +38,10 @@ def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any) -
     if bias is not None:
         _float_tensor("bias", bias)
         _shape("bias", bias, (c.shape[0],), "(V,)")
-    _same_device(e, c=c, targets=targets, bias=bias, target_weight=target_weight)
+    _same_device(e.device, c=c, targets=targets, bias=bias, target_weight=target_weight)
 
 
-def check_options(
-    *, ignore_index: Any, shift: Any, softcap: Any, logit_scale: Any, backend: Any, spec: Any, vocab_parallel: Any
-) -> None:
+def check_options(*, ignore_index: Any, shift: Any, softcap: Any, logit_scale: Any, backend: Any, spec: Any) -> None:
     """The options ``terms`` and ``loss`` share."""
     check_ignore_index(ignore_index)
     _integer("shift", shift)
@@ -53,10 +54,6 @@ def check_options(
         registry.check_name(backend)
     if spec is not None and not isinstance(spec, Spec):
         raise TypeError(f"spec: got {spec!r} of type {type(spec).__name__}, expected a cce.Spec or None")
-    if vocab_parallel is not None:
-        raise ValueError(
-            f"vocab_parallel: got {vocab_parallel!r}, expected None: no backend of this release splits the vocabulary"
-        )
 
 
 def check_ignore_index(ignore_index: Any) -> None:
@@ -145,29 +142,37 @@ def check_outputs(outputs: Any) -> None:
 
 
 def check_loss_options(
-    *, reduction: Any, label_smoothing: Any, z_loss: Any, weight: Any, token_weight: Any, c: Tensor, lead: torch.Size
+    *,
+    reduction: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    weight: Any,
+    token_weight: Any,
+    v: int | None,
+    lead: torch.Size,
+    device: torch.device,
 ) -> None:
-    """What ``loss`` has beyond ``terms``; ``lead`` is the shape of one value a token."""
+    """What ``loss`` has beyond ``terms``; ``lead`` is the shape of one value a token, ``v`` the whole vocabulary's."""
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         kind = ValueError if isinstance(reduction, str) else TypeError
         raise kind(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
     _number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda x: 0 <= x <= 1)
     _number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
-    check_class_weight(weight, c.shape[0])
+    check_class_weight(weight, v)
     if token_weight is not None:
         _tensor("token_weight", token_weight)
         if token_weight.dtype not in (*FLOATS, *INTEGERS, torch.bool):
             raise TypeError(f"token_weight: got dtype {token_weight.dtype}, expected a real dtype or bool")
         _shape("token_weight", token_weight, tuple(lead), "one weight a token")
-    _same_device(c, weight=weight, token_weight=token_weight)
+    _same_device(device, weight=weight, token_weight=token_weight)
 
 
-def check_class_weight(weight: Any, v: int) -> None:
-    """(V,) class weights, or None."""
+def check_class_weight(weight: Any, v: int | None) -> None:
+    """(V,) class weights, or None; ``v`` None stands for a vocabulary of unknown size."""
     if weight is None:
         return
     _float_tensor("weight", weight)
-    _shape("weight", weight, (v,), "(V,)")
+    _shape("weight", weight, (weight.numel() if v is None else v,), "(V,)")
     if weight.requires_grad:
         raise ValueError("weight: got a tensor that requires grad, expected class weights without (detach it)")
 
@@ -214,10 +219,10 @@ def _shape(name: str, value: Tensor, expected: tuple[Any, ...], meaning: str) ->
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected}, {meaning}")
 
 
-def _same_device(first: Tensor, **others: Any) -> None:
+def _same_device(device: torch.device, **others: Any) -> None:
     for name, value in others.items():
-        if value is not None and value.device != first.device:
-            raise ValueError(f"{name}: got device {value.device}, expected {first.device}, where the others are")
+        if value is not None and value.device != device:
+            raise ValueError(f"{name}: got device {value.device}, expected {device}, where the others are")
 
 
 def _integer(name: str, value: Any) -> None:

@@ -26,7 +26,7 @@ def dead_mass(
     zbar, the log of the tile's mean exp(z), stands for its logits in the softcap's derivative.
     """
     assert maps.tile_mass is not None
-    p = maps.tile_mass[t0:t1].clamp(min=0).to(upstream.a.dtype)  # (t, N); HIT is no mass
+    p = maps.tile_mass[t0:t1].clamp(min=0).to(upstream.a.dtype)  # (t, N); of tiles hit it is negative
     weight = upstream.a
     if upstream.h is not None:
         assert maps.tile_entropy is not None and outputs.entropy is not None

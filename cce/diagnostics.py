@@ -15,6 +15,7 @@ from cce.order import mean_logit_order
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import rows_in_use
 from cce.spec import Spec
+from cce.vocab_parallel import operands
 from cce.worklist import live_fraction as fraction_of
 from cce.worklist import work_list
 
@@ -72,10 +73,12 @@ def explain(
     if unknown:
         raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option of cce.loss")
     soft = options.get("target_weight") is not None
-    checks.check_tensors(e, c, targets, bias, options.get("target_weight"))
+    e, c, bias, targets, split = operands(e, c, bias, targets, options.get("vocab_parallel"))
+    checks.check_tensors(e, c, targets, bias, options.get("target_weight"), part=split is not None)
     checks.check_options(**_shared_options(options), backend=backend, spec=spec)
     lead = targets.shape[:-1] if soft else targets.shape
-    checks.check_loss_options(**_loss_options(options), c=c, lead=lead)
+    v = c.shape[0] if split is None else None  # other processes are not asked
+    checks.check_loss_options(**_loss_options(options), v=v, lead=lead, device=c.device)
     checks.check_shift(options.get("shift", 0), targets, len(lead))
     checks.check_vocab_order(spec or Spec(), c.shape[0])
     e, c, bias = autocast(e, c, bias)
@@ -160,5 +163,5 @@ def _loss_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shared_options(options: dict[str, Any]) -> dict[str, Any]:
-    defaults = {"ignore_index": -100, "shift": 0, "softcap": None, "logit_scale": 1.0, "vocab_parallel": None}
+    defaults = {"ignore_index": -100, "shift": 0, "softcap": None, "logit_scale": 1.0}
     return {name: options.get(name, default) for name, default in defaults.items()}

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce import checks, onepass, ops
+from cce import checks, onepass, ops, tokens
+from cce.parallel import Part
 from cce.spec import Spec
+from cce.vocab_parallel import VocabParallel, agree, operands
 
 _DEFAULT_SPEC = Spec()
 
@@ -44,6 +46,13 @@ class _Flat(NamedTuple):
     logit_scale: float
     backend: str
     spec: Spec
+    part: Part | None = None
+    own: tuple[int, ...] | None = None  # tokens of every process, where each passes its own
+
+    @property
+    def v(self) -> int:
+        """Of the whole vocabulary."""
+        return self.c.shape[0] if self.part is None else self.part.total
 
     @property
     def order(self) -> Tensor | None:
@@ -99,7 +108,9 @@ def terms(
         target_weight: (..., K) weights of K-sparse soft targets (top-k distillation); differentiable.
         backend: "auto", or one of :func:`cce.backends`.
         spec: how to compute it; None means ``cce.Spec()``.
-        vocab_parallel: reserved for sharded vocabularies; must be None in this release.
+        vocab_parallel: ``c`` (and ``bias``) are this process's rows of a vocabulary split over a process group: the
+            group, a one-dimensional ``DeviceMesh``, or a :class:`cce.VocabParallel`. Not needed where ``c`` is a
+            DTensor sharded on dimension 0. All processes must make the same call.
 
     Returns:
         Terms: tensors of ``targets``' shape (without K; shortened by ``shift``), float32, or float64 for float64
@@ -118,7 +129,7 @@ def terms(
     tensor([0, 1, 2])
     """
     checks.check_outputs(outputs)
-    extra = [name for name in ("entropy", "prediction") if name in outputs]
+    extra = tuple(name for name in ("entropy", "prediction") if name in outputs)
     flat = _flatten(
         e,
         c,
@@ -132,6 +143,7 @@ def terms(
         backend=backend,
         spec=spec,
         vocab_parallel=vocab_parallel,
+        signature=extra,
     )
     rows = _run(flat, extra)
     found = {
@@ -186,17 +198,6 @@ def loss(
     >>> loss(e, c, torch.tensor([0, 1, 2]))
     tensor(0.5514)
     """
-    checks.check_tensors(e, c, targets, bias, target_weight)
-    lead = targets.shape if target_weight is None else targets.shape[:-1]
-    checks.check_loss_options(
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        weight=weight,
-        token_weight=token_weight,
-        c=c,
-        lead=lead,
-    )
     flat = _flatten(
         e,
         c,
@@ -210,29 +211,36 @@ def loss(
         backend=backend,
         spec=spec,
         vocab_parallel=vocab_parallel,
+        signature=(reduction, label_smoothing, z_loss, weight is None, token_weight is None),
+    )
+    checks.check_loss_options(
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        weight=weight,
+        token_weight=token_weight,
+        v=flat.v,
+        lead=flat.shape,
+        device=flat.e.device,
     )
     coefficients = _class_weighted(flat, weight)
-    tokens = None if token_weight is None else _token_weights(flat, token_weight)
+    of_tokens = None if token_weight is None else _token_weights(flat, token_weight)
     total = None
     if reduction == "mean":
-        total = _total(flat, coefficients if weight is not None and target_weight is None else None, tokens)
+        total = _total(flat, coefficients if weight is not None and target_weight is None else None, of_tokens)
     if reduction != "none" and not label_smoothing and not z_loss:
-        value = _in_one_pass(flat, coefficients, tokens, total)
+        value = _in_one_pass(flat, coefficients, of_tokens, total)
         if value is not None:
             return value
-    rows = _run(
-        flat,
-        ["weighted_logit"] if label_smoothing else [],
-        _wide(weight) / c.shape[0] if weight is not None and label_smoothing else None,
-    )
+    rows = _run(flat, ("weighted_logit",), _smoothing(flat, weight)) if label_smoothing else _run(flat)
     per_token = _nll(rows, coefficients)
     if label_smoothing:
         mass = 1.0 if weight is None else weight.to(flat.wide).mean()
         per_token = (1 - label_smoothing) * per_token + label_smoothing * (mass * rows.lse - rows.weighted_logit)
     if z_loss:
         per_token = per_token + z_loss * rows.lse.square()
-    if tokens is not None:
-        per_token = per_token * tokens
+    if of_tokens is not None:
+        per_token = per_token * of_tokens
     if reduction == "none":
         return _unflatten(per_token, flat)
     return per_token.sum() if total is None else per_token.sum() / total
@@ -252,9 +260,14 @@ def _flatten(
     backend: str,
     spec: Spec | None,
     vocab_parallel: Any,
+    signature: tuple[Any, ...],
 ) -> _Flat:
-    """Checks the arguments; makes one row a token of them."""
-    checks.check_tensors(e, c, targets, bias, target_weight)
+    """Checks the arguments; makes one row a token of them.
+
+    ``signature``: what else must be the same on all processes of a split vocabulary.
+    """
+    e, c, bias, targets, split = operands(e, c, bias, targets, vocab_parallel)
+    checks.check_tensors(e, c, targets, bias, target_weight, part=split is not None)
     checks.check_options(
         ignore_index=ignore_index,
         shift=shift,
@@ -262,7 +275,6 @@ def _flatten(
         logit_scale=logit_scale,
         backend=backend,
         spec=spec,
-        vocab_parallel=vocab_parallel,
     )
     spec = _DEFAULT_SPEC if spec is None else spec
     checks.check_vocab_order(spec, c.shape[0])
@@ -270,21 +282,40 @@ def _flatten(
     checks.check_shift(shift, targets, lead)
     shape = targets.shape[:lead]
     k = 1 if target_weight is None else targets.shape[-1]
-    prepare = ops.prepare_targets_op if torch.compiler.is_compiling() else ops.prepare_targets
-    rows = prepare(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
+    rows = _shifted(targets, shift, lead, ignore_index).reshape(-1, k)
     e, c, bias = autocast(e, c, bias)
     softcap = None if softcap is None else float(softcap)
     flat = _Flat(
         e.reshape(-1, c.shape[1]), c, bias, rows, None, shape, shift, softcap, float(logit_scale), backend, spec
     )
+    if split is not None:
+        flat = _split(flat, split, (ignore_index, softcap, logit_scale, *signature))
+    prepare = ops.prepare_targets_op if torch.compiler.is_compiling() else ops.prepare_targets
+    rows = prepare(rows, flat.v, ignore_index)
+    flat = flat._replace(targets=rows)
     if target_weight is None:
         return flat
     coefficients = _shifted(target_weight, shift, lead, 0).reshape(-1, k).to(flat.wide)
     return flat._replace(coefficients=coefficients.masked_fill(rows < 0, 0))
 
 
-def _run(flat: _Flat, extra: list[str], logit_weight: Tensor | None = None) -> _Rows:
+def _split(flat: _Flat, split: VocabParallel, signature: tuple[Any, ...]) -> _Flat:
+    """What the other processes hold of the vocabulary, and of the tokens where each has its own."""
+    wants = wanted_gradients(flat.e, flat.c, flat.bias).startswith("e")  # dE is a sum over all processes
+    found = agree(split, flat.e, flat.c, flat.targets, (wants, *signature))
+    first = sum(found.sizes[: found.rank])
+    part = Part(found.group, first, found.sizes, split.reduce_de)
+    return flat._replace(part=part, own=found.rows if split.tokens == "own" else None)
+
+
+def _run(flat: _Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = None) -> _Rows:
     """The operator: lse, target logits and the ``extra`` outputs of every row."""
+    if flat.own is not None and flat.part is not None:
+        group, own = flat.part.group, flat.own
+        every = flat._replace(
+            e=tokens.gather_rows(flat.e, group, own), targets=tokens.gather_rows(flat.targets, group, own), own=None
+        )
+        return _Rows(*(tokens.own_rows(x, group, own) if x.numel() else x for x in _run(every, extra, logit_weight)))
     found = ops.forward(
         flat.e,
         flat.c,
@@ -298,19 +329,20 @@ def _run(flat: _Flat, extra: list[str], logit_weight: Tensor | None = None) -> _
         flat.logit_scale,
         ",".join(extra),
         wanted_gradients(flat.e, flat.c, flat.bias),
+        "" if flat.part is None else flat.part.key,
     )
     return _Rows(*found[:5])
 
 
 def _in_one_pass(
-    flat: _Flat, coefficients: Tensor | None, tokens: Tensor | None, total: Tensor | None
+    flat: _Flat, coefficients: Tensor | None, of_tokens: Tensor | None, total: Tensor | None
 ) -> Tensor | None:
     """The sum (mean) of the losses with their gradients computed along with it; None where that is not to be had.
 
     Its weights must be known beforehand, and it is the caller's to multiply the gradients by one number only.
     """
     grads = wanted_gradients(flat.e, flat.c, flat.bias)
-    if any(x is not None and x.requires_grad for x in (coefficients, tokens)):
+    if flat.part is not None or any(x is not None and x.requires_grad for x in (coefficients, of_tokens)):
         return None
     call = onepass.choose(
         flat.e, flat.c, flat.bias, flat.targets, flat.softcap, flat.logit_scale, flat.backend, flat.spec, grads
@@ -318,8 +350,8 @@ def _in_one_pass(
     if call is None:
         return None
     weights = flat.targets >= 0 if coefficients is None else coefficients
-    if tokens is not None:
-        weights = weights * tokens[:, None]
+    if of_tokens is not None:
+        weights = weights * of_tokens[:, None]
     # Of a count, and of a mean over nothing, which is NaN, too.
     weights = weights.to(flat.wide) if total is None else weights / total
     return onepass.weighted_loss(flat.e, flat.c, flat.bias, flat.targets, weights, call)
@@ -330,20 +362,24 @@ def _token_weights(flat: _Flat, token_weight: Tensor) -> Tensor:
     return _shifted(token_weight, flat.shift, token_weight.ndim, 0).reshape(-1).to(flat.wide)
 
 
-def _total(flat: _Flat, of_target: Tensor | None, tokens: Tensor | None) -> Tensor:
+def _total(flat: _Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Tensor:
     """What "mean" divides by: the sum of the weights in use; NaN, or 0 as 0 / 0 is NaN, where there are none."""
     in_use = flat.targets[:, 0] >= 0 if flat.coefficients is None else (flat.targets >= 0).any(1)
-    if tokens is None and of_target is None:
+    if of_tokens is None and of_target is None:
         return in_use.sum(dtype=flat.wide)
-    weights = in_use.to(flat.wide) if tokens is None else in_use * tokens
+    weights = in_use.to(flat.wide) if of_tokens is None else in_use * of_tokens
     if of_target is not None:
         weights = weights * of_target[:, 0]
     total = weights.sum()
     return torch.where(total == 0, torch.nan, total)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _smoothing(flat: _Flat, weight: Tensor | None) -> Tensor | None:
+    """(V,) weights of the smoothed target's logits, of this process's entries; None stands for 1 / V each."""
+    if weight is not None:
+        u = weight.to(torch.promote_types(weight.dtype, torch.float32)) / flat.v
+        return u if flat.part is None else u.narrow(0, flat.part.first, flat.c.shape[0])
+    return None if flat.part is None else flat.c.new_full((flat.c.shape[0],), 1 / flat.v, dtype=flat.wide)
 
 
 def wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:

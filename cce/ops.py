@@ -15,8 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cce import registry
+from cce import parallel, registry
 from cce.order import mean_logit_order
+from cce.parallel import Part
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import own_dtypes, place_gradients, place_outputs, rows_in_use, select, zero_gradients
 from cce.spec import Spec
@@ -70,6 +71,7 @@ def forward(
     logit_scale: float,
     outputs: str,
     grads: str,
+    part: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs per row of ``e`` (0, and -1 for the prediction, where the row is ignored), the maps, the order used.
 
@@ -78,11 +80,13 @@ def forward(
         targets: (M, K) from ``prepare_targets``.
         backend: a name, or "auto". spec: its ``key``.
         outputs: comma-separated extra outputs. grads: those of "e", "c" and "bias" a gradient may be wanted for.
+        part: key of the part of the vocabulary that ``c`` is, or "". Targets are counted over the whole.
     """
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     resolved = Spec.from_key(spec).resolve(problem)
     empty = _empty_outputs(e, targets, problem, resolved)
     chosen = registry.choose(backend, problem, resolved)
+    split = Part.from_key(part)
     rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
     if len(used) == 0:
         return empty  # type: ignore[return-value]  # eight of them
@@ -92,7 +96,10 @@ def forward(
         if order.numel() and vocab_order is None:
             vocab_order = order.copy_(mean_logit_order(e, c, bias, targets))
         inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
-        found = chosen.forward(inputs, problem, resolved, maps)
+        if split is None:
+            found = chosen.forward(inputs, problem, resolved, maps)
+        else:
+            found = parallel.forward(split, chosen, inputs, problem, resolved, maps)
     return (*place_outputs(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
 
 
@@ -110,6 +117,7 @@ def _(
     logit_scale: float,
     outputs: str,
     grads: str,
+    part: str,
 ) -> tuple[Tensor, ...]:
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     return _empty_outputs(e, targets, problem, Spec.from_key(spec).resolve(problem))
@@ -131,6 +139,7 @@ def backward(
     logit_scale: float,
     outputs: str,
     grads: str,
+    part: str,
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dE (M, D), dC (V, D) and dbias (V,) in their inputs' dtypes; those not ``wanted`` are empty.
@@ -148,7 +157,7 @@ def backward(
     lse, target_logits, entropy = (select(x, rows) for x in saved[:3])
     asked = Problem.of(e, c, bias, used, softcap, logit_scale, outputs, wanted)
     with own_dtypes(e):
-        found = chosen.backward(
+        arguments = (
             Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
             asked,
             resolved,
@@ -156,6 +165,8 @@ def backward(
             _maps(saved[3:], asked.n),
             _upstream(upstream, used, rows, lse),
         )
+        split = Part.from_key(part)
+        found = chosen.backward(*arguments) if split is None else parallel.backward(split, chosen, *arguments)
     return place_gradients(found, e, c, bias, rows)
 
 
@@ -175,6 +186,7 @@ def _(
     logit_scale: float,
     outputs: str,
     grads: str,
+    part: str,
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return zero_gradients(e, c, bias, wanted)
@@ -196,7 +208,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     upstream = [e.new_empty(0) if grad is None else grad for grad in grads[:4]]
     de, dc, dbias = backward(e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, wanted)
     needs = ctx.needs_input_grad
-    return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 9)
+    return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 10)
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

@@ -15,8 +15,8 @@ from cce.spec import Spec
 
 A = TypeVar("A")
 
-#: Stands in ``Maps.tile_mass`` for a tile that the row hits.
-HIT = -1.0
+#: The mass of a tile that the row hits is negated in ``Maps.tile_mass``, and at least this: float16's least number.
+LEAST_HIT = 2.0**-24
 
 #: What a backend computes beside ``lse`` and the targets' logits, only when asked.
 EXTRA_OUTPUTS = ("entropy", "weighted_logit", "prediction")
@@ -36,6 +36,7 @@ class Problem:
         softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``.
         outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
         grad_e, grad_c, grad_bias: the gradients that will be wanted.
+        part: ``c`` is a part of the vocabulary, so that dE is one of several terms of a sum.
     """
 
     n: int
@@ -52,6 +53,7 @@ class Problem:
     grad_e: bool = False
     grad_c: bool = False
     grad_bias: bool = False
+    part: bool = False
 
     @classmethod
     def of(
@@ -94,6 +96,11 @@ class Problem:
         return torch.promote_types(self.e_dtype, self.c_dtype)
 
     @property
+    def de_dtype(self) -> torch.dtype:
+        """Of dE: the dtype of ``e``; of a term of a sum not less than float32."""
+        return torch.promote_types(self.e_dtype, torch.float32) if self.part else self.e_dtype
+
+    @property
     def needs_grad(self) -> bool:
         return self.grad_e or self.grad_c or self.grad_bias
 
@@ -126,6 +133,8 @@ class Inputs(Generic[A]):
         rows: (N,) int64, ascending: row i of the problem is ``e[rows[i]]``. None when N = M.
         logit_weight: (V,) weights u of ``weighted_logit``; None stands for 1 / V.
         vocab_order: (V,) int64 permutation, or None for the natural order.
+        in_use: (N,) bool, the rows that count, where that is more than those with a target: of a part of the
+            vocabulary, whose other parts hold the other targets. Only for backends with ``skips_ignored_rows``.
     """
 
     e: A
@@ -135,6 +144,7 @@ class Inputs(Generic[A]):
     rows: A | None = None
     logit_weight: A | None = None
     vocab_order: A | None = None
+    in_use: A | None = None
 
 
 @dataclass(frozen=True)
@@ -161,9 +171,8 @@ class Maps(Generic[A]):
     """Per tile of the forward, kept for the backward; all (T, N), None where :meth:`Problem.maps` has no need.
 
     Attributes:
-        tile_mass: the row's probability in vocabulary block t, ``exp(tile_lse - lse)``, where the filter's rule leaves
-            the block out; ``HIT`` where the row needs it. One number serves both, since the mass of a block that is
-            computed is never asked for.
+        tile_mass: the row's probability in vocabulary block t, ``exp(tile_lse - lse)``; negated, and at least
+            ``LEAST_HIT``, where the filter's rule says that the row needs the block.
         tile_entropy: entropy of the row's softmax restricted to the block.
     """
 
@@ -196,7 +205,7 @@ class Gradients(Generic[A]):
     """What the backward returns; None for what was not asked.
 
     Attributes:
-        de: (N, D), in ``e``'s or the accumulation dtype.
+        de: (N, D), in :attr:`Problem.de_dtype` or the accumulation dtype.
         dc: (V, D), in ``c``'s dtype.
         dbias: (V,), in the accumulation dtype.
     """

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cce.problem import Gradients, Outputs, Upstream
+from cce.problem import Gradients, Inputs, Outputs, Upstream
 
 
 def own_dtypes(e: Tensor) -> AbstractContextManager[Any]:
@@ -20,9 +20,14 @@ def own_dtypes(e: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(e.device.type, enabled=False)
 
 
-def rows_in_use(targets: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Indices of the rows with a target, or None if all have one; and their targets (N, K)."""
-    in_use = (targets >= 0).any(1)
+def used_rows(inputs: Inputs[Tensor]) -> Tensor:
+    """(N,) bool: the rows that count."""
+    return (inputs.targets >= 0).any(1) if inputs.in_use is None else inputs.in_use
+
+
+def rows_in_use(targets: Tensor, in_use: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+    """Indices of the rows ``in_use``, by default those with a target, or None if that is all; their targets (N, K)."""
+    in_use = (targets >= 0).any(1) if in_use is None else in_use
     rows = in_use.nonzero()[:, 0]
     if len(rows) == len(targets):
         return None, targets

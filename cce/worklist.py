@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.problem import HIT, Inputs, Maps, Problem, Upstream
+from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 
@@ -92,7 +92,7 @@ def _hits(
 ) -> Tensor:
     """(T, N): the row needs the tile, by the filter's rule or for a target in it."""
     assert maps.tile_mass is not None
-    hit = maps.tile_mass == HIT
+    hit = maps.tile_mass < 0
     # A row nobody sends a gradient to (a masked token, say) has nothing to compute.
     active = (upstream.a != 0) | (upstream.g != 0).any(1)
     if upstream.h is not None:

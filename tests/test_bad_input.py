@@ -158,7 +158,10 @@ ARGUMENTS = [
     *(Bad(f"backend-{x!r}", {"backend": x}, TypeError, "backend", repr(x)) for x in (None, 3, ["torch"])),
     *(Bad(f"spec-{x!r}", {"spec": x}, TypeError, "spec", repr(x)) for x in ("exact", {"filter": "none"}, cce.Spec)),
     Bad("spec-short-order", {"spec": cce.Spec(vocab_order=[1, 0])}, ValueError, "spec.vocab_order", "2"),
-    Bad("vocab_parallel", {"vocab_parallel": "group"}, ValueError, "vocab_parallel", "'group'"),
+    *(
+        Bad(f"vocab_parallel-{x!r}", {"vocab_parallel": x}, TypeError, "vocab_parallel", repr(x))
+        for x in ("group", 2, True)
+    ),
 ]
 
 # Values of targets; explain and the constructors look at none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.problem import HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.reference import tiled
 from cce.reference.dense import masked_to_zero
 from cce.reference.worklist import filter_hits
@@ -32,7 +33,8 @@ class ReferenceBackend(Backend):
         outputs, found = tiled.forward(to_numpy(inputs), problem, spec)
         if maps.tile_mass is not None:
             mass = np.exp(found.tile_lse - masked_to_zero(outputs.lse))
-            maps.tile_mass.copy_(torch.from_numpy(np.where(filter_hits(spec, outputs, found), HIT, mass)))
+            hit = filter_hits(spec, outputs, found)
+            maps.tile_mass.copy_(torch.from_numpy(np.where(hit, -np.maximum(mass, LEAST_HIT), mass)))
         if maps.tile_entropy is not None:
             maps.tile_entropy.copy_(torch.from_numpy(found.tile_entropy))
         return to_torch(outputs)
@@ -49,6 +51,9 @@ class ReferenceBackend(Backend):
         # The maps that went through the graph are rounded; the oracle makes its own again.
         arrays = to_numpy(inputs)
         found, own = tiled.forward(arrays, problem, spec)
+        if problem.part:  # its own outputs are those of a part of the vocabulary
+            whole = to_numpy(outputs)
+            found = replace(found, lse=whole.lse, entropy=whole.entropy)
         return to_torch(tiled.backward(arrays, problem, spec, found, own, to_numpy(upstream)))
 
 

@@ -105,6 +105,23 @@ def ignored_rows(backend: str, device: str) -> None:
     assert bool((out.nll[~kept] == 0).all()) and bool((out.prediction[~kept] == -1).all()), "outputs of ignored rows"
 
 
+def ignored_rows_under_a_filter(backend: str, device: str) -> None:
+    """They take no place among the rows that share tiles: the gradients are those of a call without them."""
+    e, c, _ = _data(device)
+    t = torch.arange(N, device=device) * 4  # four rows to a tile
+    with torch.no_grad():
+        e.copy_(c[t] / 3)
+    t[1::5] = -100
+    kept = t != -100
+    for order in ("live", "natural"):
+        spec = cce.Spec(filter="element", threshold=0.05, block_n=16, block_v=16, row_order=order)
+        de, dc = torch.autograd.grad(cce.loss(e, c, t, backend=backend, spec=spec), (e, c))
+        alone = cce.loss(e[kept], c, t[kept], backend=backend, spec=spec)
+        want_e, want_c = torch.autograd.grad(alone, (e, c))
+        _near(de, want_e, f"dE, row order {order}")
+        _near(dc, want_c, f"dC, row order {order}")
+
+
 def all_rows_ignored(backend: str, device: str) -> None:
     """As PyTorch: the sum is 0, the mean NaN, the gradients 0."""
     e, c, t = _data(device)
@@ -215,6 +232,7 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     second_derivative,
     per_token_gradients,
     ignored_rows,
+    ignored_rows_under_a_filter,
     all_rows_ignored,
     shift_is_slicing,
     frozen_inputs,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cce.backends.base import Backend
 from cce.compensation import columns_of_tiles, dead_mass
-from cce.problem import HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import target_positions
 
@@ -110,11 +110,12 @@ class MyBackend(Backend):
         parts: list[tuple[Tensor, Tensor]],
         quantities: list[Tensor],
     ) -> None:
-        """The maps, (T, N): each tile's mass, or HIT where the row needs the tile; each tile's entropy."""
+        """The maps, (T, N): each tile's mass, negated where the row needs the tile; each tile's entropy."""
         if maps.tile_mass is not None and spec.threshold is not None:
             for t, ((tile_lse, _), quantity) in enumerate(zip(parts, quantities, strict=True)):
                 mass = (tile_lse - lse.clamp(min=-1e30)).exp()
-                maps.tile_mass[t] = mass.masked_fill(quantity > lse + math.log(spec.threshold), HIT)
+                hit = quantity > lse + math.log(spec.threshold)
+                maps.tile_mass[t] = torch.where(hit, -mass.clamp(min=LEAST_HIT), mass)
         if maps.tile_entropy is not None:
             for t, (_, tile_entropy) in enumerate(parts):
                 maps.tile_entropy[t] = tile_entropy

@@ -189,10 +189,10 @@ class Run:
         return Gradients(self._de_as_given(), self.dc, dbias)
 
     def _de_as_given(self) -> Tensor | None:
-        """dE, its rows in their own order and, where these have to be moved, in the dtype of ``e``."""
+        """dE, its rows in their own order and, where these have to be moved, in its dtype."""
         if self.de is None or self.work is None:
             return self.de
-        out = self.de.new_empty(self.de.shape, dtype=self.inputs.e.dtype)
+        out = self.de.new_empty(self.de.shape, dtype=self.problem.de_dtype)
         for n0, n1 in self.plan.row_blocks(self.problem.n):
             out.index_copy_(0, self.work.row_order[n0:n1], self.de[n0:n1].to(out.dtype))
         return out

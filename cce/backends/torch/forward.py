@@ -12,7 +12,7 @@ from torch import Tensor
 from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
 from cce.backends.torch.logits import logits_
 from cce.backends.torch.plan import Plan
-from cce.problem import HIT, Inputs, Maps, Outputs, Problem
+from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
 from cce.spec import Spec
 from cce.worklist import target_positions
 
@@ -135,7 +135,8 @@ class RowBlock:
         for chunk, tile_lse, quantity in self.tiles:
             assert maps.tile_mass is not None and self.spec.threshold is not None
             mass = (tile_lse - lse.masked_fill(lse == -torch.inf, 0)).exp_()
-            mass.masked_fill_(quantity > lse + math.log(self.spec.threshold), HIT)
+            hit = quantity > lse + math.log(self.spec.threshold)
+            mass = torch.where(hit, -mass.clamp(min=LEAST_HIT), mass)
             maps.tile_mass[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(mass)] = mass.T
         return Outputs(
             lse[:, 0],

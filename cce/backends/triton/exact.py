@@ -15,7 +15,7 @@ from cce.backends.triton.operands import matrix
 from cce.backends.triton.repeat import Repeated
 from cce.backends.triton.sizes import cdiv, pitch
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
-from cce.rows import rows_in_use, rows_of
+from cce.rows import rows_in_use, rows_of, used_rows
 from cce.spec import Spec
 
 
@@ -29,16 +29,16 @@ def exact(
     """
     inputs = replace(inputs, vocab_order=None)
     if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():
-        e = torch.where((inputs.targets >= 0).any(1, keepdim=True), inputs.e, 0)
+        e = torch.where(used_rows(inputs)[:, None], inputs.e, 0)
         inputs = replace(inputs, e=e)
         return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
-    rows, targets = rows_in_use(inputs.targets)
+    rows, targets = rows_in_use(inputs.targets, inputs.in_use)
     if rows is None:
         return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
     if len(rows) == 0:
         return _nothing(inputs, problem)
     used = rows if inputs.rows is None else inputs.rows.index_select(0, rows)
-    part = replace(inputs, targets=targets, rows=used)
+    part = replace(inputs, targets=targets, rows=used, in_use=None)
     part_problem = replace(problem, n=len(targets))
     call = Call.of(part, part_problem, spec)
     found = _exact(call, part, rows_of(outputs, rows), rows_of(upstream, rows))

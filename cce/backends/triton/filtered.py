@@ -18,6 +18,7 @@ from cce.backends.triton.operands import dot_dtype, gather, matrix, needs_wide, 
 from cce.backends.triton.repeat import Repeated
 from cce.backends.triton.sizes import cdiv, row_blocks, slot_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Upstream
+from cce.rows import used_rows
 from cce.worklist import WorkList, target_positions
 
 
@@ -67,7 +68,7 @@ def filtered(
     """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
     problem = call.problem
     formula = Formula.of(call, inputs, outputs, upstream)
-    live = plans.find_live(call, formula.target_place, maps, upstream)
+    live = plans.find_live(call, formula.target_place, used_rows(inputs), maps, upstream)
     rows = Rows.of(call, live)
     dead = None
     if call.spec.compensate:
@@ -256,7 +257,7 @@ class _Run:
 def live_tiles(call: Call, inputs: Inputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]) -> WorkList:
     """The live tiles, as other backends tell them."""
     place = target_positions(inputs).to(torch.int32).contiguous()
-    live = plans.find_live(call, place, maps, upstream)
+    live = plans.find_live(call, place, used_rows(inputs), maps, upstream)
     position = torch.empty_like(live.row_order)
     position[live.row_order] = torch.arange(call.problem.n, device=position.device)
     found = live.live != 0  # (T, B)

@@ -14,7 +14,8 @@ from cce.backends.triton.kernels.compensation import mean_rows_kernel
 from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
 from cce.backends.triton.operands import gather
 from cce.backends.triton.sizes import cdiv, power_of_two
-from cce.problem import HIT, Inputs, Maps, Outputs, Problem
+from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
+from cce.rows import used_rows
 from cce.spec import Spec
 
 _MOST_SPLITS = 64  # reduce_kernel holds all splits of some rows at once
@@ -24,9 +25,9 @@ _TILES = ("tile_lse", "tile_max", "tile_entropy")
 
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
-    """Outputs of all rows with a target; 0 (-1 for the prediction) of the others. Fills ``maps``."""
+    """Outputs of all rows in use; 0 (-1 for the prediction) of the others. Fills ``maps``."""
     call = Call.of(inputs, problem, spec)
-    in_use = (inputs.targets >= 0).any(1)
+    in_use = used_rows(inputs)
     target_logits = target_logits_of(call, inputs.targets)
     capped = problem.softcap is not None
     weight = None
@@ -196,6 +197,6 @@ def _fill(call: Call, lse: Tensor, in_use: Tensor, tiles: dict[str, Tensor], map
     mass_kernel[(cdiv(t, block_t), cdiv(n, block_n))](
         tiles["tile_lse"], tiles.get("tile_max", tiles["tile_lse"]), lse, in_use, maps.tile_mass,
         tiles.get("tile_entropy"), maps.tile_entropy, n, t, n, maps.tile_mass.stride(0),
-        math.log(call.spec.threshold), HIT=HIT, TILE_ENTROPY=maps.tile_entropy is not None,
+        math.log(call.spec.threshold), LEAST_HIT=LEAST_HIT, TILE_ENTROPY=maps.tile_entropy is not None,
         BLOCK_N=block_n, BLOCK_T=block_t,
     )  # fmt: skip

@@ -55,9 +55,9 @@ class Formula:
 
 
 def finish_de(call: Call, total: Tensor, row_order: Tensor | None, norm: Tensor | None) -> Tensor:
-    """dE (N, D) in the dtype of ``e``; ``total`` holds its rows in ``row_order``."""
+    """dE (N, D) in its dtype; ``total`` holds its rows in ``row_order``."""
     problem = call.problem
-    de = call.empty(problem.n, problem.d, dtype=problem.e_dtype)
+    de = call.empty(problem.n, problem.d, dtype=problem.de_dtype)
     finish_kernel[(problem.n, cdiv(problem.d, 1024))](
         total, row_order, norm, de, problem.n, problem.d, de.stride(0), SORTED=row_order is not None,
         NORM=norm is not None, BLOCK_D=1024,

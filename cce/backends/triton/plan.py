@@ -25,7 +25,7 @@ from cce.backends.triton.kernels.worklist import (
     scan_kernel,
 )
 from cce.backends.triton.sizes import cdiv, power_of_two, row_blocks
-from cce.problem import HIT, Maps, Upstream
+from cce.problem import Maps, Upstream
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,11 @@ class Plan:
     items: Tensor
 
 
-def find_live(call: Call, target_place: Tensor, maps: Maps[Tensor], upstream: Upstream[Tensor]) -> Live:
-    """The live tiles, from the map of the forward; rows with equally many hits share a block."""
+def find_live(call: Call, target_place: Tensor, in_use: Tensor, maps: Maps[Tensor], upstream: Upstream[Tensor]) -> Live:
+    """The live tiles, from the map of the forward; rows with equally many hits share a block.
+
+    Rows that do not count come last: the blocks of the others are those of a call without such rows.
+    """
     n, t, blocks = call.problem.n, call.tiles, row_blocks(call.problem, call.spec)
     keep = (upstream.a != 0) | (upstream.g != 0).any(1)
     if upstream.h is not None:
@@ -89,13 +92,13 @@ def find_live(call: Call, target_place: Tensor, maps: Maps[Tensor], upstream: Up
     counts = call.empty(programs, n, dtype=torch.int32)
     hits_kernel[(cdiv(n, block_n), programs)](
         maps.tile_mass, keep, target_place, upstream.g, hit, counts, n, t, target_place.shape[1],
-        maps.tile_mass.stride(0), cdiv(t, programs), BLOCK_V=call.block_v, HIT=HIT, BLOCK_N=block_n,
-        BLOCK_T=block_t,
+        maps.tile_mass.stride(0), cdiv(t, programs), BLOCK_V=call.block_v, BLOCK_N=block_n, BLOCK_T=block_t,
     )  # fmt: skip
     if call.spec.row_order == "live" and call.block_n > 1:
-        row_order = counts.sum(0, dtype=torch.int32).argsort(stable=True)
+        key = torch.where(in_use, counts.sum(0, dtype=torch.int32), t + 1)
     else:
-        row_order = torch.arange(n, device=hit.device)
+        key = (~in_use).to(torch.int8)
+    row_order = key.argsort(stable=True)
     live = call.empty(t, blocks, dtype=torch.int8)
     group = max(1, 1024 // call.block_n)
     live_kernel[(t, cdiv(blocks, group))](hit, row_order, live, n, t, blocks, BLOCK_N=call.block_n, GROUP=group)

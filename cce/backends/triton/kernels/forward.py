@@ -236,9 +236,9 @@ def target_kernel(
 def mass_kernel(
     tile_lse, tile_max, lse, in_use, tile_mass, tile_entropy, map_entropy,
     N, T, stride_t, stride_mass, log_threshold,
-    HIT: tl.constexpr, TILE_ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    LEAST_HIT: tl.constexpr, TILE_ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The map the backward reads: exp(tile_lse - lse), or HIT where the filter's quantity exceeds the threshold.
+    """The map the backward reads: exp(tile_lse - lse), negated where the filter's quantity exceeds the threshold.
 
     ``tile_max`` is that quantity's logarithm: the largest logit for "element", tile_lse itself for "tile".
     """
@@ -251,6 +251,6 @@ def mass_kernel(
     mass = tl.exp2((tl.load(tile_lse + where, mask=inside & used, other=NEG_INF) - finite(row_lse)) * LOG2E)
     hit = tl.load(tile_max + where, mask=inside & used, other=NEG_INF) > row_lse + log_threshold
     place = tiles.to(tl.int64) * stride_mass + rows
-    tl.store(tile_mass + place, tl.where(hit, HIT, mass), mask=inside)
+    tl.store(tile_mass + place, tl.where(hit, -tl.maximum(mass, LEAST_HIT), mass), mask=inside)
     if TILE_ENTROPY:
         tl.store(map_entropy + place, tl.load(tile_entropy + where, mask=inside & used, other=0.0), mask=inside)

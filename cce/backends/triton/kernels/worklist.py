@@ -12,7 +12,7 @@ import triton.language as tl
 def hits_kernel(
     tile_mass, active, target_place, g, hit, counts,
     N, T, K, stride_mass, per_program,
-    BLOCK_V: tl.constexpr, HIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """hit [T, N]: the row needs the tile, by the filter's rule or for a target in it; counts [programs, N] of them."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -23,7 +23,7 @@ def hits_kernel(
         tiles = start + tl.arange(0, BLOCK_T)
         inside = (tiles < tl.minimum(first + per_program, T))[:, None] & (rows < N)[None, :]
         mass = tl.load(tile_mass + tiles.to(tl.int64)[:, None] * stride_mass + rows[None, :], mask=inside, other=0.0)
-        found = mass == HIT
+        found = mass < 0
         for k in range(K):
             place = tl.load(target_place + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
             counted = (place >= 0) & (tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0) != 0)
