@@ -15,10 +15,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m cce.testing", description=__doc__)
     parser.add_argument("--backend", required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
     parser.add_argument("--out", help="JSON file for the record")
     parser.add_argument("--commit", default=None, help="commit to record (the checkout's, if it is one)")
     options = parser.parse_args()
-    report = check_backend(options.backend, options.device)
+    report = check_backend(options.backend, options.device, jobs=options.jobs)
     print(report)
     if options.out:
         today = datetime.date.today().isoformat()

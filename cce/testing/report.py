@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cce import registry
-from cce.testing.behaviours import BEHAVIOURS
+from cce.testing.behaviours import BEHAVIOURS, Behaviour
 from cce.testing.cases import CASES, Case
 from cce.testing.check import Result, run_case
 
@@ -63,7 +67,9 @@ class Report:
         Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def check_backend(name: str, device: str = "cpu", cases: Iterable[Case] = CASES, behaviours: bool = True) -> Report:
+def check_backend(
+    name: str, device: str = "cpu", cases: Iterable[Case] = CASES, behaviours: bool = True, jobs: int = 1
+) -> Report:
     """Holds a registered backend, a third party's too, to the float64 reference.
 
     Args:
@@ -71,6 +77,8 @@ def check_backend(name: str, device: str = "cpu", cases: Iterable[Case] = CASES,
         device: torch device type the tensors live on.
         cases: which ones; all by default.
         behaviours: also check what goes through ``cce.loss`` (retained graphs, ignored rows, compile, ...).
+        jobs: processes that share the work, most of which is compilation for some backends. They know the backends of
+            installed packages, not those that only this process has registered.
 
     Raises:
         BackendUnavailable: it cannot be loaded.
@@ -79,17 +87,37 @@ def check_backend(name: str, device: str = "cpu", cases: Iterable[Case] = CASES,
     >>> check_backend("torch", cases=CASES[:3], behaviours=False).passed
     True
     """
-    backend = registry.load(name)
-    report = Report(name, device)
-    rounding = product_roundoff(device)
-    report.results = [run_case(backend, case, device, rounding) for case in cases]
-    for behaviour in BEHAVIOURS if behaviours else ():
-        try:
-            behaviour(name, device)
-            report.behaviours[behaviour.__name__] = ""
-        except AssertionError as error:
-            report.behaviours[behaviour.__name__] = str(error) or "failed"
-    return report
+    registry.load(name)
+    found, chosen = list(cases), BEHAVIOURS if behaviours else ()
+    with _mapping(jobs) as each:
+        # Handed out before any result is waited for.
+        results = each(_result, found, repeat(name), repeat(device))
+        texts = each(_failure, chosen, repeat(name), repeat(device))
+        by_name = zip((behaviour.__name__ for behaviour in chosen), texts, strict=True)
+        return Report(name, device, list(results), dict(by_name))
+
+
+@contextmanager
+def _mapping(jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """``map``, here or in ``jobs`` processes, started afresh since a GPU's context does not survive a fork."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _result(case: Case, name: str, device: str) -> Result:
+    return run_case(registry.load(name), case, device, product_roundoff(device))
+
+
+def _failure(behaviour: Behaviour, name: str, device: str) -> str:
+    """What is wrong, or ""."""
+    try:
+        behaviour(name, device)
+    except AssertionError as error:
+        return str(error) or "failed"
+    return ""
 
 
 def product_roundoff(device: str) -> float:
