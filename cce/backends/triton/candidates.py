@@ -12,12 +12,24 @@ from cce.backends.triton.launch import Device, Launch, Tile, fitted
 from cce.problem import Problem
 from cce.spec import Spec
 
-_LOGITS = (
+_FORWARD = (
     Tile(128, 256, 64, stages=4, flatten=True),
     Tile(128, 256, 64, stages=3, flatten=True),
     Tile(128, 256, 64, stages=4),
     Tile(128, 256, 64, stages=3),
     Tile(256, 128, 64, stages=4),
+    Tile(256, 128, 64, stages=3, flatten=True),
+    Tile(128, 128, 64, warps=4, stages=3),
+    Tile(128, 128, 64, stages=4, flatten=True),
+    Tile(128, 128, 128, stages=3),
+    Tile(64, 256, 64, warps=4, stages=3),
+)
+#: The tile is stored, too: that takes shared memory beside the stages'.
+_DENSE = (
+    Tile(128, 256, 64, stages=3, flatten=True),
+    Tile(128, 256, 64, stages=3),
+    Tile(128, 256, 32, stages=4, flatten=True),
+    Tile(256, 128, 64, stages=3),
     Tile(256, 128, 64, stages=3, flatten=True),
     Tile(128, 128, 64, warps=4, stages=3),
     Tile(128, 128, 64, stages=4, flatten=True),
@@ -104,4 +116,4 @@ def _table(kernel: str, problem: Problem, device: Device) -> tuple[Tile, ...]:
         return _FMA if device.precision == "ieee" else _TF32
     if device.capability < (9, 0):
         return _PRODUCTS_80 if product else _LOGITS_80
-    return _PRODUCTS if product else _SPARSE if kernel == "sparse" else _LOGITS
+    return {"forward": _FORWARD, "dense": _DENSE, "sparse": _SPARSE}.get(kernel, _PRODUCTS)

@@ -22,9 +22,9 @@ from cce.rows import own_dtypes
 from cce.spec import Spec
 
 _TILED = (forward_kernel, dense_kernel, sparse_kernel, products_kernel, store_kernel)
-#: Registers a thread: a kernel that spills more spends its time on memory of its own. Known spills of what is shipped
-#: are up to twice that, under options that fill the registers (tests/triton/spills.py), so that is no limit there.
-MOST_SPILLED = 256
+#: Registers a thread: a kernel that spills more spends its time on memory of its own. What is shipped may spill more,
+#: under options that fill the registers (tests/triton/spills.py); then that is the limit.
+MOST_SPILLED = 128
 
 
 class Work:
