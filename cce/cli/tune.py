@@ -57,12 +57,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from cce.backends.triton import autotune
 
-    device, dtype = usable_device(args.device), DTYPES[args.dtype]
-    spec = cce.Spec(filter=args.filter, vocab_order=args.vocab_order)
-    reasons = explain_training(device, dtype, "triton", spec).reasons["triton"]
-    if device.type != "cuda" or reasons:  # Triton's interpreter runs on a CPU, but tells no times
-        why = f" (backend 'triton': {'; '.join(reasons)})" if reasons else ""
-        raise UsageError(f"--device: got {args.device!r}{why}, expected a CUDA device to take times on")
+    dtype, spec = DTYPES[args.dtype], cce.Spec(filter=args.filter, vocab_order=args.vocab_order)
+    device = timed_device(args.device, dtype, spec)
     try:
         e, c, targets = head(args.n, args.d, args.v, dtype, device)
         bias = torch.zeros(args.v, dtype=dtype, device=device, requires_grad=True) if args.bias else None
@@ -77,6 +73,20 @@ def run(args: argparse.Namespace) -> None:
     except (ValueError, cce.BackendUnavailable) as error:
         raise UsageError(" ".join(str(error).split())) from error
     _show(tuned)
+
+
+def timed_device(text: str, dtype: torch.dtype, spec: cce.Spec) -> torch.device:
+    """The device called ``text``, once it is known that the backend runs and tells times there.
+
+    Raises:
+        UsageError: it does not.
+    """
+    device = usable_device(text)
+    reasons = explain_training(device, dtype, "triton", spec).reasons["triton"]
+    if device.type != "cuda" or reasons:  # Triton's interpreter runs on a CPU
+        why = f" (backend 'triton': {'; '.join(reasons)})" if reasons else ""
+        raise UsageError(f"--device: got {text!r}{why}, expected a CUDA device to take times on")
+    return device
 
 
 def head(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
