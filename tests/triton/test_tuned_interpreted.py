@@ -45,4 +45,6 @@ def test_a_later_process_uses_what_was_tuned(tmp_path: Path) -> None:
             assert set(before.values()) == {64} and set(after.values()) == {32}, name
         for errors in (used[name]["errors"], shipped[name]["errors"]):
             assert max(errors) < 2e-6, (name, errors)
+        assert "tuned for this problem" in used[name]["note"]
+        assert "shipped, not measured" in shipped[name]["note"]  # float32
         assert used[name]["errors"] != shipped[name]["errors"]  # it did run another way

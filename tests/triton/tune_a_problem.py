@@ -53,7 +53,11 @@ def tune() -> dict[str, Any]:
 
 def use() -> dict[str, Any]:
     """The tiles of a step's launches, and how far its results are from the reference's."""
-    return {name: {"columns": columns(name), "errors": errors(name)} for name in SPECS}
+    return {name: {"columns": columns(name), "errors": errors(name), "note": note(name)} for name in SPECS}
+
+
+def note(name: str) -> str:
+    return cce.explain(*PROBLEMS[name], backend="triton", spec=SPECS[name], softcap=20.0).note
 
 
 def step(backend: str, name: str) -> list[Tensor]:

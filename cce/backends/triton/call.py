@@ -43,6 +43,11 @@ def float32_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def gpu_of(device: torch.device) -> Device:
+    """What a configuration depends on."""
+    return Device(device_name(device), capability(device), multiprocessors(device), float32_precision())
+
+
 _imposed: ContextVar[Launch | None] = ContextVar("launch", default=None)
 
 
@@ -78,13 +83,11 @@ class Call:
     @classmethod
     def of(cls, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
         e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
-        device, precision = e.device, float32_precision()
-        launch = _imposed.get()
+        launch, gpu = _imposed.get(), gpu_of(e.device)
         if launch is None:
-            gpu = Device(device_name(device), capability(device), multiprocessors(device), precision)
             # Without the vocabulary order, whose values a cache would compare, and so wait for.
             launch = choose(problem, Spec.from_key(spec.key), gpu, inputs.vocab_order is not None)
-        return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, precision)
+        return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, gpu.precision)
 
     @property
     def block_n(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cce import checks, ops, registry
-from cce.backends.triton.call import capability, device_name, float32_precision, multiprocessors
+from cce.backends.triton.call import gpu_of
 from cce.backends.triton.launch import Device, Launch, shipped
 from cce.backends.triton.sizes import power_of_two
 from cce.backends.triton.tunecache import key_of
@@ -63,15 +63,14 @@ def prepare(
     used = int((inputs.targets >= 0).any(1).sum())
     if not used:
         raise ValueError("targets: got none but ignore_index, expected some that count")
-    where = inputs.e.device
-    device = Device(device_name(where), capability(where), multiprocessors(where), float32_precision())
+    device = gpu_of(inputs.e.device)
     launch = shipped(problem, resolved, device)
     runner = Work(inputs, problem, resolved, launch)
     # The exact backward leaves out rows without a target, and asks for the configuration of so many.
     sizes = {power_of_two(problem.n)} | ({power_of_two(used)} if resolved.filter == "none" else set())
     ordered = inputs.vocab_order is not None
     keys = tuple(key_of(replace(problem, n=n), resolved, device, ordered) for n in sorted(sizes, reverse=True))
-    return Prepared(runner, launch, problem, resolved, device, timer or EventTimer(where), keys)
+    return Prepared(runner, launch, problem, resolved, device, timer or EventTimer(inputs.e.device), keys)
 
 
 def _problem(
