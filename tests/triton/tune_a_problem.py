@@ -46,7 +46,7 @@ def tune() -> dict[str, Any]:
         return trial.tile.columns / FAST  # and in truth, too, other tiles sum in another order
 
     run.forward = forward
-    options: dict[str, Any] = {"softcap": 20.0, "rounds": 1, "timer": timer}
+    options: dict[str, Any] = {"softcap": 20, "rounds": 1, "timer": timer}
     found = {name: autotune(*PROBLEMS[name], spec=spec, **options) for name, spec in SPECS.items()}
     return {name: [[row.kernel, str(row.tile), row.note] for row in tuned.rows] for name, tuned in found.items()}
 
@@ -80,5 +80,6 @@ def columns(name: str) -> list[dict[str, int]]:
     return [{name: tile.columns for name, tile in launch.tiles(kernels).items()} for launch in seen]
 
 
-torch.set_num_threads(1)
-print(json.dumps({"tune": tune, "use": use}[sys.argv[1]]()))
+if __name__ == "__main__":  # pytest looks for doctests here, too
+    torch.set_num_threads(1)
+    print(json.dumps({"tune": tune, "use": use}[sys.argv[1]]()))

@@ -20,7 +20,7 @@ from cce.diagnostics import explain
 from cce.errors import BackendUnavailable
 from cce.functional import autocast
 from cce.order import mean_logit_order
-from cce.problem import Inputs, Problem
+from cce.problem import EXTRA_OUTPUTS, Inputs, Problem
 from cce.rows import own_dtypes
 from cce.spec import Spec
 
@@ -85,8 +85,9 @@ def _problem(
     if len(outputs):
         checks.check_outputs(outputs)
     found = explain(e, c, targets, bias, backend="triton", spec=spec, **options)
-    extra = frozenset(outputs) & {"entropy", "prediction"}
-    problem = replace(found.problem, outputs=found.problem.outputs | extra)
+    extra, softcap = frozenset(outputs) & set(EXTRA_OUTPUTS), found.problem.softcap
+    softcap = None if softcap is None else float(softcap)  # an int would make another kernel
+    problem = replace(found.problem, outputs=found.problem.outputs | extra, softcap=softcap)
     resolved = (spec or Spec()).resolve(problem)
     reasons = registry.reasons("triton", problem, resolved)
     if reasons:
