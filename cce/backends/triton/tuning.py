@@ -186,25 +186,24 @@ def tune(
         done += 1
 
     for kernel, found in tiles.items():
-        trials, faults = [Trial(runner, kernel, launch)], {}
-        for tile in found:
+        # The tiles of both products share their warps, so that one may change with the other.
+        launches = [fitted(launch.with_tiles({kernel: tile}), problem, spec) for tile in found]
+        trials, left_out = [Trial(runner, kernel, launch)], []
+        for trial in (Trial(runner, kernel, other) for other in launches):
             step(f"{kernel}: checking")
-            # The tiles of both products share their warps, so that one may change with the other.
-            trial = Trial(runner, kernel, fitted(launch.with_tiles({kernel: tile}), problem, spec))
             fault = runner.fault(trial.launch)
             if fault is None:
                 trials.append(trial)
             else:
-                faults[tile] = fault
+                left_out.append(Row(kernel, trial.tile, None, None, fault))
         times = []
         for _ in range(rounds):
             step(f"{kernel}: timing {len(trials)} tiles")
             times.append([timer(trial) for trial in trials])
         best, measured = _fastest(trials, times)
         launch = best.launch
-        rows += measured + [Row(kernel, tile, None, None, fault) for tile, fault in faults.items()]
-    if progress is not None:
-        progress(total, total, "done")
+        rows += measured + left_out
+    step("done")
     return replace(launch, tuned=True), tuple(rows)
 
 
