@@ -177,14 +177,16 @@ def test_table() -> None:
 
 def test_difference() -> None:
     x = torch.randn(10_000, 3)
-    assert difference(x, x) == 0.0
-    assert difference(1.5 * x, x) == pytest.approx(0.5)
-    assert difference(torch.zeros(5), torch.zeros(5)) == 0.0
+    assert difference(x, x, x) == 0.0
+    assert difference(1.5 * x, x, x) == pytest.approx(0.5)
+    assert difference(1.5 * x, x, 10 * x) == pytest.approx(0.05)
+    assert difference(torch.zeros(5), torch.zeros(5), torch.zeros(5)) == 0.0
+    assert difference(torch.ones(5), torch.zeros(5), torch.zeros(5)) > 1e300
     y = x.clone()
     y[9_999, 2] = torch.nan
-    assert not difference(y, x) <= 1.0
+    assert not difference(y, x, x) <= 1.0
     y[9_999, 2] = x[9_999, 2] + 10 * x.norm()
-    assert difference(y, x) == pytest.approx(10)
+    assert difference(y, x, x) == pytest.approx(10)
 
 
 @pytest.fixture
