@@ -29,18 +29,21 @@ class Explanation:
         reasons: for every backend, why it cannot run; an empty list if it can.
         spec: the resolved spec.
         problem: the metadata the choice was made from.
+        note: what the backend says about how it would run; may be empty.
     """
 
     backend: str | None
     reasons: dict[str, list[str]]
     spec: Spec
     problem: Problem
+    note: str = ""
 
     def __str__(self) -> str:
         p, s = self.problem, self.spec
         lines = [
             f"N={p.n} D={p.d} V={p.v}, e {p.e_dtype}, c {p.c_dtype}, on {p.device}",
             f"would run: {self.backend or 'nothing'}",
+            *([self.note] if self.note else []),
             f"filter={s.filter!r} threshold={s.threshold:.3g} compensate={s.compensate}, "
             f"tiles {s.block_n} x {s.block_v}, scratch {s.scratch_bytes / 2**20:.0f} MiB",
         ]
@@ -98,7 +101,8 @@ def explain(
         chosen = registry.choose_name(backend, problem, resolved)
     except BackendUnavailable:
         chosen = None
-    return Explanation(chosen, reasons, resolved, problem)
+    note = registry.load(chosen).note(problem, resolved) if chosen else ""
+    return Explanation(chosen, reasons, resolved, problem, note)
 
 
 def live_fraction(

@@ -52,6 +52,10 @@ class Backend(ABC):
     ) -> Gradients[Tensor]:
         """Gradients ``problem`` asks for; must leave every argument unchanged (a graph may be retained)."""
 
+    def note(self, problem: Problem, spec: Spec) -> str:
+        """What a user may want to know of how a problem would run here, in a line, for :func:`cce.explain`."""
+        return ""
+
     def one_pass(self, problem: Problem, spec: Spec) -> bool:
         """Whether :meth:`loss_and_gradients` is there for this problem and is the better way; from metadata alone.
 

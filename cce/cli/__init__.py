@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cce.cli import demo, info
+from cce.cli import demo, info, tune
 from cce.cli.errors import UsageError
 
-COMMANDS = (info, demo)
+COMMANDS = (info, demo, tune)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,5 +1,6 @@
 """The Triton backend: fused kernels for CUDA GPUs (sm_80 and later), and for the interpreter without one."""
 
 from cce.backends.triton.backend import TritonBackend
+from cce.backends.triton.tuning import autotune
 
-__all__ = ["TritonBackend"]
+__all__ = ["TritonBackend", "autotune"]

@@ -38,6 +38,17 @@ class TritonBackend(Backend):
             reasons.append(f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of its least chunk")
         return reasons
 
+    def note(self, problem: Problem, spec: Spec) -> str:
+        from cce.backends.triton.call import gpu_of
+        from cce.backends.triton.choice import choose
+
+        device = torch.device("cuda", torch.cuda.current_device()) if problem.device == "cuda" else torch.device("cpu")
+        ordered = spec.permutation is not None or spec.vocab_order == "mean_logit"
+        launch = choose(problem, Spec.from_key(spec.key), gpu_of(device), ordered)
+        if launch.tuned:
+            return "launch configuration: tuned for this problem on this GPU"
+        return f"launch configuration: shipped, {'' if launch.measured else 'not '}measured on this architecture"
+
     def one_pass(self, problem: Problem, spec: Spec) -> bool:
         plain = spec.filter == "none" and problem.softcap is None and not problem.outputs
         # The products of the library need factors of one dtype; where c is the narrower, it would have to be copied.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from cce.backends.triton.launch import Launch, Tile, choose
+from cce.backends.triton.choice import choose
+from cce.backends.triton.launch import Device, Launch, Tile
 from cce.backends.triton.operands import dot_dtype, matrix, needs_wide, tma_ready
 from cce.problem import Inputs, Problem
 from cce.spec import Spec
@@ -27,9 +32,33 @@ def multiprocessors(device: torch.device) -> int:
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache
+def device_name(device: torch.device) -> str:
+    """Of the model."""
+    return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def float32_precision() -> str:
     """How float32 products are computed: as torch.get_float32_matmul_precision says."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def gpu_of(device: torch.device) -> Device:
+    """What a configuration depends on."""
+    return Device(device_name(device), capability(device), multiprocessors(device), float32_precision())
+
+
+_imposed: ContextVar[Launch | None] = ContextVar("launch", default=None)
+
+
+@contextmanager
+def launched_with(launch: Launch) -> Iterator[None]:
+    """Calls of this thread have this configuration, whatever the problem: for trying it out."""
+    token = _imposed.set(launch)
+    try:
+        yield
+    finally:
+        _imposed.reset(token)
 
 
 @dataclass(frozen=True)
@@ -54,10 +83,11 @@ class Call:
     @classmethod
     def of(cls, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
         e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
-        device, precision = e.device, float32_precision()
-        # Without the vocabulary order, whose values a cache would compare, and so wait for.
-        launch = choose(problem, Spec.from_key(spec.key), capability(device), multiprocessors(device), precision)
-        return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, precision)
+        launch, gpu = _imposed.get(), gpu_of(e.device)
+        if launch is None:
+            # Without the vocabulary order, whose values a cache would compare, and so wait for.
+            launch = choose(problem, Spec.from_key(spec.key), gpu, inputs.vocab_order is not None)
+        return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, gpu.precision)
 
     @property
     def block_n(self) -> int:

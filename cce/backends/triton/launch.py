@@ -2,17 +2,40 @@
 
 One frozen dataclass, and one factory that owns the heuristics. The figures for sm_90 were measured
 (docs/performance-notes.md); those of the other architectures compile without spills and were never timed.
+``choice.py`` puts in their place what the user has tuned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
 
 import torch
 
+from cce.backends.triton.sizes import BLOCKS_N, LEAST_COLUMNS
 from cce.problem import Problem
 from cce.spec import Spec
+
+#: The fields of :class:`Launch` that are tiles.
+TILES = ("forward", "dense", "sparse", "de", "dc")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU, as far as a configuration depends on it.
+
+    Attributes:
+        name: of the model.
+        capability: compute capability.
+        programs: number of multiprocessors.
+        precision: of float32 products, "ieee" or "tf32"; has no meaning for 16-bit ones.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    programs: int
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -24,6 +47,9 @@ class Tile:
         depth: of one step of the product.
         warps, stages: of the program; stages of its software pipeline.
         flatten: one pipeline through all of a program's tiles, so that stores overlap with the next tile's loads.
+
+    Raises:
+        TypeError, ValueError: a field is nothing a kernel can be made with; it may have come from a file.
     """
 
     rows: int
@@ -32,6 +58,26 @@ class Tile:
     warps: int = 8
     stages: int = 4
     flatten: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("rows", 16, 256), ("columns", 16, 256), ("depth", 16, 256), ("warps", 1, 16)):
+            value = _int(name, getattr(self, name))
+            if not least <= value <= most or value & (value - 1):
+                raise ValueError(f"Tile.{name}: got {value}, expected a power of two in [{least}, {most}]")
+        if not 1 <= _int("stages", self.stages) <= 10:
+            raise ValueError(f"Tile.stages: got {self.stages}, expected an int in [1, 10]")
+        if not isinstance(self.flatten, bool):
+            raise TypeError(f"Tile.flatten: got {self.flatten!r}, expected True or False")
+
+    def __str__(self) -> str:
+        flat = ", flat" if self.flatten else ""
+        return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages{flat}"
+
+
+def _int(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"Tile.{name}: got {value!r} of type {type(value).__name__}, expected an int")
+    return value
 
 
 @dataclass(frozen=True)
@@ -45,6 +91,7 @@ class Launch:
         tma: the architecture has tensor-map loads.
         programs: of a persistent grid: one a multiprocessor.
         measured: the figures come from a measurement on this architecture.
+        tuned: they come from a measurement of this problem on this GPU.
     """
 
     forward: Tile
@@ -56,6 +103,16 @@ class Launch:
     tma: bool
     programs: int
     measured: bool
+    tuned: bool = False
+
+    def with_tiles(self, tiles: Mapping[str, Tile]) -> Launch:
+        """This configuration with other tiles, by name."""
+        changes: dict[str, Any] = {**tiles}
+        return replace(self, **changes)
+
+    def tiles(self, names: Iterable[str]) -> dict[str, Tile]:
+        """The tiles of these names."""
+        return {name: getattr(self, name) for name in names}
 
 
 #: Tiles by architecture for 16-bit operands; the products' tiles are BLOCK_N (BLOCK_V) high whatever is said here.
@@ -94,44 +151,49 @@ _SM80 = Launch(
 _FMA = Tile(32, 64, 32, warps=4, stages=2)
 
 
-@lru_cache(maxsize=256)
-def choose(problem: Problem, spec: Spec, capability: tuple[int, int], programs: int, precision: str) -> Launch:
-    """The configuration for a problem on a device.
-
-    Args:
-        problem, spec: of the call; ``spec`` is resolved.
-        capability: compute capability.
-        programs: number of multiprocessors.
-        precision: of float32 products, "ieee" or "tf32"; has no meaning for 16-bit ones.
-    """
-    base = _SM100 if capability >= (10, 0) else _SM90 if capability >= (9, 0) else _SM80
+def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
+    """The configuration for a problem on a device; ``spec`` is resolved."""
+    base = _SM100 if device.capability >= (10, 0) else _SM90 if device.capability >= (9, 0) else _SM80
     wide = problem.dtype == torch.float32
-    if wide and precision == "ieee":
+    if wide and device.precision == "ieee":
         base = replace(base, forward=_FMA, dense=_FMA, sparse=_FMA, de=_FMA, dc=_FMA, tma=False, measured=False)
     elif wide:
         base = _halved(base)
-    assert spec.block_n is not None and spec.block_v is not None
-    block_n = min(spec.block_n, base.sparse.rows)
-    sparse = replace(base.sparse, rows=spec.block_n, columns=max(spec.block_v, base.sparse.columns))
-    forward = base.forward
-    if problem.maps(spec):
-        forward = replace(forward, columns=max(spec.block_v, forward.columns))
+    assert spec.block_n is not None
     # Few row blocks make few tiles of dE: narrower ones then keep more multiprocessors busy.
-    de_columns = base.de.columns
-    if -(-problem.n // block_n) * -(-problem.d // de_columns) < 2 * programs:
-        de_columns = min(de_columns, 128)
+    blocks = -(-problem.n // min(spec.block_n, base.sparse.rows))
+    if blocks * -(-problem.d // base.de.columns) < 2 * device.programs:
+        base = replace(base, de=replace(base.de, columns=min(base.de.columns, 128)))
+    return fitted(replace(base, programs=device.programs), problem, spec)
+
+
+def fitted(launch: Launch, problem: Problem, spec: Spec) -> Launch:
+    """The configuration nearest to ``launch`` that computes what a resolved ``spec`` says of ``problem``.
+
+    The blocks of the filter are the spec's, the scratch memory has room for a chunk of the least width, and what no
+    kernel is made for is left out.
+    """
     # A second target a row takes a loop in the epilogue, which one pipeline through all tiles cannot hold; nor has it
     # registers for a softcap or an entropy.
     plain = problem.k == 1 and problem.softcap is None and "entropy" not in problem.outputs
-    flat = plain and block_n == base.sparse.rows
+    dense = replace(
+        launch.dense, columns=min(launch.dense.columns, LEAST_COLUMNS), flatten=launch.dense.flatten and plain
+    )
+    launch = replace(launch, dense=dense)
+    if spec.filter == "none":
+        return launch
+    forward, sparse, de, dc = launch.forward, launch.sparse, launch.de, launch.dc
+    assert spec.block_n is not None and spec.block_v is not None
+    if problem.maps(spec):
+        forward = replace(forward, columns=max(spec.block_v, forward.columns))
+    flat = sparse.flatten and plain and spec.block_n == BLOCKS_N[-1]
     return replace(
-        base,
-        programs=programs,
+        launch,
         forward=forward,
-        dense=replace(base.dense, flatten=base.dense.flatten and plain),
-        sparse=replace(sparse, flatten=sparse.flatten and flat),
-        de=replace(base.de, rows=spec.block_n, columns=de_columns, depth=min(base.de.depth, spec.block_v)),
-        dc=replace(base.dc, rows=min(base.dc.rows, spec.block_v), depth=min(base.dc.depth, spec.block_n)),
+        sparse=replace(sparse, rows=spec.block_n, columns=max(spec.block_v, sparse.columns), flatten=flat),
+        # One kernel has both products: it is launched with the warps of dc.
+        de=replace(de, rows=spec.block_n, depth=min(de.depth, spec.block_v), warps=dc.warps),
+        dc=replace(dc, rows=min(dc.rows, spec.block_v), depth=min(dc.depth, spec.block_n)),
     )
 
 

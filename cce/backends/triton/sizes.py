@@ -8,8 +8,8 @@ from cce.spec import Spec
 #: Tiles of the filter that a matrix unit can work on.
 BLOCKS_N = (16, 32, 64, 128)
 BLOCKS_V = (16, 32, 64, 128, 256)
-#: Columns of the narrowest chunk of the exact backward.
-_COLUMNS = 256
+#: Columns of the narrowest chunk of the exact backward: no tile of it may be wider.
+LEAST_COLUMNS = 256
 
 
 def cdiv(a: int, b: int) -> int:
@@ -47,5 +47,5 @@ def logits_bytes(problem: Problem) -> int:
 def least_scratch(problem: Problem, spec: Spec) -> int:
     """Bytes of the least the backward works on: a narrow chunk, or two vocabulary blocks whose tiles are all live."""
     if spec.filter == "none":
-        return problem.n * _COLUMNS * problem.dtype.itemsize
+        return problem.n * LEAST_COLUMNS * problem.dtype.itemsize
     return 2 * row_blocks(problem, spec) * slot_bytes(problem, spec)

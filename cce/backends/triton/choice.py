@@ -1,0 +1,46 @@
+"""Which launch configuration a call has: what the user has tuned for it, else what is shipped."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import lru_cache
+
+from cce.backends.triton import tunecache
+from cce.backends.triton.launch import Device, Launch, fitted, shipped
+from cce.problem import Problem
+from cce.spec import Spec
+
+
+@lru_cache(maxsize=256)
+def choose(problem: Problem, spec: Spec, device: Device, ordered: bool) -> Launch:
+    """The configuration for a problem on a device.
+
+    Args:
+        problem, spec: of the call; ``spec`` is resolved.
+        device: that runs it.
+        ordered: the vocabulary comes in an order of its own.
+    """
+    launch = shipped(problem, spec, device)
+    entries = tunecache.entries(tunecache.folder())
+    if not entries:  # nothing was ever tuned: not even a key is made
+        return launch
+    tiles = entries.get(tunecache.key_of(problem, spec, device, ordered))
+    if tiles is None:
+        return launch
+    tuned = replace(launch.with_tiles(tiles), tuned=True)
+    if fitted(tuned, problem, spec) != tuned:
+        warnings.warn(
+            f"cce: the tuned launch configuration {tiles} does not fit {spec}, the shipped one is used; "
+            "tune again, or delete it (docs/tuning.md)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return launch
+    return tuned
+
+
+def forget() -> None:
+    """Has the next call look into the cache on disk again."""
+    choose.cache_clear()
+    tunecache.entries.cache_clear()

@@ -1,0 +1,171 @@
+"""Tuned launch configurations on disk: a folder, in it one JSON file for each problem on each kind of GPU.
+
+A file is written under another name and moved to its place, so that nobody ever reads half of one; with a file for each
+problem, processes that tune different ones do not undo each other's work. All are read once a process, at first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cce.backends.triton.launch import TILES, Device, Tile
+from cce.backends.triton.sizes import power_of_two
+from cce.problem import Problem
+from cce.spec import Spec
+
+FORMAT = "cce launch configuration 1"
+VARIABLE = "CCE_TUNE_CACHE"
+
+
+def folder() -> Path | None:
+    """``CCE_TUNE_CACHE``, else ``$XDG_CACHE_HOME/cce/launch`` or ``~/.cache/cce/launch``; None if it says "off"."""
+    given, cache = os.environ.get(VARIABLE, ""), os.environ.get("XDG_CACHE_HOME", "")
+    if given.lower() == "off":
+        return None
+    try:
+        if given:
+            return Path(given).expanduser()
+        # XDG: a path that is not absolute is to be ignored.
+        return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "cce" / "launch"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def key_of(problem: Problem, spec: Spec, device: Device, ordered: bool) -> str:
+    """What a tuned configuration is good for: a JSON object, as text.
+
+    N counts up to the next power of two, since it differs from batch to batch; V and D are a model's own. The spec's
+    fields are those that change what a kernel does, not how often.
+    """
+    filtered = spec.filter != "none"
+    return _canonical(
+        {
+            "gpu": device.name,
+            "capability": list(device.capability),
+            "multiprocessors": device.programs,
+            **versions(),
+            "n": power_of_two(problem.n),
+            "v": problem.v,
+            "d": problem.d,
+            "k": problem.k,
+            "e": str(problem.e_dtype).removeprefix("torch."),
+            "c": str(problem.c_dtype).removeprefix("torch."),
+            "precision": device.precision if problem.dtype == torch.float32 else None,
+            "bias": problem.bias,
+            "softcap": problem.softcap is not None,
+            "logit_scale": problem.logit_scale != 1.0,
+            "outputs": sorted(problem.outputs),
+            "gradients": [name for name in ("e", "c", "bias") if getattr(problem, f"grad_{name}")],
+            "filter": spec.filter,
+            "lse_accumulation": spec.lse_accumulation,
+            "scratch_bytes": spec.scratch_bytes,
+            "block_n": spec.block_n if filtered else None,
+            "block_v": spec.block_v if filtered else None,
+            "ordered": ordered and filtered,
+        }
+    )
+
+
+@lru_cache
+def versions() -> dict[str, str | None]:
+    """Of what makes the kernels: another release may make others, or make them better."""
+    import triton
+
+    import cce
+
+    return {"cce": cce.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+
+
+@lru_cache
+def entries(where: Path | None) -> dict[str, dict[str, Tile]]:
+    """All tuned tiles by key. A file that is none of ours is passed over with a warning: training goes on."""
+    found = {}
+    for path in _files(where):
+        try:
+            key, tiles = _read(path)
+        except FileNotFoundError:  # deleted since
+            continue
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            _warn(f"{path} is not a launch configuration ({type(error).__name__}: {error}), and is ignored")
+        else:
+            found[key] = tiles
+    return found
+
+
+def _files(where: Path | None) -> list[Path]:
+    if where is None:
+        return []
+    try:
+        return sorted(path for path in where.iterdir() if path.suffix == ".json")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _warn(f"{where} cannot be read ({error.strerror}): no tuned launch configuration is used")
+        return []
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tile]]:
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"expected an object whose format is {FORMAT!r}")
+    key, tiles = content["key"], content["tiles"]
+    if not isinstance(key, dict) or not isinstance(tiles, dict) or not tiles or not set(tiles) <= set(TILES):
+        raise ValueError(f"expected a key, and tiles out of {', '.join(TILES)}")
+    return _canonical(key), {name: Tile(**fields) for name, fields in tiles.items()}
+
+
+def store(where: Path, key: str, tiles: Mapping[str, Tile], notes: Mapping[str, Any]) -> Path:
+    """Writes the file of ``key``, in place of one that was there; ``notes`` are for people, and are not read."""
+    content = {
+        "format": FORMAT,
+        "key": json.loads(key),
+        "tiles": {name: asdict(tile) for name, tile in tiles.items()},
+        "notes": dict(notes),
+    }
+    path = where / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    # A name of its own for every writer, and not one that ends in .json.
+    partial = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def writable() -> Path:
+    """The folder, made if need be, once it is known that files can be written there.
+
+    Raises:
+        ValueError: it is switched off, or cannot be written.
+    """
+    where = folder()
+    if where is None:
+        raise ValueError(f"{VARIABLE}: got {os.environ.get(VARIABLE)!r}, expected a folder to keep the result in")
+    probe = where / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{VARIABLE}: got {str(where)!r}, expected a folder to write to ({error.strerror})") from error
+    return where
+
+
+def _canonical(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"cce: {message}", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,238 @@
+"""Autotuning: times the candidates for one problem on this GPU, and keeps the fastest for later processes.
+
+Only when asked: by :func:`autotune`, or ``python -m cce tune``. Neither this module nor what it imports needs Triton.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from cce.backends.triton import tunecache
+from cce.backends.triton.candidates import candidates, kernels_of
+from cce.backends.triton.launch import Device, Launch, Tile, fitted
+from cce.problem import Problem
+from cce.spec import Spec
+
+#: What a candidate must gain on the shipped tile to take its place: medians of a power-capped card vary by about that.
+LEAST_GAIN = 0.02
+
+
+class Runner(Protocol):
+    """What is tuned; :class:`cce.backends.triton.work.Work` for a real call."""
+
+    def run(self, kernel: str, launch: Launch) -> None:
+        """Does what ``kernel`` is part of, once."""
+
+    def fault(self, launch: Launch) -> str | None:
+        """Why a configuration is not to be used, if it is not."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration of one kernel, to be called by a timer as often as it likes.
+
+    Attributes:
+        kernel: name of the tile that is tried.
+        launch: configuration with that tile in it.
+    """
+
+    runner: Runner
+    kernel: str
+    launch: Launch
+
+    @property
+    def tile(self) -> Tile:
+        tile: Tile = getattr(self.launch, self.kernel)
+        return tile
+
+    def __call__(self) -> None:
+        self.runner.run(self.kernel, self.launch)
+
+
+#: Milliseconds a step of a trial.
+Timer = Callable[[Trial], float]
+#: Told how many steps are done, out of how many, and what comes next.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a tile.
+
+    Attributes:
+        kernel, tile: which.
+        ms: median time of a step of the phase it works in; None if it was left out.
+        ratio: median, over the rounds, of its time to the shipped tile's in the same round.
+        note: "shipped", "chosen", "shipped, chosen", why it was left out, or nothing.
+    """
+
+    kernel: str
+    tile: Tile
+    ms: float | None
+    ratio: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What :func:`autotune` found.
+
+    Attributes:
+        launch: the fastest configuration.
+        rows: all tiles that were tried.
+        path: of the file that holds it.
+    """
+
+    launch: Launch
+    rows: tuple[Row, ...]
+    path: Path
+
+    def __str__(self) -> str:
+        lines = [f"{'kernel':8} {'tile':44} {'ms':>9} {'ratio':>6}  note"]
+        lines += [
+            f"{row.kernel:8} {row.tile!s:44} {number(row.ms, 3):>9} {number(row.ratio, 3):>6}  {row.note}"
+            for row in self.rows
+        ]
+        return "\n".join([*(line.rstrip() for line in lines), f"kept in {self.path}"])
+
+
+def number(x: float | None, digits: int) -> str:
+    """For a table.
+
+    >>> number(1.5, 2), number(None, 2)
+    ('1.50', '–')
+    """
+    return "–" if x is None else f"{x:.{digits}f}"
+
+
+def autotune(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    spec: Spec | None = None,
+    outputs: Sequence[str] = (),
+    rounds: int = 5,
+    timer: Timer | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Tuned:
+    """Finds the fastest launch configuration of the ``triton`` backend for a call of :func:`cce.loss` on this GPU.
+
+    It is kept on disk (docs/tuning.md), and used from then on, by this process too. That takes some minutes, most of
+    them for compiling, and memory for a second set of gradients. Tensors are to be as in a training step, and want
+    gradients where that does: with a filter, the time depends on what they hold.
+
+    Args:
+        e: (..., D); c: (V, D); targets, bias: as in :func:`cce.loss`, on the GPU.
+        spec: as in :func:`cce.loss`.
+        outputs: "entropy" and "prediction", if :func:`cce.terms` is called for them.
+        rounds: of measurements, in each of which all candidates take their turn.
+        timer: returns the milliseconds a step of a :class:`Trial` takes; None measures with CUDA events.
+        progress: is told how many steps are done, out of how many, and what comes next.
+        options: others of :func:`cce.loss`.
+
+    Returns:
+        Tuned: the configuration, all that was tried, and the file.
+
+    Raises:
+        TypeError, ValueError: a bad argument; ``CCE_TUNE_CACHE`` is off or cannot be written; a result is not finite.
+        BackendUnavailable: the backend cannot run this problem.
+    """
+    from cce.backends.triton.prepare import prepare  # Triton is imported here
+
+    if not isinstance(rounds, int) or isinstance(rounds, bool):
+        raise TypeError(f"rounds: got {rounds!r} of type {type(rounds).__name__}, expected an int")
+    if rounds < 1:
+        raise ValueError(f"rounds: got {rounds}, expected an int >= 1")
+    for name, function in (("timer", timer), ("progress", progress)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: got {function!r} of type {type(function).__name__}, expected a callable or None")
+    where = tunecache.writable()
+    ready = prepare(e, c, targets, bias, spec, outputs, timer, options)
+    launch, rows = tune(
+        ready.runner, ready.launch, ready.problem, ready.spec, ready.device, ready.timer, rounds, progress
+    )
+    return Tuned(launch, rows, _keep(where, ready.keys, launch, rows, kernels_of(ready.problem, ready.spec)))
+
+
+def tune(
+    runner: Runner,
+    launch: Launch,
+    problem: Problem,
+    spec: Spec,
+    device: Device,
+    timer: Timer,
+    rounds: int,
+    progress: Progress | None = None,
+) -> tuple[Launch, tuple[Row, ...]]:
+    """Kernel by kernel, the fastest tile beside those already chosen; ``launch`` is what is shipped."""
+    tiles = {kernel: candidates(kernel, launch, problem, spec, device) for kernel in kernels_of(problem, spec)}
+    total = sum(len(found) + rounds for found in tiles.values())
+    done, rows = 0, []
+
+    def step(what: str) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(done, total, what)
+        done += 1
+
+    for kernel, found in tiles.items():
+        # The tiles of both products share their warps, so that one may change with the other.
+        launches = [fitted(launch.with_tiles({kernel: tile}), problem, spec) for tile in found]
+        trials, left_out = [Trial(runner, kernel, launch)], []
+        for trial in (Trial(runner, kernel, other) for other in launches):
+            step(f"{kernel}: checking")
+            fault = runner.fault(trial.launch)
+            if fault is None:
+                trials.append(trial)
+            else:
+                left_out.append(Row(kernel, trial.tile, None, None, fault))
+        times = []
+        for _ in range(rounds):
+            step(f"{kernel}: timing {len(trials)} tiles")
+            times.append([timer(trial) for trial in trials])
+        best, measured = _fastest(trials, times)
+        launch = best.launch
+        rows += measured + left_out
+    step("done")
+    return replace(launch, tuned=True), tuple(rows)
+
+
+def _fastest(trials: Sequence[Trial], times: Sequence[Sequence[float]]) -> tuple[Trial, list[Row]]:
+    """The trial to keep, and a row for each; the first is what is shipped, and stays unless another gains enough."""
+    ms = [statistics.median(column) for column in zip(*times, strict=True)]
+    # Within a round the card's clock is about the same.
+    ratios = [statistics.median(line[i] / line[0] for line in times) for i in range(len(trials))]
+    best = min(range(len(trials)), key=lambda i: (ratios[i], i))
+    if ratios[best] > 1 - LEAST_GAIN:
+        best = 0
+    rows = []
+    for i, trial in enumerate(trials):
+        note = ", ".join(["shipped"] * (i == 0) + ["chosen"] * (i == best))
+        rows.append(Row(trial.kernel, trial.tile, ms[i], ratios[i], note))
+    return trials[best], rows
+
+
+def _keep(where: Path, keys: Sequence[str], launch: Launch, rows: Sequence[Row], kernels: Sequence[str]) -> Path:
+    """Writes the configuration under all ``keys``, and has this process use it."""
+    from cce.backends.triton.choice import forget
+
+    notes: Mapping[str, Any] = {
+        "tuned": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "times": [
+            {"kernel": row.kernel, "tile": str(row.tile), "ms": row.ms, "ratio": row.ratio, "note": row.note}
+            for row in rows
+        ],
+    }
+    paths = [tunecache.store(where, key, launch.tiles(kernels), notes) for key in keys]
+    forget()
+    return paths[0]
