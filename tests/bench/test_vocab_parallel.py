@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch wi
 def test_two_processes(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--device", "cpu", "--backends", "torch", "--size", "64", "32", "9001", "--rounds", "1", "--out", out]
+    options = ["--device", "cpu", "--backends", "torch", "--size", "64", "32", "60001", "--rounds", "1", "--out", out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     found = subprocess.run([*launch, SCRIPT, *options], env=environment, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
