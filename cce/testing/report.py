@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,8 @@ from cce import registry
 from cce.testing.behaviours import BEHAVIOURS
 from cce.testing.cases import CASES, Case
 from cce.testing.check import Result, run_case
+from cce.testing.check_option import check_option
+from cce.testing.options import OPTIONS
 
 
 @dataclass
@@ -26,23 +28,26 @@ class Report:
         backend, device: what was checked, and where.
         results: one a case.
         behaviours: name of each behaviour, and its failure or "".
+        options: name of each option of docs/options.md, and its failure or "".
     """
 
     backend: str
     device: str
     results: list[Result] = field(default_factory=list)
     behaviours: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """No case failed, and some ran; cases a backend refuses with a reason do not count against it."""
         ran = [result for result in self.results if not result.refused]
-        return bool(ran) and all(result.passed for result in ran) and not any(self.behaviours.values())
+        checks = {**self.behaviours, **self.options}
+        return bool(ran) and all(result.passed for result in ran) and not any(checks.values())
 
     @property
     def failures(self) -> list[str]:
         lines = [f"{result.case}: {line}" for result in self.results for line in result.failures]
-        return lines + [f"{name}: {line}" for name, line in self.behaviours.items() if line]
+        return lines + [f"{name}: {line}" for name, line in {**self.behaviours, **self.options}.items() if line]
 
     def worst(self) -> dict[str, float]:
         """Per quantity, the largest relative error of all cases."""
@@ -53,7 +58,7 @@ class Report:
         refused = sum(bool(result.refused) for result in self.results)
         head = (
             f"{self.backend} on {self.device}: {'passed' if self.passed else 'FAILED'}, {len(self.results)} cases "
-            f"({refused} refused), {len(self.behaviours)} behaviours"
+            f"({refused} refused), {len(self.behaviours)} behaviours, {len(self.options)} options"
         )
         return "\n".join([head, *(f"  {line}" for line in self.failures)])
 
@@ -70,7 +75,7 @@ def check_backend(name: str, device: str = "cpu", cases: Iterable[Case] = CASES,
         name: as in ``backend=``.
         device: torch device type the tensors live on.
         cases: which ones; all by default.
-        behaviours: also check what goes through ``cce.loss`` (retained graphs, ignored rows, compile, ...).
+        behaviours: also check what goes through ``cce.loss``: retained graphs, ignored rows, every option, ...
 
     Raises:
         BackendUnavailable: it cannot be loaded.
@@ -83,13 +88,20 @@ def check_backend(name: str, device: str = "cpu", cases: Iterable[Case] = CASES,
     report = Report(name, device)
     rounding = product_roundoff(device)
     report.results = [run_case(backend, case, device, rounding) for case in cases]
-    for behaviour in BEHAVIOURS if behaviours else ():
-        try:
-            behaviour(name, device)
-            report.behaviours[behaviour.__name__] = ""
-        except AssertionError as error:
-            report.behaviours[behaviour.__name__] = str(error) or "failed"
+    if behaviours:
+        report.behaviours = {x.__name__: _failure(x, name, device) for x in BEHAVIOURS}
+        report.options = {
+            f"{group}, {x}": _failure(check_option, x, name, device) for group, xs in OPTIONS.items() for x in xs
+        }
     return report
+
+
+def _failure(check: Callable[..., None], *arguments: Any) -> str:
+    try:
+        check(*arguments)
+    except AssertionError as error:
+        return str(error) or "failed"
+    return ""
 
 
 def product_roundoff(device: str) -> float:
