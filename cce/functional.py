@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce import checks, onepass, ops
+from cce import checks, onepass, ops, transforms
 from cce.spec import Spec
 
 _DEFAULT_SPEC = Spec()
@@ -271,6 +271,8 @@ def _flatten(
     shape = targets.shape[:lead]
     k = 1 if target_weight is None else targets.shape[-1]
     prepare = ops.prepare_targets_op if torch.compiler.is_compiling() else ops.prepare_targets
+    if transforms.active():
+        prepare = transforms.prepare_targets
     rows = prepare(_shifted(targets, shift, lead, ignore_index).reshape(-1, k), c.shape[0], ignore_index)
     e, c, bias = autocast(e, c, bias)
     softcap = None if softcap is None else float(softcap)
@@ -285,7 +287,7 @@ def _flatten(
 
 def _run(flat: _Flat, extra: list[str], logit_weight: Tensor | None = None) -> _Rows:
     """The operator: lse, target logits and the ``extra`` outputs of every row."""
-    found = ops.forward(
+    found = (transforms.forward if transforms.active() else ops.forward)(
         flat.e,
         flat.c,
         flat.bias,
