@@ -205,6 +205,12 @@ def _tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a torch.Tensor")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
+    if hasattr(value, "full_tensor"):  # asked this way, torch.distributed.tensor need not be imported
+        raise TypeError(
+            f"{name}: got a DTensor of shape {tuple(value.shape)}, expected a plain tensor, all of it on this rank; "
+            "under FSDP2 compute the loss in the forward of the unit that owns it, as cce.LinearCrossEntropy does; "
+            "elsewhere pass its full_tensor()"
+        )
 
 
 def _float_tensor(name: str, value: Any) -> None:

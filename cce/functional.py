@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce import checks, onepass, ops, tokens
+from cce import checks, onepass, ops, tokens, transforms
 from cce.parallel import Part
 from cce.spec import Spec
 from cce.vocab_parallel import VocabParallel, agree, operands
@@ -291,6 +291,8 @@ def _flatten(
     if split is not None:
         flat = _split(flat, split, (ignore_index, softcap, logit_scale, *signature))
     prepare = ops.prepare_targets_op if torch.compiler.is_compiling() else ops.prepare_targets
+    if transforms.active():
+        prepare = transforms.prepare_targets
     rows = prepare(rows, flat.v, ignore_index)
     flat = flat._replace(targets=rows)
     if target_weight is None:
@@ -316,7 +318,7 @@ def _run(flat: _Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None =
             e=tokens.gather_rows(flat.e, group, own), targets=tokens.gather_rows(flat.targets, group, own), own=None
         )
         return _Rows(*(tokens.own_rows(x, group, own) if x.numel() else x for x in _run(every, extra, logit_weight)))
-    found = ops.forward(
+    found = (transforms.forward if transforms.active() else ops.forward)(
         flat.e,
         flat.c,
         flat.bias,

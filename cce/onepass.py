@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce import registry
+from cce import registry, transforms
 from cce.backends.base import Backend
 from cce.ops import no_second_derivative
 from cce.problem import Inputs, Problem
@@ -68,7 +68,8 @@ def choose(
     grads: str,
 ) -> Call | None:
     """How to run this call in one pass, if the backend that would run it should; decided from metadata."""
-    if not grads or torch.compiler.is_compiling():  # compiled code sees forward and backward as one node each
+    # Compiled code sees forward and backward as one node each; a transform of torch.func wants no state beside it.
+    if not grads or torch.compiler.is_compiling() or transforms.active():
         return None
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, "", grads)
     if problem.n == 0:

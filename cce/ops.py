@@ -8,8 +8,9 @@ Optional outputs and maps that were not asked for are empty tensors, since an op
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -156,6 +157,11 @@ def backward(
         return zero_gradients(e, c, bias, wanted)
     lse, target_logits, entropy = (select(x, rows) for x in saved[:3])
     asked = Problem.of(e, c, bias, used, softcap, logit_scale, outputs, wanted)
+    if asked.maps(resolved) - problem.maps(resolved):
+        raise RuntimeError(
+            "cce: a gradient is asked of a loss that was traced under torch.no_grad and kept nothing for it; "
+            "trace it with gradients enabled, or with cce.Spec(filter='none')"
+        )
     with own_dtypes(e):
         arguments = (
             Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
@@ -192,7 +198,8 @@ def _(
     return zero_gradients(e, c, bias, wanted)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps what the gradients are computed from."""
     e, c, bias, targets, logit_weight, vocab_order, *ctx.options = inputs
     lse, target_logits, entropy, _, prediction, *maps, order = output
     ctx.mark_non_differentiable(prediction, *maps, order)
@@ -202,16 +209,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, lse, target_logits, entropy, *maps)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiate(operator: Callable[..., Any], ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of ``forward``'s arguments, from what ``setup_context`` saved; ``operator`` is ``backward``."""
     e, c, bias, targets, logit_weight, vocab_order, *saved = ctx.saved_tensors
     wanted = ",".join(name for name, need in zip(("e", "c", "bias"), ctx.needs_input_grad[:3], strict=True) if need)
     upstream = [e.new_empty(0) if grad is None else grad for grad in grads[:4]]
-    de, dc, dbias = backward(e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, wanted)
+    de, dc, dbias = operator(e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, wanted)
     needs = ctx.needs_input_grad
     return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 10)
 
 
-forward.register_autograd(_backward, setup_context=_setup_context)
+forward.register_autograd(partial(differentiate, backward), setup_context=setup_context)
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -104,9 +104,15 @@ def load(name: str) -> Backend:
 def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
     """Why backend ``name`` cannot run ``problem``; empty if it can."""
     try:
-        return load(name).unsupported(problem, spec)
+        backend = load(name)
     except BackendUnavailable as error:
         return [str(error)]
+    return refusals(backend, problem, spec)
+
+
+def refusals(backend: Backend, problem: Problem, spec: Spec) -> list[str]:
+    """Why a backend cannot run ``problem``: the reasons of the place, then those of the problem."""
+    return [*backend.unavailable(problem.device), *backend.unsupported(problem, spec)]
 
 
 def choose(name: str, problem: Problem, spec: Spec) -> Backend:

@@ -29,9 +29,16 @@ class Backend(ABC):
     #: ask a GPU how many rows there are. Without it, a backend sees rows in use only.
     skips_ignored_rows = False
 
+    #: Device type it is made for: whose problems docs/options.md asks it about, whatever machine writes the page.
+    device = "cpu"
+
+    def unavailable(self, device: str) -> list[str]:
+        """All reasons why nothing can run here on this device type: a package or hardware that is missing."""
+        return []
+
     @abstractmethod
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        """All reasons why this problem cannot run here, from metadata alone; empty if it can."""
+        """All reasons why this problem cannot run, wherever it is, from metadata alone; empty if it can."""
 
     @abstractmethod
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:

@@ -24,9 +24,10 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
+    def unavailable(self, device: str) -> list[str]:
+        return [] if device == "cpu" else [f"runs in NumPy on CPU tensors, not on {device!r}"]
+
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        if problem.device != "cpu":
-            return [f"runs in NumPy on CPU tensors, not on {problem.device!r}"]
         return []
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:

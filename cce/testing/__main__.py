@@ -1,4 +1,7 @@
-"""``python -m cce.testing --backend NAME --out FILE``: checks a backend and writes the record of it."""
+"""``python -m cce.testing --backend NAME --out FILE``: checks a backend and writes the record of it.
+
+``--options-table`` prints the page docs/options.md instead.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ import datetime
 import subprocess
 import sys
 
+from cce.testing.options_table import options_page
 from cce.testing.report import check_backend
 
 
 def main() -> int:
     """Runs the kit; exit status 1 if the backend fails it."""
     parser = argparse.ArgumentParser(prog="python -m cce.testing", description=__doc__)
-    parser.add_argument("--backend", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--backend")
+    what.add_argument("--options-table", action="store_true", help="print docs/options.md")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
     parser.add_argument("--out", help="JSON file for the record")
     parser.add_argument("--commit", default=None, help="commit to record (the checkout's, if it is one)")
     options = parser.parse_args()
+    if options.options_table:
+        print(options_page(), end="")
+        return 0
     report = check_backend(options.backend, options.device, jobs=options.jobs)
     print(report)
     if options.out:

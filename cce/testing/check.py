@@ -16,6 +16,7 @@ from cce.backends.base import Backend
 from cce.backends.reference import as_array, to_numpy
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.reference import bounds, clear_threshold, error_norm, tiled
+from cce.registry import refusals
 from cce.spec import Spec
 from cce.testing.cases import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
@@ -92,7 +93,7 @@ def run_case(backend: Backend, case: Case, device: str = "cpu", product_roundoff
     """
     oracle = solve(case, device, product_roundoff)
     result = Result(case.name, live_fraction=oracle.live_fraction)
-    result.refused = backend.unsupported(oracle.problem, oracle.spec)
+    result.refused = refusals(backend, oracle.problem, oracle.spec)
     if result.refused:
         return result
     maps = _poisoned_maps(oracle)

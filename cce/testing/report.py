@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from cce import registry
-from cce.testing.behaviours import BEHAVIOURS, Behaviour
+from cce.testing.behaviours import BEHAVIOURS
 from cce.testing.cases import CASES, Case
 from cce.testing.check import Result, run_case
+from cce.testing.check_option import check_option
+from cce.testing.options import OPTIONS
 
 
 @dataclass
@@ -30,23 +32,26 @@ class Report:
         backend, device: what was checked, and where.
         results: one a case.
         behaviours: name of each behaviour, and its failure or "".
+        options: name of each option of docs/options.md, and its failure or "".
     """
 
     backend: str
     device: str
     results: list[Result] = field(default_factory=list)
     behaviours: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """No case failed, and some ran; cases a backend refuses with a reason do not count against it."""
         ran = [result for result in self.results if not result.refused]
-        return bool(ran) and all(result.passed for result in ran) and not any(self.behaviours.values())
+        checks = {**self.behaviours, **self.options}
+        return bool(ran) and all(result.passed for result in ran) and not any(checks.values())
 
     @property
     def failures(self) -> list[str]:
         lines = [f"{result.case}: {line}" for result in self.results for line in result.failures]
-        return lines + [f"{name}: {line}" for name, line in self.behaviours.items() if line]
+        return lines + [f"{name}: {line}" for name, line in {**self.behaviours, **self.options}.items() if line]
 
     def worst(self) -> dict[str, float]:
         """Per quantity, the largest relative error of all cases."""
@@ -57,7 +62,7 @@ class Report:
         refused = sum(bool(result.refused) for result in self.results)
         head = (
             f"{self.backend} on {self.device}: {'passed' if self.passed else 'FAILED'}, {len(self.results)} cases "
-            f"({refused} refused), {len(self.behaviours)} behaviours"
+            f"({refused} refused), {len(self.behaviours)} behaviours, {len(self.options)} options"
         )
         return "\n".join([head, *(f"  {line}" for line in self.failures)])
 
@@ -76,7 +81,7 @@ def check_backend(
         name: as in ``backend=``.
         device: torch device type the tensors live on.
         cases: which ones; all by default.
-        behaviours: also check what goes through ``cce.loss`` (retained graphs, ignored rows, compile, ...).
+        behaviours: also check what goes through ``cce.loss``: retained graphs, ignored rows, every option, ...
         jobs: processes that share the work, most of which is compilation for some backends. They know the backends of
             installed packages, not those that only this process has registered.
 
@@ -89,12 +94,15 @@ def check_backend(
     """
     registry.load(name)
     found, chosen = list(cases), BEHAVIOURS if behaviours else ()
+    options = {f"{group}, {x}": x for group, xs in OPTIONS.items() for x in xs} if behaviours else {}
     with _mapping(jobs) as each:
         # Handed out before any result is waited for.
         results = each(_result, found, repeat(name), repeat(device))
-        texts = each(_failure, chosen, repeat(name), repeat(device))
-        by_name = zip((behaviour.__name__ for behaviour in chosen), texts, strict=True)
-        return Report(name, device, list(results), dict(by_name))
+        of_behaviours = each(_failure, chosen, repeat(name), repeat(device))
+        of_options = each(_failure, repeat(check_option), options.values(), repeat(name), repeat(device))
+        names = (behaviour.__name__ for behaviour in chosen)
+        by_name = dict(zip(names, of_behaviours, strict=True)), dict(zip(options, of_options, strict=True))
+        return Report(name, device, list(results), *by_name)
 
 
 @contextmanager
@@ -111,10 +119,10 @@ def _result(case: Case, name: str, device: str) -> Result:
     return run_case(registry.load(name), case, device, product_roundoff(device))
 
 
-def _failure(behaviour: Behaviour, name: str, device: str) -> str:
+def _failure(check: Callable[..., None], *arguments: Any) -> str:
     """What is wrong, or ""."""
     try:
-        behaviour(name, device)
+        check(*arguments)
     except AssertionError as error:
         return str(error) or "failed"
     return ""

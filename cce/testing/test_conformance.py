@@ -1,4 +1,4 @@
-"""The conformance suite: every case and behaviour, on every backend given with ``--backend``."""
+"""The conformance suite: every case, behaviour and option, on every backend given with ``--backend``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from cce import registry
 from cce.testing.behaviours import BEHAVIOURS, Behaviour
 from cce.testing.cases import CASES, Case
 from cce.testing.check import run_case
+from cce.testing.check_option import check_option
+from cce.testing.options import OPTIONS, Option
 from cce.testing.report import product_roundoff
 
 
@@ -22,3 +24,8 @@ def test_case(backend_name: str, case: Case, device: str) -> None:
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
 def test_behaviour(backend_name: str, behaviour: Behaviour, device: str) -> None:
     behaviour(backend_name, device)
+
+
+@pytest.mark.parametrize("option", [x for options in OPTIONS.values() for x in options], ids=str)
+def test_option(backend_name: str, option: Option, device: str) -> None:
+    check_option(option, backend_name, device)

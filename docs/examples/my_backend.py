@@ -19,9 +19,10 @@ class MyBackend(Backend):
 
     name = "my_backend"
 
+    def unavailable(self, device: str) -> list[str]:
+        return [] if device in ("cpu", "cuda") else [f"runs on CPU and CUDA tensors, not on {device!r}"]
+
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        if problem.device not in ("cpu", "cuda"):
-            return [f"runs on CPU and CUDA tensors, not on {problem.device!r}"]
         return []
 
     # --- the pieces: each is one step of docs/algorithm.md ------------------------------------------------

@@ -47,6 +47,7 @@ class Workers:
         self.size, self.timeout = size, timeout
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, function: Callable[..., Any], *arguments: Any, ranks: int | None = None) -> list[Any]:
         """What ``function(group, *arguments)`` returns on each of the first ``ranks`` (all) processes.
@@ -80,11 +81,15 @@ class Workers:
                 process.kill()
                 process.wait()
         self._processes, self._connections = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _start(self) -> None:
-        store = Path(tempfile.mkdtemp(prefix="cce-ranks-")) / "store"
-        # Gloo asks for the address of the host's name, which a container need not know.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo"}
+        self._folder = tempfile.TemporaryDirectory(prefix="cce-ranks-")
+        store = Path(self._folder.name) / "store"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        if sys.platform == "linux":  # Gloo would ask for the address of the host's name, which need not have one
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
         for rank in range(self.size):
             ours, theirs = Pipe()
             arguments = [str(x) for x in (theirs.fileno(), rank, self.size, store, self.timeout)]

@@ -21,10 +21,26 @@ class TritonBackend(Backend):
     """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above."""
 
     name = "triton"
+    device = "cuda"
     skips_ignored_rows = True
 
+    def unavailable(self, device: str) -> list[str]:
+        reasons = []
+        if find_spec("triton") is None:
+            reasons.append("package 'triton' is not installed: pip install 'cce[triton]'")
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+            return reasons
+        if device != "cuda":
+            return [*reasons, f"runs on CUDA devices (or interpreted, with TRITON_INTERPRET=1), not on {device!r}"]
+        if torch.version.hip is not None:
+            return [*reasons, "ROCm: not tried yet"]
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
+        return reasons
+
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        reasons = _device(problem)
+        reasons = []
         if problem.dtype == torch.float64:
             reasons.append("float64 inputs: its sums are float32; backend 'torch' has float64")
         elif spec.accumulate == "float64":
@@ -80,23 +96,6 @@ class TritonBackend(Backend):
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
     ) -> WorkList:
         return _kernels().work_list(inputs, problem, spec, maps, upstream)
-
-
-def _device(problem: Problem) -> list[str]:
-    """Why not on this device."""
-    reasons = []
-    if find_spec("triton") is None:
-        reasons.append("package 'triton' is not installed: pip install 'cce[triton]'")
-    if problem.device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return reasons
-    if problem.device != "cuda":
-        return [*reasons, f"runs on CUDA devices (or interpreted, with TRITON_INTERPRET=1), not on {problem.device!r}"]
-    if torch.version.hip is not None:
-        return [*reasons, "ROCm: not tried yet"]
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
-    return reasons
 
 
 def _kernels() -> ModuleType:
