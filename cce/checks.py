@@ -207,9 +207,8 @@ def _tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
     if hasattr(value, "full_tensor"):  # asked this way, torch.distributed.tensor need not be imported
         raise TypeError(
-            f"{name}: got a DTensor of shape {tuple(value.shape)}, expected a plain tensor, all of it on this rank; "
-            "under FSDP2 compute the loss in the forward of the unit that owns it, as cce.LinearCrossEntropy does; "
-            "elsewhere pass its full_tensor()"
+            f"{name}: got a DTensor of shape {tuple(value.shape)}, expected a plain tensor, all of it on this rank: "
+            "its full_tensor()"
         )
 
 

@@ -191,9 +191,11 @@ def _difference(name: str, values: tuple[int, ...]) -> str:
 
 
 def _checksum(targets: Tensor) -> Tensor:
-    """Of the values and their places."""
+    """Of the values and their places: integers that overflow, mixed as SplitMix64 mixes them."""
     flat = targets.flatten().to(torch.int64)
-    return ((flat + 1) * (torch.arange(len(flat), device=flat.device) % 8191 + 1)).sum()
+    mixed = flat * -7046029254386353131 + torch.arange(len(flat), device=flat.device) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 31)) * -7723592293110705685
+    return (mixed ^ (mixed >> 29)).sum()
 
 
 def _agree_compiled(split: VocabParallel, v: int, d: int, device: str) -> Agreement:
