@@ -123,7 +123,7 @@ def test_nothing_waits_in_a_profile(name: str) -> None:
     for what, call in calls(name, ignored=True):
         call()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
             with record_function("the call"):
                 call()
             torch.cuda.synchronize()
