@@ -43,7 +43,9 @@ def check_options(
 ) -> None:
     """The options ``terms`` and ``loss`` share."""
     check_ignore_index(ignore_index)
-    check_shift_type(shift)
+    _integer("shift", shift)
+    if shift < 0:
+        raise ValueError(f"shift: got {shift}, expected an int >= 0")
     if softcap is not None:
         _number("softcap", softcap, "None or a finite number > 0", lambda x: x > 0)
     _number("logit_scale", logit_scale, "a finite number > 0", lambda x: x > 0)
@@ -55,13 +57,6 @@ def check_options(
         raise ValueError(
             f"vocab_parallel: got {vocab_parallel!r}, expected None: no backend of this release splits the vocabulary"
         )
-
-
-def check_shift_type(shift: Any) -> None:
-    """A number of places."""
-    _integer("shift", shift)
-    if shift < 0:
-        raise ValueError(f"shift: got {shift}, expected an int >= 0")
 
 
 def check_ignore_index(ignore_index: Any) -> None:

@@ -247,14 +247,14 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
     Args:
         e, c, bias: as for :func:`terms`; tensors already checked.
         targets: (..., K) entries, or ``ignore_index``.
-        **options: those of ``SHARED_OPTIONS`` but the bias.
+        **options: those of ``SHARED_DEFAULTS``.
 
     Returns:
         Tensor: (..., K), of ``targets``' shape shortened by ``shift``; 0 where ignored. Differentiable.
     """
     # The weights only say that there are K entries a token.
     weights = e.new_ones(1).expand(targets.shape)
-    flat = _flatten(e, c, targets, bias, target_weight=weights, **{**_SHARED_DEFAULTS, **options})
+    flat = _flatten(e, c, targets, bias, target_weight=weights, **{**SHARED_DEFAULTS, **options})
     rows = _run(flat, [])
     each = (rows.lse[:, None] - rows.target_logits).masked_fill(flat.targets < 0, 0).reshape(targets.shape)
     return each if not flat.shift else each.narrow(-2, 0, flat.shape[-1] - flat.shift)
@@ -411,10 +411,9 @@ def _class_weighted(flat: _Flat, weight: Tensor | None) -> Tensor | None:
     return of_target if flat.coefficients is None else of_target * flat.coefficients
 
 
-_SHARED_DEFAULTS = {
+#: What :func:`terms`, :func:`loss` and every recipe of ``cce.losses`` take alike, beside the tensors.
+SHARED_DEFAULTS: dict[str, Any] = {
     name: value for name, value in (terms.__kwdefaults__ or {}).items() if name not in ("outputs", "target_weight")
 }
-#: Names of what :func:`terms`, :func:`loss` and every recipe of ``cce.losses`` take alike.
-SHARED_OPTIONS = frozenset(_SHARED_DEFAULTS) | {"bias"}
 #: Names of :func:`loss`'s keyword options.
 LOSS_OPTIONS = frozenset(loss.__kwdefaults__ or ())

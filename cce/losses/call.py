@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from torch import Tensor
 
 from cce import checks
-from cce.functional import SHARED_OPTIONS, Terms, nll_of_each, terms
+from cce.functional import SHARED_DEFAULTS, Terms, nll_of_each, terms
 from cce.reduction import reduce
 from cce.spec import Spec
 
@@ -72,7 +72,7 @@ class Call:
         reductions: tuple[str, ...] = checks.REDUCTIONS,
     ) -> Call:
         """Checks what ``terms`` will not; the logits are to be divided by ``temperature``."""
-        checks.check_option_names(options, SHARED_OPTIONS)
+        check_options(options)
         checks.check_tensors(e, c, targets, None, target_weight)
         checks.check_choice("reduction", reduction, reductions)
         checks.check_token_weight(token_weight, c, e.shape[:-1])
@@ -111,6 +111,14 @@ class Call:
         """The recipe's result from one loss a token."""
         weight = None if self.token_weight is None else self.of_results(self.token_weight)
         return reduce(per_token, self.in_use, self.reduction, weight)
+
+
+def check_options(options: Mapping[str, Any], accepted: Iterable[str] = tuple(Options.__annotations__)) -> None:
+    """Names, and the values that a recipe might use before :func:`cce.terms` sees them."""
+    checks.check_option_names(options, accepted)
+    values = {**SHARED_DEFAULTS, **options}
+    values.pop("bias", None)
+    checks.check_options(**values)
 
 
 def tempered(options: Mapping[str, Any], temperature: float) -> dict[str, Any]:

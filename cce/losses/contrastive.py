@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cce import checks
 from cce.functional import terms
-from cce.losses.call import Call
+from cce.losses.call import Call, check_options
 from cce.reduction import reduce
 from cce.spec import Spec
 
@@ -134,7 +134,7 @@ def nt_xent(
 
 def _check_pairs(e: Any, c: Any, normalize: Any, reduction: Any, options: Any) -> Tensor:
     """The targets (B,) 0 to B - 1 of checked pairs."""
-    checks.check_option_names(options, ContrastiveOptions.__annotations__)
+    check_options(options, ContrastiveOptions.__annotations__)
     checks.check_float_tensor("e", e)
     if e.ndim != 2 or len(e) < 1:
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected (B, D) with B >= 1")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cce import checks
-from cce.functional import SHARED_OPTIONS, loss
-from cce.losses.call import Options
+from cce.functional import loss
+from cce.losses.call import Options, check_options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,7 +53,7 @@ def multi_token(
     >>> multi_token(e, torch.eye(4), torch.tensor([0, 0, 1, 2]))
     tensor(2.4874)
     """
-    checks.check_option_names(options, SHARED_OPTIONS)
+    check_options(options)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_float_tensor("e", e)
     checks.check_integers("targets", targets)
@@ -61,7 +61,10 @@ def multi_token(
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected {('H', *targets.shape, 'D')} with H >= 1")
     rest: dict[str, Any] = dict(options)
     shift = rest.pop("shift", 1)
-    _check_shift(shift, len(e), targets.shape[-1])
+    if shift + len(e) > targets.shape[-1]:
+        raise ValueError(
+            f"shift: got {shift} with H = {len(e)} heads, expected shift + H at most L = {targets.shape[-1]}"
+        )
     weight = _head_weight(head_weight, e)
     ignore_index = rest.get("ignore_index", -100)
     ahead = torch.stack([_ahead(targets, shift + h, ignore_index) for h in range(len(e))])
@@ -103,7 +106,7 @@ def multi_codebook(
     >>> multi_codebook(torch.eye(3), torch.eye(3).expand(2, 3, 3), torch.tensor([[0, 0], [1, 1], [2, 0]]))
     tensor(0.7181)
     """
-    checks.check_option_names(options, SHARED_OPTIONS - {"bias"})
+    check_options(options, set(Options.__annotations__) - {"bias"})
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_float_tensor("e", e)
     checks.check_integers("targets", targets)
@@ -111,21 +114,16 @@ def multi_codebook(
         raise TypeError(f"c: got {c!r} of type {type(c).__name__}, expected a tensor (Q, V, D) or Q tensors (V_q, D)")
     if targets.ndim < 1 or len(c) < 1 or targets.shape[-1] != len(c):
         raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected (..., Q) with Q = {len(c)} classifiers")
-    shared = e.ndim == targets.ndim
+    shared = e.shape[:-1] == targets.shape[:-1]
+    if not shared and e.shape[:-1] != targets.shape:
+        of_all, of_each = (*targets.shape[:-1], "D"), (*targets.shape, "D")
+        raise ValueError(f"e: got shape {tuple(e.shape)}, expected {of_all} or {of_each} to match targets")
     losses = [
         loss(e if shared else e.select(-2, q), c[q], targets[..., q], reduction=reduction, **options)
         for q in range(len(c))
     ]
     found = torch.stack(losses, -1)
     return found if reduction == "none" else found.mean() if reduction == "mean" else found.sum()
-
-
-def _check_shift(shift: Any, heads: int, length: int) -> None:
-    checks.check_shift_type(shift)
-    if shift + heads > length:
-        raise ValueError(
-            f"shift: got {shift} with {heads} heads, expected shift + H at most the sequence length {length}"
-        )
 
 
 def _ahead(targets: Tensor, by: int, ignore_index: int) -> Tensor:

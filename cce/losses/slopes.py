@@ -7,32 +7,17 @@ With p = exp(-nll), automatic differentiation of powers of p and 1 - p meets 0 *
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def with_slope(f: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *constants: float) -> Tensor:
     """``value`` of ``value, slope = f(x, *constants)``, with ``slope`` as its derivative; elementwise."""
-    with torch.no_grad():
-        value, slope = f(x, *constants)
-    found: Tensor = _Sloped.apply(x, value, slope)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _Sloped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
-        return value.view_as(value)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return upstream * slope, None, None
+    value, slope = f(x.detach(), *constants)
+    # Adds 0 with that derivative, by operations that torch.compile knows; inf - inf would be NaN.
+    x = x.masked_fill(x.isinf(), 0)
+    return value + slope * (x - x.detach())
 
 
 def probabilities(nll: Tensor) -> tuple[Tensor, Tensor]:
