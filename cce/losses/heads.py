@@ -51,7 +51,7 @@ def multi_token(
 
     >>> e = torch.eye(4).expand(2, 4, 4)
     >>> multi_token(e, torch.eye(4), torch.tensor([0, 0, 1, 2]))
-    tensor(2.4874)
+    tensor(2.4873)
     """
     check_options(options)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)

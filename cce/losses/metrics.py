@@ -69,7 +69,7 @@ def evaluate(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[Options]) 
     >>> e, c = torch.eye(3), torch.eye(3)
     >>> found = evaluate(e, c, torch.tensor([0, 1, 0])) + evaluate(e, c, torch.tensor([0, -100, 2]))
     >>> found.tokens, found.accuracy, found.perplexity.float()
-    (tensor(5), tensor(0.8000), tensor(2.1199))
+    (tensor(5), tensor(0.8000), tensor(2.1201))
     """
     call = Call.of(e, c, targets, options)
     out = call.terms("nll", "prediction")
