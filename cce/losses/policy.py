@@ -195,7 +195,7 @@ def _beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any, *, of_sequence:
 
 def _among_largest(entropy: Tensor, in_use: Tensor, share: float) -> Tensor:
     """Bool: tokens whose entropy is at least that of the ``share`` N-th largest; nothing waits for a GPU."""
-    ranked = entropy.masked_fill(~in_use, -torch.inf).flatten().sort(descending=True).values
+    ranked = entropy.flatten().sort(descending=True).values  # ignored tokens have 0, and come last
     # A little less, so that 0.1 * 30 is 3 and not 4.
     k = torch.ceil(in_use.sum(dtype=torch.float64) * share - 1e-9).to(torch.int64)
     threshold = ranked.gather(0, (k - 1).clamp(min=0)[None])

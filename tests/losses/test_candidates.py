@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cce import losses
+from cce.functional import nll_of_each
 
 K = 4
 
@@ -128,6 +129,26 @@ def test_a_student_that_has_all_its_mass_in_the_teachers_entries() -> None:
     found = losses.top_k_distillation(e, c, entries, target_weight=q, tail="bucket")
     for x in (found, *torch.autograd.grad(found, [e, c])):
         assert x.isfinite().all()
+
+
+def test_an_entry_that_neither_teacher_nor_student_has() -> None:
+    """Of probability 0 in both: it costs nothing."""
+    e, c = torch.eye(3).requires_grad_(), torch.eye(3).requires_grad_()
+    entries, q = torch.tensor([[0, 2], [1, 2], [0, 1]]), torch.tensor([[1.0, 0.0], [0.6, 0.0], [0.3, 0.3]])
+    options: dict[str, Any] = {"bias": torch.tensor([0, 0, -torch.inf]), "reduction": "none"}
+    found = losses.top_k_distillation(e, c, entries, target_weight=q, **options)
+    kept = losses.top_k_distillation(e, c, entries[:, :1], target_weight=q[:, :1], **options)
+    assert torch.equal(found[:2], kept[:2])
+    for grad in torch.autograd.grad(found.sum(), [e, c]):
+        assert grad.isfinite().all()
+
+
+def test_nll_of_each(problem: Any, same: Any) -> None:
+    entries = negatives_of(problem)
+    found = nll_of_each(problem.e, problem.c, entries, **problem.call)
+    entries = entries[:, problem.shift :]
+    each = -problem.logits().log_softmax(-1).gather(-1, entries.clamp(min=0))
+    same(found, each * (entries != problem.ignore_index), problem.inputs)
 
 
 E, C, T = torch.ones(2, 3), torch.ones(4, 3), torch.arange(2)

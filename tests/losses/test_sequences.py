@@ -75,6 +75,16 @@ def test_dpo(reduction: str, smoothing: float, problem: Any, same: Any) -> None:
     same(found, {"mean": each.mean(), "sum": each.sum(), "none": each}[reduction], problem.inputs)
 
 
+@pytest.mark.parametrize("empty", [1, 3])
+def test_a_pair_with_tokens_on_one_side_counts(empty: int, problem: Any, same: Any) -> None:
+    e, targets, ref = pairs(problem)
+    targets[empty] = problem.ignore_index
+    found = losses.dpo(e, problem.c, targets, ref_log_prob=ref, **problem.call)
+    each = losses.dpo(e, problem.c, targets, ref_log_prob=ref, reduction="none", **problem.call)
+    assert (each > 0).all()
+    same(found, each.sum() / 2, problem.inputs)
+
+
 def test_a_pair_without_tokens_does_not_count(problem: Any, same: Any) -> None:
     e, targets, ref = pairs(problem)
     targets[[1, 3]] = problem.ignore_index
