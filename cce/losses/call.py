@@ -21,8 +21,10 @@ class Options(TypedDict, total=False):
         bias: (V,), added to the logits; -inf masks a vocabulary entry.
         ignore_index: targets of this value cost nothing; default -100.
         shift: ``targets[..., s:]`` are predicted from ``e[..., :-s, :]``; the results have their shape.
-        softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``.
-        backend, spec: what computes it, and how.
+        softcap: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``; None leaves the logits as they are.
+        logit_scale: see ``softcap``.
+        backend: what computes it.
+        spec: how.
         vocab_parallel: reserved.
     """
 

@@ -30,7 +30,8 @@ class ContrastiveOptions(TypedDict, total=False):
     """The options of :func:`cce.terms` that a contrastive loss passes on.
 
     Attributes:
-        backend, spec: what computes it, and how.
+        backend: what computes it.
+        spec: how.
     """
 
     backend: str

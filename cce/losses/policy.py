@@ -196,7 +196,7 @@ def _beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any, *, of_sequence:
 def _among_largest(entropy: Tensor, in_use: Tensor, share: float) -> Tensor:
     """Bool: tokens whose entropy is at least that of the ``share`` N-th largest; nothing waits for a GPU."""
     ranked = entropy.flatten().sort(descending=True).values  # ignored tokens have 0, and come last
-    # A little less, so that 0.1 * 30 is 3 and not 4.
-    k = torch.ceil(in_use.sum(dtype=torch.float64) * share - 1e-9).to(torch.int64)
+    # In millionths, exactly: 0.1 * 30 is 3, where floating point may say a little more and round up to 4.
+    k = (in_use.sum() * round(share * 10**6) + 10**6 - 1) // 10**6
     threshold = ranked.gather(0, (k - 1).clamp(min=0)[None])
     return (entropy >= threshold) & in_use

@@ -25,18 +25,24 @@ def probabilities(nll: Tensor) -> tuple[Tensor, Tensor]:
     return torch.exp(-nll), -torch.expm1(-nll)
 
 
-def log_rest(mass: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 - mass) of a probability mass, and its derivative; 1 - mass counts as at least the dtype's epsilon.
+def least_rest(dtype: torch.dtype) -> float:
+    """What 1 - p counts as at least under a logarithm: 1.5e-5 in float32.
 
-    A mass that comes from a log-sum-exp is known no better.
+    ``nll = lse - z`` and the p of the backward are known to epsilon times the size of the logits. The derivative
+    1 / (1 - p) multiplies that error: with a smaller bound, noise would outweigh the gradient, which is at most 1.
     """
-    rest = (1 - mass).clamp(min=torch.finfo(mass.dtype).eps)
+    return 2**7 * torch.finfo(dtype).eps
+
+
+def log_rest(mass: Tensor) -> tuple[Tensor, Tensor]:
+    """log(1 - mass) of a probability mass, and its derivative, with ``least_rest``."""
+    rest = (1 - mass).clamp(min=least_rest(mass.dtype))
     return rest.log(), -1 / rest
 
 
 def log_complement(nll: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 - exp(-nll)) and its derivative in ``nll``; 1 - p counts as at least the dtype's epsilon."""
+    """log(1 - exp(-nll)) and its derivative in ``nll``, with ``least_rest``."""
     p, rest = probabilities(nll)
-    rest = rest.clamp(min=torch.finfo(nll.dtype).eps)
+    rest = rest.clamp(min=least_rest(nll.dtype))
     # log1p is exact where 1 - p rounds to 1, log where p rounds to 1.
     return torch.where(p < 0.5, torch.log1p(-p), rest.log()), p / rest

@@ -61,10 +61,40 @@ def test_unlikelihood_of_what_is_certain() -> None:
     bias = torch.tensor([0, 0, 0, -torch.inf])
     targets = torch.tensor([1, 1, 2, 1])
     found = losses.unlikelihood(e, c, targets, negatives=negatives, likelihood=False, bias=bias, reduction="none")
-    assert found[0] == -math.log(torch.finfo(torch.float32).eps)
+    assert abs(float(found[0].detach()) + math.log(2**7 * torch.finfo(torch.float32).eps)) < 1e-5
     assert (found[1:3] < 1e-6).all()
     for grad in torch.autograd.grad(found.sum(), [e, c]):
         assert grad.isfinite().all()
+
+
+def nearly_certain(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of about 30, entry 0 with 1 - p from 1e-1 to 1e-12, as ``e`` (12, 8) for ``c`` the identity."""
+    rest = 10.0 ** -torch.arange(1, 13, dtype=torch.float64)
+    others = torch.randn(12, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = others.logsumexp(1) + torch.log1p(-rest) - rest.log()
+    z = torch.cat([first[:, None], others], 1) + 30 - first[:, None]
+    return z.to(dtype).requires_grad_(), torch.eye(8, dtype=dtype), rest
+
+
+@pytest.mark.parametrize("recipe", ["unlikelihood", "bucket"])
+def test_gradients_of_what_is_nearly_certain(recipe: str) -> None:
+    """In float32: right while 1 - p is larger than its rounding, and no noise beyond."""
+
+    def run(dtype: torch.dtype) -> Tensor:
+        e, c, _ = nearly_certain(dtype)
+        first = torch.zeros(12, 1, dtype=torch.int64)
+        if recipe == "unlikelihood":
+            loss = losses.unlikelihood(e, c, first[:, 0], negatives=first, likelihood=False, reduction="sum")
+        else:
+            q = torch.full((12, 1), 1e-9, dtype=dtype)
+            loss = losses.top_k_distillation(e, c, first, target_weight=q, tail="bucket", reduction="sum")
+        return torch.autograd.grad(loss, e)[0].double()
+
+    found, exact = run(torch.float32), run(torch.float64)
+    size, error = exact.norm(dim=1), (found - exact).norm(dim=1)
+    assert (size > 0.9).all() and (size < 2).all()
+    assert (error[:3] < 0.01 * size[:3]).all()
+    assert (found.norm(dim=1) < 1.2 * size).all()
 
 
 def teacher_of(problem: Any, temperature: float) -> tuple[Tensor, Tensor]:
