@@ -5,6 +5,8 @@
 torch.Size([])
 """
 
+from typing import TYPE_CHECKING, Any
+
 from cce.diagnostics import Explanation, explain, live_fraction
 from cce.errors import BackendUnavailable
 from cce.functional import Terms, loss, terms
@@ -13,6 +15,9 @@ from cce.registry import backends, register_backend, unregister_backend
 from cce.spec import Spec
 from cce.vocab_order import VocabOrder
 from cce.vocab_parallel import VocabParallel
+
+if TYPE_CHECKING:
+    from cce import losses
 
 __version__ = "0.1.0"
 
@@ -28,7 +33,16 @@ __all__ = [
     "explain",
     "live_fraction",
     "loss",
+    "losses",
     "register_backend",
     "terms",
     "unregister_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":  # imported when it is used
+        import importlib
+
+        return importlib.import_module("cce.losses")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

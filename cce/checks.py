@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,10 +82,8 @@ def check_vocab_order(spec: Spec, v: int) -> None:
 
 def check_vocab_order_options(v: Any, every: Any, decay: Any) -> None:
     """The numbers a ``VocabOrder`` is made with."""
-    for name, value in (("v", v), ("every", every)):
-        _integer(name, value)
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected an int >= 1")
+    check_count("v", v)
+    check_count("every", every)
     _number("decay", decay, "a number in (0, 1]", lambda x: 0 < x <= 1)
 
 
@@ -153,18 +151,76 @@ def check_loss_options(
     device: torch.device,
 ) -> None:
     """What ``loss`` has beyond ``terms``; ``lead`` is the shape of one value a token, ``v`` the whole vocabulary's."""
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        kind = ValueError if isinstance(reduction, str) else TypeError
-        raise kind(f"reduction: got {reduction!r}, expected one of {REDUCTIONS}")
+    check_choice("reduction", reduction, REDUCTIONS)
     _number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda x: 0 <= x <= 1)
     _number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
     check_class_weight(weight, v)
-    if token_weight is not None:
-        _tensor("token_weight", token_weight)
-        if token_weight.dtype not in (*FLOATS, *INTEGERS, torch.bool):
-            raise TypeError(f"token_weight: got dtype {token_weight.dtype}, expected a real dtype or bool")
-        _shape("token_weight", token_weight, tuple(lead), "one weight a token")
-    _same_device(device, weight=weight, token_weight=token_weight)
+    _same_device(device, weight=weight)
+    check_token_weight(token_weight, lead, device)
+
+
+def check_token_weight(token_weight: Any, lead: torch.Size, device: torch.device) -> None:
+    """One weight a token, or None."""
+    if token_weight is None:
+        return
+    _tensor("token_weight", token_weight)
+    if token_weight.dtype not in (*FLOATS, *INTEGERS, torch.bool):
+        raise TypeError(f"token_weight: got dtype {token_weight.dtype}, expected a real dtype or bool")
+    _shape("token_weight", token_weight, tuple(lead), "one weight a token")
+    _same_device(device, token_weight=token_weight)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """One of some names."""
+    if not isinstance(value, str) or value not in choices:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}: got {value!r}, expected one of {choices}")
+
+
+def check_number(name: str, value: Any, expected: str, valid: Callable[[Any], bool]) -> None:
+    """A finite number of which ``valid`` is true."""
+    _number(name, value, expected, valid)
+
+
+def check_count(name: str, value: Any) -> None:
+    """An int of at least 1."""
+    _integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected an int >= 1")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected True or False")
+
+
+def check_float_tensor(name: str, value: Any) -> None:
+    """A tensor of real numbers of any shape."""
+    _float_tensor(name, value)
+
+
+def check_floats(name: str, value: Any, shape: tuple[int, ...], meaning: str, like: Tensor) -> None:
+    """A tensor of real numbers, of this shape and on the device of ``like``."""
+    _float_tensor(name, value)
+    _shape(name, value, shape, meaning)
+    _same_device(like.device, **{name: value})
+
+
+def check_entries(name: str, value: Any, targets: Tensor) -> None:
+    """(..., K) vocabulary entries beside ``targets`` (...)."""
+    check_integers(name, value)
+    if value.ndim != targets.ndim + 1 or value.shape[:-1] != targets.shape or value.shape[-1] < 1:
+        expected = (*targets.shape, "K")
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected} with K >= 1")
+    _same_device(targets.device, **{name: value})
+
+
+def check_option_names(options: Mapping[str, Any], accepted: Iterable[str]) -> None:
+    """Keywords that a function passes on."""
+    unknown = sorted(set(options) - set(accepted))
+    if unknown:
+        raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option out of {sorted(accepted)}")
 
 
 def check_class_weight(weight: Any, v: int | None) -> None:
@@ -181,10 +237,8 @@ def check_head(in_features: Any, out_features: Any, dtype: Any) -> None:
     """The sizes and the dtype of ``LinearCrossEntropy``."""
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: got {dtype!r}, expected one of {FLOATS} or None")
-    for name, value in (("in_features", in_features), ("out_features", out_features)):
-        _integer(name, value)
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected an int >= 1")
+    check_count("in_features", in_features)
+    check_count("out_features", out_features)
 
 
 def _target_shapes(e: Tensor, targets: Tensor, target_weight: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cce import checks, onepass, ops, tokens, transforms
+from cce import reduction as reductions
 from cce.parallel import Part
 from cce.spec import Spec
 from cce.vocab_parallel import VocabParallel, agree, operands
@@ -246,6 +247,27 @@ def loss(
     return per_token.sum() if total is None else per_token.sum() / total
 
 
+def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    """The negative log-likelihood of each of K vocabulary entries a token, in one pass over the logits.
+
+    For losses that are no weighted sum of them (``cce.losses``).
+
+    Args:
+        e, c, bias: as for :func:`terms`; tensors already checked.
+        targets: (..., K) entries, or ``ignore_index``.
+        **options: those of ``SHARED_DEFAULTS``.
+
+    Returns:
+        Tensor: (..., K), of ``targets``' shape shortened by ``shift``; 0 where ignored. Differentiable.
+    """
+    # The weights only say that there are K entries a token.
+    weights = e.new_ones(1).expand(targets.shape)
+    flat = _flatten(e, c, targets, bias, target_weight=weights, signature=("each",), **{**SHARED_DEFAULTS, **options})
+    rows = _run(flat)
+    each = (rows.lse[:, None] - rows.target_logits).masked_fill(flat.targets < 0, 0).reshape(targets.shape)
+    return each if not flat.shift else each.narrow(-2, 0, flat.shape[-1] - flat.shift)
+
+
 def _flatten(
     e: Tensor,
     c: Tensor,
@@ -365,15 +387,12 @@ def _token_weights(flat: _Flat, token_weight: Tensor) -> Tensor:
 
 
 def _total(flat: _Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Tensor:
-    """What "mean" divides by: the sum of the weights in use; NaN, or 0 as 0 / 0 is NaN, where there are none."""
+    """What "mean" divides by."""
     in_use = flat.targets[:, 0] >= 0 if flat.coefficients is None else (flat.targets >= 0).any(1)
-    if of_tokens is None and of_target is None:
-        return in_use.sum(dtype=flat.wide)
-    weights = in_use.to(flat.wide) if of_tokens is None else in_use * of_tokens
+    weights = of_tokens
     if of_target is not None:
-        weights = weights * of_target[:, 0]
-    total = weights.sum()
-    return torch.where(total == 0, torch.nan, total)
+        weights = of_target[:, 0] if of_tokens is None else of_target[:, 0] * of_tokens
+    return reductions.total(in_use, weights, flat.wide)
 
 
 def _smoothing(flat: _Flat, weight: Tensor | None) -> Tensor | None:
@@ -430,5 +449,9 @@ def _class_weighted(flat: _Flat, weight: Tensor | None) -> Tensor | None:
     return of_target if flat.coefficients is None else of_target * flat.coefficients
 
 
+#: What :func:`terms`, :func:`loss` and every recipe of ``cce.losses`` take alike, beside the tensors.
+SHARED_DEFAULTS: dict[str, Any] = {
+    name: value for name, value in (terms.__kwdefaults__ or {}).items() if name not in ("outputs", "target_weight")
+}
 #: Names of :func:`loss`'s keyword options.
 LOSS_OPTIONS = frozenset(loss.__kwdefaults__ or ())

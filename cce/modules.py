@@ -45,10 +45,7 @@ class LinearCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_head(in_features, out_features, dtype)
-        accepted = LOSS_OPTIONS - {"token_weight", "target_weight"}
-        unknown = sorted(set(options) - accepted)
-        if unknown:
-            raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option out of {sorted(accepted)}")
+        checks.check_option_names(options, LOSS_OPTIONS - {"token_weight", "target_weight"})
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from harness import Workers
-from splits import CUTS, LOSSES, Data, N, call, call_terms, data, of_part, relative_errors, split_of
+from splits import CUTS, LOSSES, Data, N, V, call, call_terms, data, of_part, relative_errors, split_of
 from torch import Tensor
 from torch import distributed as dist
 
 import cce
+from cce import losses
 
 RANKS = pytest.mark.parametrize("ranks", CUTS)
 #: As tests of one process have them: roundoffs of sums of V terms, a few at a time.
@@ -324,3 +325,33 @@ def test_triton_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
             assert not wrong
     finally:
         own.stop()
+
+
+def recipes(group: dist.ProcessGroup) -> dict[str, list[float]]:
+    """Losses that cce.terms and the negative log-likelihoods of several entries are made into."""
+    whole = data()
+    part, split = split_of(group, whole)
+    negatives = (whole.targets[:, None] + torch.tensor([3, 90])) % V
+
+    def focal(e: Tensor, c: Tensor, **options: Any) -> Tensor:
+        return losses.focal(e, c, whole.targets, **options)
+
+    def unlikelihood(e: Tensor, c: Tensor, **options: Any) -> Tensor:
+        return losses.unlikelihood(e, c, whole.targets, negatives, **options)
+
+    found = {}
+    for recipe in (focal, unlikelihood):
+        results = []
+        for rows, options in ((whole.c[part], {"vocab_parallel": split}), (whole.c, {})):
+            e, c = whole.e.clone().requires_grad_(), rows.clone().requires_grad_()
+            loss = recipe(e, c, **options)
+            results.append([loss.detach(), *torch.autograd.grad(loss, (e, c))])
+        found[recipe.__name__] = relative_errors(results[0], [*results[1][:2], results[1][2][part]])
+    with pytest.raises(ValueError, match="vocab_parallel: got a split vocabulary"):
+        losses.ldr(whole.e, whole.c[part], whole.targets, vocab_parallel=split)
+    return found
+
+
+def test_recipes(workers: Workers) -> None:
+    for found in workers.run(recipes, ranks=3):
+        assert all(max(errors) <= 1e-10 for errors in found.values()), found

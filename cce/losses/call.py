@@ -1,0 +1,137 @@
+"""What every recipe begins and ends with: the call of ``cce.terms`` and the reduction of what it made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from cce import checks
+from cce.functional import SHARED_DEFAULTS, Terms, nll_of_each, terms
+from cce.reduction import reduce
+from cce.spec import Spec
+from cce.vocab_parallel import operands
+
+
+class Options(TypedDict, total=False):
+    """The keyword options of :func:`cce.terms` that every recipe passes on, unless it says otherwise.
+
+    Attributes:
+        bias: (V,), added to the logits; -inf masks a vocabulary entry.
+        ignore_index: targets of this value cost nothing; default -100.
+        shift: ``targets[..., s:]`` are predicted from ``e[..., :-s, :]``; the results have their shape.
+        softcap: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``; None leaves the logits as they are.
+        logit_scale: see ``softcap``.
+        backend: what computes it.
+        spec: how.
+        vocab_parallel: how the vocabulary is split over processes (:class:`cce.VocabParallel`).
+    """
+
+    bias: Tensor | None
+    ignore_index: int
+    shift: int
+    softcap: float | None
+    logit_scale: float
+    backend: str
+    spec: Spec | None
+    vocab_parallel: Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one recipe.
+
+    Attributes:
+        e: (..., D); c: (V, D).
+        targets: integers of ``e``'s leading shape; with ``target_weight``, (..., K).
+        options: of :func:`cce.terms`.
+        reduction: as ``cce.reduction.reduce`` takes it.
+        token_weight: of ``e``'s leading shape, or None.
+        target_weight: (..., K) weights of K entries a token, or None.
+    """
+
+    e: Tensor
+    c: Tensor
+    targets: Tensor
+    options: dict[str, Any]
+    reduction: str
+    token_weight: Tensor | None
+    target_weight: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        options: Mapping[str, Any],
+        *,
+        reduction: str = "mean",
+        token_weight: Tensor | None = None,
+        target_weight: Tensor | None = None,
+        temperature: float = 1.0,
+        reductions: tuple[str, ...] = checks.REDUCTIONS,
+    ) -> Call:
+        """Checks what ``terms`` will not; the logits are to be divided by ``temperature``."""
+        check_options(options)
+        e, c, bias, targets, split = operands(e, c, options.get("bias"), targets, options.get("vocab_parallel"))
+        checks.check_tensors(e, c, targets, None, target_weight, part=split is not None)
+        checks.check_choice("reduction", reduction, reductions)
+        checks.check_token_weight(token_weight, e.shape[:-1], e.device)
+        passed = {**tempered(options, temperature), "bias": bias, "vocab_parallel": split}
+        return cls(e, c, targets, passed, reduction, token_weight, target_weight)
+
+    def terms(self, *outputs: str) -> Terms:
+        return terms(self.e, self.c, self.targets, outputs=outputs, **self.options)
+
+    def nll(self) -> Tensor:
+        """Of every token, of the results' shape."""
+        found = self.terms("nll").nll
+        assert found is not None
+        return found
+
+    def nll_of_each(self, entries: Tensor) -> Tensor:
+        """(..., K) of entries (..., K) a token."""
+        return nll_of_each(self.e, self.c, entries, **self.options)
+
+    @property
+    def ignore_index(self) -> int:
+        return self.options.get("ignore_index", -100)
+
+    @property
+    def in_use(self) -> Tensor:
+        """Bool of the results' shape: tokens that count."""
+        if self.target_weight is None:
+            return self.of_results(self.targets) != self.ignore_index
+        return (self.of_results(self.targets, dim=-2) != self.ignore_index).any(-1)
+
+    def of_results(self, x: Tensor, dim: int = -1) -> Tensor:
+        """``x[..., shift:]`` along ``dim``, which stands beside the results."""
+        shift = self.options.get("shift", 0)
+        return x.narrow(dim, shift, x.shape[dim] - shift) if shift else x
+
+    def reduce(self, per_token: Tensor) -> Tensor:
+        """The recipe's result from one loss a token."""
+        weight = None if self.token_weight is None else self.of_results(self.token_weight)
+        return reduce(per_token, self.in_use, self.reduction, weight)
+
+
+def check_options(options: Mapping[str, Any], accepted: Iterable[str] = tuple(Options.__annotations__)) -> None:
+    """Names, and the values that a recipe might use before :func:`cce.terms` sees them."""
+    checks.check_option_names(options, accepted)
+    values = {**SHARED_DEFAULTS, **options}
+    del values["bias"], values["vocab_parallel"]
+    checks.check_options(**values)
+
+
+def tempered(options: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """The options under which all logits are divided by ``temperature``."""
+    found = dict(options)
+    if temperature != 1:
+        checks.check_number("temperature", temperature, "a finite number > 0", lambda x: x > 0)
+        found["logit_scale"] = found.get("logit_scale", 1.0) / temperature
+        if found.get("softcap") is not None:  # softcap * tanh(x / softcap) / t = (softcap / t) * tanh(x / softcap)
+            found["softcap"] /= temperature
+    return found

@@ -1,0 +1,161 @@
+"""Losses of several vocabulary entries a token: unlikelihood, and distillation from a teacher's largest probabilities.
+
+Their log-probabilities come from one pass over the logits, as many entries as there may be.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cce import checks
+from cce.losses.call import Call, Options
+from cce.losses.slopes import log_complement, log_rest, with_slope
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+TAILS = ("drop", "renormalize", "bucket")
+
+
+def unlikelihood(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    negatives: Tensor,
+    alpha: float = 1.0,
+    likelihood: bool = True,
+    reduction: str = "mean",
+    token_weight: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """``-log p(target) - alpha sum_k log(1 - p(negative_k))``: what should not be said becomes less likely.
+
+    1 - p counts as at least 2^7 times the epsilon of the results' dtype, 1.5e-5 in float32: it is not known better from
+    rounded logits, and its inverse multiplies their error in the gradient. A certain negative costs 11 alpha.
+
+    Args:
+        e, c, targets: (..., D), (V, D), (...). A token whose target is ignored costs nothing, negatives included.
+        negatives: (..., K) integers, the negative candidates of each token, at the places of ``targets``. A set: those
+            that repeat count once, those equal to ``ignore_index`` or to the token's target do not count.
+        alpha: at least 0.
+        likelihood: False leaves out ``-log p(target)``, for sequence-level training on generated tokens. The targets
+            then only say which tokens count, and may themselves be negatives.
+        reduction, token_weight: as :func:`cce.loss`.
+        **options: :class:`Options`.
+
+    Returns:
+        Tensor: a scalar, or with "none" one value a token.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``negatives`` have another shape or a value
+            outside [0, V), or ``alpha`` is no number or negative.
+
+    Source: Welleck et al., Neural Text Generation with Unlikelihood Training, ICLR 2020, arXiv 1908.04319, section 5.
+
+    >>> negatives = torch.tensor([[1], [2], [0]])
+    >>> unlikelihood(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 2]), negatives=negatives)
+    tensor(0.7896)
+    """
+    checks.check_number("alpha", alpha, "a finite number >= 0", lambda x: x >= 0)
+    checks.check_bool("likelihood", likelihood)
+    call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight)
+    checks.check_entries("negatives", negatives, targets)
+    entries = _as_set(negatives, targets if likelihood else None, call.ignore_index)
+    # An ignored token is one without any entry, so that it costs no time either.
+    entries = entries.masked_fill((targets == call.ignore_index)[..., None], call.ignore_index)
+    counts = call.of_results(entries, dim=-2) != call.ignore_index
+    if likelihood:
+        entries = torch.cat([targets[..., None].to(torch.int64), entries], -1)
+    nll = call.nll_of_each(entries)
+    of_negatives = with_slope(log_complement, nll[..., 1:] if likelihood else nll)
+    unlikely = -alpha * of_negatives.masked_fill(~counts, 0).sum(-1)
+    return call.reduce(nll[..., 0] + unlikely if likelihood else unlikely)
+
+
+def _as_set(entries: Tensor, without: Tensor | None, ignore_index: int) -> Tensor:
+    """(..., K) sorted; ``ignore_index`` in place of what repeats or equals ``without`` (...)."""
+    entries = entries.to(torch.int64).sort(-1).values
+    repeats = torch.zeros_like(entries, dtype=torch.bool)
+    repeats[..., 1:] = entries[..., 1:] == entries[..., :-1]
+    if without is not None:
+        repeats |= entries == without[..., None]
+    return entries.masked_fill(repeats, ignore_index)
+
+
+def top_k_distillation(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    target_weight: Tensor,
+    temperature: float = 1.0,
+    tail: str = "drop",
+    reduction: str = "mean",
+    token_weight: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """``temperature^2 KL(q || p)`` of a student's p from the K probabilities q a teacher kept of each token.
+
+    p is the student's softmax over the whole vocabulary at ``temperature``. The teacher's other entries, of probability
+    ``1 - sum_k q_k`` together, are treated as ``tail`` says:
+
+    - "drop": ``sum_k q_k log(q_k / p_k)``, as if they were 0. The sum may be negative.
+    - "renormalize": the same, with the q of each token divided by their sum first.
+    - "bucket": they are one further class, of probability ``1 - sum_k p_k`` in the student. The student's probability
+      for it counts as at least 1.5e-5 in float32 (2^7 epsilon), as rounded logits tell it no better.
+
+    Args:
+        e, c: (..., D), (V, D).
+        targets: (..., K) integers, the entries the teacher kept, without repeats; ``ignore_index`` where there are
+            fewer. A token without any costs nothing.
+        target_weight: (..., K) the teacher's probabilities q at the same temperature; not negative, without gradient.
+        temperature: above 0.
+        tail: "drop", "renormalize" or "bucket".
+        reduction, token_weight: as :func:`cce.loss`.
+        **options: :class:`Options`.
+
+    Returns:
+        Tensor: a scalar, or with "none" one value a token.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``target_weight`` requires a gradient;
+            ``temperature`` or ``tail`` is not one of those above.
+
+    Source: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2; of sparse
+        teachers, Anshumann et al., Sparse Logit Sampling, ACL 2025, arXiv 2503.16870.
+
+    >>> e, teacher = torch.eye(3), (2 * torch.eye(3)).softmax(-1)
+    >>> q, entries = teacher.topk(2)
+    >>> top_k_distillation(e, torch.eye(3), entries, target_weight=q, tail="bucket")
+    tensor(0.0989)
+    """
+    checks.check_number("temperature", temperature, "a finite number > 0", lambda x: x > 0)
+    checks.check_choice("tail", tail, TAILS)
+    call = Call.of(
+        e,
+        c,
+        targets,
+        options,
+        reduction=reduction,
+        token_weight=token_weight,
+        target_weight=target_weight,
+        temperature=temperature,
+    )
+    if target_weight.requires_grad:
+        raise ValueError("target_weight: got a tensor that requires grad, expected probabilities without (detach it)")
+    nll = call.nll_of_each(targets)
+    counts = call.of_results(targets, dim=-2) != call.ignore_index
+    q = call.of_results(target_weight, dim=-2).to(nll.dtype).masked_fill(~counts, 0)
+    if tail == "renormalize":
+        q = q / q.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+    # Where q is 0 the term is 0, also for an entry that the student masks.
+    divergence = (torch.xlogy(q, q) + q * nll.masked_fill(q == 0, 0)).sum(-1)
+    if tail == "bucket":
+        rest = (1 - q.sum(-1)).clamp(min=0)
+        mass = torch.exp(-nll).masked_fill(~counts, 0).sum(-1)
+        divergence = divergence + torch.xlogy(rest, rest) - rest * with_slope(log_rest, mass)
+    return call.reduce(temperature**2 * divergence)

@@ -1,0 +1,202 @@
+"""Policy gradients on per-token log-probabilities: clipped (PPO, GRPO, DAPO), with entropy terms.
+
+``e`` is (..., L, D), ``targets`` (..., L) are the sampled tokens, prompts and padding being ``ignore_index``. Tensors
+that come from an earlier call have the results' shape: that of ``targets[..., shift:]``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cce import checks
+from cce.losses.call import Call, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+REDUCTIONS = (*checks.REDUCTIONS, "sequence")
+
+
+def ppo(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    advantages: Tensor,
+    old_log_prob: Tensor | None = None,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    entropy_coefficient: float = 0.0,
+    top_entropy: float = 1.0,
+    ref_log_prob: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    reduction: str = "mean",
+    token_weight: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Clipped policy gradient: with r the ratio of new and old probability of a token and A its advantage,
+
+    ``-min(r A, clip(r, 1 - clip, 1 + clip_high) A) - entropy_coefficient H + kl_coefficient KL``.
+
+    Args:
+        e, c, targets: (..., L, D), (V, D), (..., L).
+        advantages: A, of the results' shape, or one a sequence (without L). Differentiable.
+        old_log_prob: log-probabilities of the policy that sampled, of the results' shape: ``-cce.terms(...).nll``
+            then. None means the policy of this call, for one update a sample: r is 1, and its gradient is that of
+            ``log p``.
+        clip, clip_high: at least 0; ``clip_high=None`` means ``clip``. DAPO has 0.2 and 0.28.
+        entropy_coefficient: of the entropy H of the softmax; positive keeps it up.
+        top_entropy: rho in (0, 1]: only tokens whose H is among the largest of this share of the call's tokens have
+            the clipped term; the mean is still over all (Wang et al.; they take 0.2).
+        ref_log_prob: log-probabilities of a reference policy, of the results' shape.
+        kl_coefficient: at least 0, of the estimate ``exp(d) - d - 1`` of the KL divergence from the reference policy,
+            with d = ref_log_prob - log p.
+        reduction: that of :func:`cce.loss`, or "sequence": the mean of each sequence, averaged over the sequences.
+        token_weight: as :func:`cce.loss`.
+        **options: :class:`Options`; ``logit_scale=1 / T`` for tokens sampled at temperature T.
+
+    Returns:
+        Tensor: a scalar, or with "none" one value a token. Tensors' values at ignored tokens are never used.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; a tensor has another shape, a number is outside
+            what is listed above, or only one of ``ref_log_prob`` and ``kl_coefficient`` is given.
+
+    Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347, equations 7 and 9; Yu et al.,
+        DAPO, arXiv 2503.14476 (clip_high, mean over tokens); Wang et al., Beyond the 80/20 Rule, arXiv 2506.01939
+        (top_entropy); Shao et al., DeepSeekMath, arXiv 2402.03300, equation 4 (KL).
+
+    >>> ppo(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 2]), advantages=torch.ones(3))
+    tensor(-1.)
+    """
+    call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight, reductions=REDUCTIONS)
+    clip_high = clip if clip_high is None else clip_high
+    _check(clip, clip_high, entropy_coefficient, top_entropy, kl_coefficient, ref_log_prob)
+    out = call.terms("nll", "entropy") if entropy_coefficient or top_entropy < 1 else call.terms("nll")
+    assert out.nll is not None
+    log_prob, in_use = -out.nll, call.in_use
+    a = _beside(log_prob, in_use, "advantages", advantages, of_sequence=True)
+    old = log_prob.detach() if old_log_prob is None else _beside(log_prob, in_use, "old_log_prob", old_log_prob)
+    ratio = torch.exp(log_prob - old)
+    value = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip_high) * a)
+    if out.entropy is not None:
+        if top_entropy < 1:
+            value = value.masked_fill(~_among_largest(out.entropy.detach(), in_use, top_entropy), 0)
+        value = value - entropy_coefficient * out.entropy
+    if ref_log_prob is not None:
+        d = _beside(log_prob, in_use, "ref_log_prob", ref_log_prob) - log_prob
+        value = value + kl_coefficient * (torch.expm1(d) - d)
+    return call.reduce(value)
+
+
+def grpo(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    rewards: Tensor,
+    group_size: int,
+    reduction: str = "sequence",
+    **options: Any,
+) -> Tensor:
+    """Group relative policy optimization: :func:`ppo` with :func:`group_advantages`, averaged sequence by sequence.
+
+    Args:
+        e, c, targets: (B, L, D), (V, D), (B, L), the samples of one prompt one after the other.
+        rewards: (B,) of the samples.
+        group_size: samples a prompt.
+        reduction: "sequence" as published; "mean" is DAPO's mean over tokens.
+        **options: those of :func:`ppo` but ``advantages``.
+
+    Returns:
+        Tensor: as :func:`ppo`.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`ppo` and :func:`group_advantages`.
+
+    Source: Shao et al., DeepSeekMath, arXiv 2402.03300, equation 3.
+
+    >>> e, rewards = torch.eye(4).view(2, 2, 4), torch.tensor([1.0, 0.0])
+    >>> grpo(e, torch.eye(4), torch.tensor([[0, 1], [2, -100]]), rewards=rewards, group_size=2).abs() < 1e-6
+    tensor(True)
+    """
+    if "advantages" in options:
+        raise TypeError("advantages: got a value, expected none: they are made from rewards")
+    return ppo(
+        e, c, targets, advantages=group_advantages(rewards, group_size=group_size), reduction=reduction, **options
+    )
+
+
+def group_advantages(rewards: Tensor, *, group_size: int, normalize: bool = True, epsilon: float = 1e-6) -> Tensor:
+    """``(reward - mean) / (std + epsilon)`` of each group of samples.
+
+    Args:
+        rewards: (B,) floating, the samples of one prompt one after the other.
+        group_size: samples a prompt; divides B.
+        normalize: False subtracts the mean only (Dr. GRPO, arXiv 2503.20783).
+        epsilon: above 0.
+
+    Returns:
+        Tensor: (B,) advantages, one a sequence.
+
+    Raises:
+        TypeError, ValueError: rewards of another shape or dtype, or a number outside what is listed above.
+
+    Source: Shao et al., DeepSeekMath, arXiv 2402.03300, section 4.1.2. The standard deviation is that of a sample.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 3.0, 1.0]), group_size=2, normalize=False)
+    tensor([ 0.5000, -0.5000,  1.0000, -1.0000])
+    """
+    checks.check_count("group_size", group_size)
+    checks.check_number("epsilon", epsilon, "a finite number > 0", lambda x: x > 0)
+    checks.check_bool("normalize", normalize)
+    checks.check_float_tensor("rewards", rewards)
+    if rewards.ndim != 1 or len(rewards) % group_size:
+        raise ValueError(
+            f"rewards: got shape {tuple(rewards.shape)}, expected (B,) with B a multiple of group_size={group_size}"
+        )
+    if normalize and group_size < 2:
+        raise ValueError(f"group_size: got {group_size}, expected at least 2 samples to normalize")
+    groups = rewards.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if normalize:
+        centred = centred / (groups.std(1, keepdim=True) + epsilon)
+    return centred.reshape(-1)
+
+
+def _check(
+    clip: float,
+    clip_high: float,
+    entropy_coefficient: float,
+    top_entropy: float,
+    kl_coefficient: float,
+    ref_log_prob: Tensor | None,
+) -> None:
+    for name, value in (("clip", clip), ("clip_high", clip_high), ("kl_coefficient", kl_coefficient)):
+        checks.check_number(name, value, "a finite number >= 0", lambda x: x >= 0)
+    checks.check_number("entropy_coefficient", entropy_coefficient, "a finite number", lambda x: True)
+    checks.check_number("top_entropy", top_entropy, "a number in (0, 1]", lambda x: 0 < x <= 1)
+    if kl_coefficient and ref_log_prob is None:
+        raise ValueError(f"ref_log_prob: got None with kl_coefficient={kl_coefficient}, expected log-probabilities")
+    if ref_log_prob is not None and not kl_coefficient:
+        raise ValueError("kl_coefficient: got 0 with ref_log_prob, expected a number > 0")
+
+
+def _beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any, *, of_sequence: bool = False) -> Tensor:
+    """``x`` of the results' shape and dtype, 0 at ignored tokens; or one number a sequence, if it may be that."""
+    if of_sequence and isinstance(x, Tensor) and x.shape == log_prob.shape[:-1] != log_prob.shape:
+        x = x[..., None].expand(log_prob.shape)
+    checks.check_floats(name, x, tuple(log_prob.shape), "the results' shape", log_prob)
+    return x.to(log_prob.dtype).masked_fill(~in_use, 0)
+
+
+def _among_largest(entropy: Tensor, in_use: Tensor, share: float) -> Tensor:
+    """Bool: tokens whose entropy is at least that of the ``share`` N-th largest; nothing waits for a GPU."""
+    ranked = entropy.flatten().sort(descending=True).values  # ignored tokens have 0, and come last
+    # In millionths, exactly: 0.1 * 30 is 3, where floating point may say a little more and round up to 4.
+    k = (in_use.sum() * round(share * 10**6) + 10**6 - 1) // 10**6
+    threshold = ranked.gather(0, (k - 1).clamp(min=0)[None])
+    return (entropy >= threshold) & in_use

@@ -1,0 +1,150 @@
+"""Losses of whole sequences: their log-probability, pass@N coverage, direct preference optimisation.
+
+``e`` is (..., L, D) and ``targets`` (..., L): one value comes out for each sequence along L. Prompts and padding are
+``ignore_index``; with ``shift=1`` a sequence holds its prompt and predicts itself. A sequence without any token in use
+costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cce import checks
+from cce.losses.call import Call, Options
+from cce.losses.slopes import with_slope
+from cce.reduction import reduce
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def sequence_log_prob(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[Options]) -> Tensor:
+    """The log-probability of each sequence, the sum over its tokens.
+
+    Args:
+        e, c, targets: (..., L, D), (V, D), (..., L).
+        **options: :class:`Options`.
+
+    Returns:
+        Tensor: (...), differentiable.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.terms`; ``targets`` are a single number.
+
+    >>> sequence_log_prob(torch.eye(3), torch.eye(3), torch.tensor([0, 1, -100]))
+    tensor(-1.1029)
+    """
+    return -_nll(_call(e, c, targets, options, "none"))
+
+
+def pass_at_n(
+    e: Tensor, c: Tensor, targets: Tensor, *, n: int, reduction: str = "mean", **options: Unpack[Options]
+) -> Tensor:
+    """Direct coverage optimisation: ``-log(1 - (1 - p)^n)``, p being the probability of a whole sequence.
+
+    ``1 - (1 - p)^n`` is the probability that at least one of n samples is this sequence. Sequences that n samples would
+    find anyway count less than in the cross-entropy, which is ``n=1``.
+
+    Args:
+        e, c, targets: (..., L, D), (V, D), (..., L); (..., 1) where each token is an answer of its own.
+        n: samples, at least 1.
+        reduction: "mean" or "sum" over the sequences, or "none".
+        **options: :class:`Options`.
+
+    Returns:
+        Tensor: a scalar, or with "none" (...), one value a sequence.
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``n`` is not a positive int.
+
+    Source: Chen et al., Rethinking Fine-Tuning when Scaling Test-Time Compute: Limiting Confidence Improves
+        Mathematical Reasoning, NeurIPS 2025, arXiv 2502.07154.
+
+    >>> pass_at_n(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 2]), n=4)
+    tensor(0.5584)
+    """
+    checks.check_count("n", n)
+    call = _call(e, c, targets, options, reduction)
+    return reduce(with_slope(_coverage, _nll(call), n), call.in_use.any(-1), reduction)
+
+
+def _coverage(nll: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """-log(1 - (1 - p)^n) and its derivative n (1 - p)^(n - 1) p / (1 - (1 - p)^n)."""
+    if n == 1:
+        return nll, torch.ones_like(nll)
+    p = torch.exp(-nll)
+    log_rest = torch.where(p < 0.5, torch.log1p(-p), torch.log(-torch.expm1(-nll)))
+    # (1 - (1 - p)^n) / p goes to n as p goes to 0, which it is in a long sequence; the loss is still finite.
+    gain = torch.where(p > torch.finfo(p.dtype).tiny, -torch.expm1(n * log_rest) / p, n)
+    missed = torch.exp(n * log_rest)
+    value = torch.where(missed > 0.5, nll - gain.log(), -torch.log1p(-missed))
+    return value, n * torch.exp((n - 1) * log_rest) / gain
+
+
+def dpo(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    ref_log_prob: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    **options: Unpack[Options],
+) -> Tensor:
+    """Direct preference optimisation: ``-log sigmoid(h)``, h being how much more than the reference the policy prefers.
+
+    ``h = beta (log p(chosen) - log ref(chosen) - log p(rejected) + log ref(rejected))``. Both halves of the batch are
+    one pass over the classifier.
+
+    Args:
+        e, c: (2 B, L, D), (V, D).
+        targets: (2 B, L): the B chosen sequences, then the B rejected ones in the same order.
+        ref_log_prob: (2 B,) of the reference model, :func:`sequence_log_prob` of its hidden states and head.
+        beta: above 0.
+        label_smoothing: in [0, 0.5): probability that a preference is noted the wrong way round.
+        reduction: "mean" or "sum" over the pairs, or "none".
+        **options: :class:`Options`.
+
+    Returns:
+        Tensor: a scalar, or with "none" (B,).
+
+    Raises:
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``targets`` are no pairs, ``ref_log_prob`` has
+            another shape, or a number is outside what is listed above.
+
+    Source: Rafailov et al., Direct Preference Optimization, NeurIPS 2023, arXiv 2305.18290, equation 7; label
+        smoothing: Mitchell, A note on DPO with noisy preferences, 2023.
+
+    >>> e, targets = torch.eye(4).view(2, 2, 4), torch.tensor([[0, 1], [3, 2]])
+    >>> dpo(e, torch.eye(4), targets, ref_log_prob=torch.zeros(2), beta=1.0)
+    tensor(0.1269)
+    """
+    checks.check_number("beta", beta, "a finite number > 0", lambda x: x > 0)
+    checks.check_number("label_smoothing", label_smoothing, "a number in [0, 0.5)", lambda x: 0 <= x < 0.5)
+    call = _call(e, c, targets, options, reduction)
+    if targets.ndim != 2 or len(targets) % 2:
+        raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected (2 B, L), chosen then rejected")
+    checks.check_floats("ref_log_prob", ref_log_prob, tuple(targets.shape[:1]), "one a sequence", e)
+    nll = _nll(call)
+    chosen, rejected = (-nll - ref_log_prob.to(nll.dtype)).chunk(2)
+    h = beta * (chosen - rejected)
+    value = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+    first, second = call.in_use.any(-1).chunk(2)
+    return reduce(value, first | second, reduction)
+
+
+def _call(e: Tensor, c: Tensor, targets: Tensor, options: Options, reduction: str) -> Call:
+    call = Call.of(e, c, targets, options, reduction=reduction)
+    if targets.ndim < 1:
+        raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected (..., L)")
+    return call
+
+
+def _nll(call: Call) -> Tensor:
+    """(...) of each sequence."""
+    return call.nll().sum(-1)
