@@ -122,8 +122,8 @@ def check_options(options: Mapping[str, Any], accepted: Iterable[str] = tuple(Op
     """Names, and the values that a recipe might use before :func:`cce.terms` sees them."""
     checks.check_option_names(options, accepted)
     values = {**SHARED_DEFAULTS, **options}
-    del values["bias"], values["vocab_parallel"]
-    checks.check_options(**values)
+    shared = {name: x for name, x in values.items() if name not in ("bias", "vocab_parallel")}
+    checks.check_options(**shared)
 
 
 def tempered(options: Mapping[str, Any], temperature: float) -> dict[str, Any]:

@@ -337,7 +337,7 @@ def recipes(group: dist.ProcessGroup) -> dict[str, list[float]]:
         return losses.focal(e, c, whole.targets, **options)
 
     def unlikelihood(e: Tensor, c: Tensor, **options: Any) -> Tensor:
-        return losses.unlikelihood(e, c, whole.targets, negatives, **options)
+        return losses.unlikelihood(e, c, whole.targets, negatives=negatives, **options)
 
     found = {}
     for recipe in (focal, unlikelihood):
