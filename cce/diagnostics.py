@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cce import checks, ops, registry
 from cce.errors import BackendUnavailable
-from cce.functional import LOSS_OPTIONS, autocast, wanted_gradients
+from cce.flat import autocast, wanted_gradients
+from cce.functional import LOSS_OPTIONS
 from cce.order import mean_logit_order
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import rows_in_use

@@ -18,7 +18,7 @@ from cce.backends.triton.tuning import Runner, Timer, Trial
 from cce.backends.triton.work import Work
 from cce.diagnostics import explain
 from cce.errors import BackendUnavailable
-from cce.functional import autocast
+from cce.flat import autocast
 from cce.order import mean_logit_order
 from cce.problem import EXTRA_OUTPUTS, Inputs, Problem
 from cce.rows import own_dtypes
