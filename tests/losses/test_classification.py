@@ -45,9 +45,14 @@ RECIPES: list[tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, floa
     *((losses.dice, dice, {"alpha": a, "gamma": g}) for a, g in ((0, 1.0), (0.5, 0.3), (1, 1), (2.5, 0))),
     (losses.z_loss, z_loss, {"coefficient": 0.3}),
 ]
-each_recipe = pytest.mark.parametrize(
-    ("recipe", "dense", "own"), RECIPES, ids=[f"{r.__name__}-{'-'.join(map(str, o.values()))}" for r, _, o in RECIPES]
-)
+
+
+def each(rows: list[tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, float]]]) -> pytest.MarkDecorator:
+    names = [f"{recipe.__name__}-{'-'.join(map(str, own.values()))}" for recipe, _, own in rows]
+    return pytest.mark.parametrize(("recipe", "dense", "own"), rows, ids=names)
+
+
+each_recipe = each(RECIPES)
 
 
 @each_recipe
@@ -148,7 +153,7 @@ def test_values_and_slopes_in_60_digits(name: str, constants: tuple[float, ...],
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("size", [100.0, 1e4])
-@pytest.mark.parametrize(("recipe", "dense", "own"), [row for row in RECIPES if row[2].get("tau", 1) >= 1], ids=str)
+@each([row for row in RECIPES if row[2].get("tau", 1) >= 1])
 def test_certain_tokens(recipe: Any, dense: Any, own: dict[str, float], size: float, dtype: torch.dtype) -> None:
     """p = 1 and p = 0 in the dtype: loss and gradients are finite numbers.
 
