@@ -7,9 +7,10 @@ instead of a product. So LoRA on the head needs no code here: PEFT's layer adds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -74,33 +75,50 @@ def without_logits(head: nn.Module, call: Call) -> Iterator[None]:
 
     Its attribute ``forward`` is replaced, not hooked: a DataParallel replica shares its hooks with all others.
     """
-    forward, own = head.forward, head.__dict__.get("forward")
-    linear = innermost(head)
-
-    def stand_in(*args: Any, **kwargs: Any) -> Logits:
-        with _Products(linear, call):
-            found = forward(*args, **kwargs)
-        if not isinstance(found, Logits):
-            raise TypeError(
-                f"model: the output head {type(head).__name__} of {call.owner} returned {type(found).__name__}, not a "
-                "product by torch.nn.functional.linear with a weight of one row a vocabulary entry"
-            )
-        return found
-
-    stand_in._cce_stand_in = True  # type: ignore[attr-defined]
+    stand_in = _STAND_INS.setdefault(head, _Forward())
+    stand_in.forward, stand_in.linear, stand_in.call = head.forward, innermost(head), call
+    had, own = "forward" in head.__dict__, head.__dict__.get("forward")
     head.__dict__["forward"] = stand_in
     try:
         yield
     finally:
-        if own is None:
-            del head.__dict__["forward"]
-        else:
+        stand_in.clear()
+        if had:
             head.__dict__["forward"] = own
+        else:
+            del head.__dict__["forward"]
 
 
 def is_replaced(head: nn.Module) -> bool:
     """Whether ``head`` is inside :func:`without_logits` already."""
-    return hasattr(head.__dict__.get("forward"), "_cce_stand_in")
+    return isinstance(head.__dict__.get("forward"), _Forward)
+
+
+class _Forward:
+    """The forward of a head during a call of its model."""
+
+    forward: Callable[..., Any]
+    linear: nn.Module
+    call: Call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Logits:
+        with _Products(self.linear, self.call):
+            found = self.forward(*args, **kwargs)
+        if not isinstance(found, Logits):
+            raise TypeError(
+                f"model: the output head of {self.call.owner} returned {type(found).__name__}, expected a product by "
+                "torch.nn.functional.linear with a weight of one row a vocabulary entry"
+            )
+        return found
+
+    def clear(self) -> None:
+        """Keeps nothing of the model alive."""
+        del self.forward, self.linear, self.call
+
+
+# One object a head, not one a call: torch.compile would compile the model anew for each.
+_STAND_INS: MutableMapping[nn.Module, _Forward] = WeakKeyDictionary()
 
 
 class _Products(TorchFunctionMode):

@@ -157,13 +157,7 @@ def _wrap(patched: _Patch, forward: Callable[..., Any], signature: inspect.Signa
         if (args[position] if len(args) > position else kwargs.get("labels")) is None:
             _warn_once(patched, type(self).__name__)
             return original(self, *args, **kwargs)
-        head = find_head(self)
-        if is_replaced(head):  # by a patched forward whose super().forward this is
-            return original(self, *args, **kwargs)
-        call = Call(type(self).__name__, patched.options)
-        with without_logits(head, call):
-            output = original(self, *args, **kwargs)
-        return _finished(output, call)
+        return _train(self, patched, args, kwargs)
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(wrapper, name, getattr(forward, name, getattr(wrapper, name)))
@@ -173,6 +167,18 @@ def _wrap(patched: _Patch, forward: Callable[..., Any], signature: inspect.Signa
     wrapper.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]
     setattr(wrapper, _MARK, patched)
     return wrapper
+
+
+@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+def _train(model: nn.Module, patched: _Patch, args: Any, kwargs: Any) -> Any:
+    """The forward without logits; torch.compile passes it by and compiles what it calls, up to the head."""
+    head = find_head(model)
+    if is_replaced(head):  # by a patched forward whose super().forward this is
+        return patched.original(model, *args, **kwargs)
+    call = Call(type(model).__name__, patched.options)
+    with without_logits(head, call):
+        output = patched.original(model, *args, **kwargs)
+    return _finished(output, call)
 
 
 def _finished(output: Any, call: Call) -> Any:
@@ -193,9 +199,9 @@ def _warn_once(patched: _Patch, owner: str) -> None:
         return
     patched.warned = True
     warnings.warn(
-        f"{owner} is patched by cce, but was called in training without labels, so it computes its logits. Trainer takes "
-        "the labels away with compute_loss_func, and with label_smoothing_factor: use patch(model, label_smoothing=...) "
-        "instead of that.",
+        f"{owner} is patched by cce, but was called in training without labels, so it computes its logits. Trainer "
+        "takes the labels away with compute_loss_func, and with label_smoothing_factor: use "
+        "patch(model, label_smoothing=...) instead of that.",
         stacklevel=3,
     )
 

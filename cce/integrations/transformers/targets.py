@@ -57,7 +57,8 @@ def find_target(model: Any) -> Target:
             break
         found = inside
     if isinstance(found, base) or (isinstance(found, type) and issubclass(found, base)):
-        return found
+        target: Target = found
+        return target
     got = f"the class {found.__name__}" if isinstance(found, type) else f"an instance of {type(found).__name__}"
     raise TypeError(f"model: got {got}, expected a transformers.PreTrainedModel or a class of them")
 
@@ -67,7 +68,7 @@ def name_of(target: Target) -> str:
     return target.__name__ if isinstance(target, type) else type(target).__name__
 
 
-def _pretrained_model() -> type:
+def _pretrained_model() -> type[nn.Module]:
     """transformers' base class; imported when the first model comes, which has imported it already."""
     try:
         import transformers
@@ -77,5 +78,5 @@ def _pretrained_model() -> type:
         ) from error
     if int(transformers.__version__.partition(".")[0]) < 5:
         raise ImportError(f"transformers: got version {transformers.__version__}, expected 5 or later")
-    found: type = transformers.PreTrainedModel
+    found: type[nn.Module] = transformers.PreTrainedModel
     return found
