@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from cce.checks import FLOATS
 from cce.functional import autocast
-from cce.integrations.transformers.logits import Call, Logits, Product
+from cce.integrations.transformers.logits import Call, Logits
+from cce.integrations.transformers.product import Product
 
 
 def find_head(model: nn.Module) -> nn.Module:
@@ -36,7 +37,7 @@ def find_head(model: nn.Module) -> nn.Module:
         )
     reason = unsupported(head)
     if reason:
-        raise TypeError(f"model: the output head of {owner} is {type(head).__name__}: {reason}")
+        raise TypeError(f"model: the output head of {owner} ({type(head).__name__}) {reason}")
     return head
 
 
@@ -44,14 +45,14 @@ def unsupported(head: nn.Module) -> str | None:
     """Why the products of ``head`` cannot be followed; None if they can."""
     linear = innermost(head)
     if not isinstance(linear, nn.Linear):
-        return f"{type(linear).__name__} at its core, expected torch.nn.Linear"
+        return f"has no torch.nn.Linear at its core but a {type(linear).__name__}, expected a linear head"
     if linear.weight.dtype not in FLOATS:
-        return f"its weight is quantised ({linear.weight.dtype}), expected bfloat16, float16, float32 or float64"
+        return f"is quantised ({linear.weight.dtype}), expected bfloat16, float16, float32 or float64"
     variants = sorted(
         {type(x).__name__ for layer in _layers(head) for x in getattr(layer, "lora_variant", {}).values()}
     )
     if variants:
-        return f"the LoRA variant {', '.join(variants)}, which is no sum of low-rank products, expected plain LoRA"
+        return f"has a {', '.join(variants)}, which is no sum of low-rank products, expected plain LoRA"
     return None
 
 
@@ -65,8 +66,7 @@ def _layers(head: nn.Module) -> Iterator[nn.Module]:
     while layer is not None:
         yield layer
         # LoraLayer; ModulesToSaveWrapper, whose copy in training has the shape of the original.
-        inside = layer._modules.get("base_layer") or layer._modules.get("original_module")
-        layer = inside
+        layer = layer._modules.get("base_layer") or layer._modules.get("original_module")
 
 
 @contextmanager

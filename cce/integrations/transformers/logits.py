@@ -1,4 +1,4 @@
-"""A stand-in for a model's logits: a tensor without elements that knows of which product they would be.
+"""A stand-in for a model's logits: a tensor without elements that knows which product they would be.
 
 Between its head and its loss a model scales its logits, caps them, casts them and changes their shape. Each of these
 operations reaches ``Logits.__torch_function__``, where a rule turns it into another stand-in: nothing is computed
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.functional import loss
+from cce.integrations.transformers.product import Product
 
 SUPPORTED = (
     "products and quotients with numbers, tanh, casts, an added bias, contiguous, changes of shape that leave the "
@@ -39,33 +39,6 @@ class Call:
     losses: int = 0
 
 
-@dataclass(frozen=True)
-class Product:
-    """``z = scale * (e c^T + bias)``, or ``cap * tanh`` of it.
-
-    Attributes:
-        e: (..., D).
-        c: (V, D).
-        bias: (V,) or None.
-        scale: what the product was multiplied with, before tanh.
-        cap: what tanh was multiplied with; None without tanh.
-    """
-
-    e: Tensor
-    c: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
-
-    def times(self, factor: float) -> Product:
-        if self.cap is None:
-            return replace(self, scale=self.scale * factor)
-        return replace(self, cap=self.cap * factor)
-
-    def with_rows(self, e: Tensor) -> Product:
-        return replace(self, e=e)
-
-
 class Logits(Tensor):
     """A tensor with the shape, dtype and device of the logits, and a :class:`Product` instead of elements."""
 
@@ -74,9 +47,8 @@ class Logits(Tensor):
 
     @staticmethod
     def __new__(cls, product: Product, dtype: torch.dtype, call: Call) -> Logits:
-        shape = (*product.e.shape[:-1], product.c.shape[0])
         # requires_grad stays False: the graph runs through e and c, not through the stand-in.
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=product.e.device)
+        self = torch.Tensor._make_wrapper_subclass(cls, product.shape, dtype=dtype, device=product.e.device)
         self.product, self.call = product, call
         return self
 
@@ -101,12 +73,12 @@ class Logits(Tensor):
         raise TypeError(_refusal(str(func), args, kwargs or {}))
 
     def like(self, product: Product, dtype: torch.dtype | None = None) -> Logits:
+        """What another product stands for, in the same call."""
         return Logits(product, dtype or self.dtype, self.call)
 
 
 def _refusal(name: str, args: Any, kwargs: Any) -> str:
-    found = [x for x in (*args, *kwargs.values()) if isinstance(x, Logits)]
-    owner = found[0].call.owner if found else "the model"
+    owner = next(x.call.owner for x in (*args, *kwargs.values()) if isinstance(x, Logits))
     given = ", ".join([*map(_brief, args), *(f"{key}={_brief(x)}" for key, x in kwargs.items())])
     return (
         f"model: {owner} calls {name}({given}) on its logits, which a patched model does not compute in training, "
@@ -130,33 +102,24 @@ METADATA = frozenset(
 )
 
 
-def _scaled(x: Any, factor: Any) -> Any:
-    """By a number, or by a tensor of one element (a learned scale), which multiplies the rows of ``e``."""
+def _mul(x: Any, factor: Any) -> Any:
+    """By a number, or by a tensor of one element: a learned scale."""
+    if not isinstance(x, Logits):
+        x, factor = factor, x
     if isinstance(factor, Real):
         return x.like(x.product.times(float(factor)))
-    if not isinstance(factor, Tensor) or isinstance(factor, Logits) or factor.numel() != 1 or factor.ndim > x.ndim:
+    one = isinstance(factor, Tensor) and not isinstance(factor, Logits) and factor.numel() == 1
+    if not one or factor.ndim > x.ndim or x.product.cap is not None:
         return NotImplemented
-    product, factor = x.product, factor.reshape(())
-    if product.cap is not None:
+    return x.like(x.product.times_tensor(factor.reshape(())))
+
+
+def _div(x: Any, divisor: Any, *, rounding_mode: str | None = None) -> Any:
+    if not isinstance(x, Logits) or isinstance(divisor, Logits) or rounding_mode is not None:
         return NotImplemented
-    bias = None if product.bias is None else product.bias * factor
-    return x.like(replace(product, e=product.e * factor, bias=bias))
-
-
-def _mul(x: Any, other: Any) -> Any:
-    return _scaled(x, other) if isinstance(x, Logits) else _scaled(other, x)
-
-
-def _div(x: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
-    if not isinstance(x, Logits) or rounding_mode is not None or isinstance(other, Logits):
-        return NotImplemented
-    if isinstance(other, Real) and other == 0:
-        raise ValueError(f"model: {x.call.owner} divides its logits by {other!r}, expected a number other than 0")
-    return _scaled(x, 1 / other)
-
-
-def _neg(x: Logits) -> Logits:
-    return x.like(x.product.times(-1.0))
+    if isinstance(divisor, Real) and divisor == 0:
+        raise ValueError(f"model: {x.call.owner} divides its logits by {divisor!r}, expected a number other than 0")
+    return _mul(x, 1 / divisor)
 
 
 def _tanh(x: Logits) -> Any:
@@ -164,36 +127,19 @@ def _tanh(x: Logits) -> Any:
 
 
 def _add(x: Any, other: Any, *, alpha: float = 1) -> Any:
-    """A second product, as a LoRA head has, or a bias."""
+    """A second product, as LoRA heads have, or a bias."""
     if not isinstance(x, Logits):
         x, other = other, x
-    if x.product.cap is not None or alpha != 1:
+    if x.product.cap is not None or alpha != 1 or not isinstance(other, Tensor):
         return NotImplemented
     if isinstance(other, Logits):
-        return _sum(x, other)
+        if x.shape != other.shape or other.product.cap is not None:
+            return NotImplemented
+        return x.like(x.product.plus(other.product), torch.promote_types(x.dtype, other.dtype))
     v = x.shape[-1]
-    if not isinstance(other, Tensor) or not 1 <= other.ndim <= x.ndim or other.shape[-1] != v or other.numel() != v:
+    if not 1 <= other.ndim <= x.ndim or other.shape[-1] != v or other.numel() != v:
         return NotImplemented
-    bias = other.reshape(-1) / x.product.scale
-    before = x.product.bias
-    return x.like(replace(x.product, bias=bias if before is None else before + bias))
-
-
-def _sum(x: Logits, other: Logits) -> Any:
-    """``x w^T + h b^T`` is one product, ``[x, h] [w, b]^T``: exact, also if ``h`` went through dropout.
-
-    It is made in the dtype of the wider part, which for LoRA is the frozen weight: a float32 adapter must not
-    make a float32 copy of a bf16 vocabulary.
-    """
-    if x.shape != other.shape or other.product.cap is not None:
-        return NotImplemented
-    parts = [x.product, other.product]
-    dtype = max(parts, key=lambda part: part.c.shape[1]).c.dtype
-    e = torch.cat([(part.e if part.scale == 1 else part.e * part.scale).to(dtype) for part in parts], dim=-1)
-    c = torch.cat([part.c.to(dtype) for part in parts], dim=1)
-    biases = [part.bias * part.scale for part in parts if part.bias is not None]
-    bias = sum(biases[1:], biases[0]) if biases else None
-    return x.like(Product(e, c, bias), torch.promote_types(x.dtype, other.dtype))
+    return x.like(x.product.plus_bias(other.reshape(-1)))
 
 
 def _cast_to(dtype: torch.dtype) -> Callable[[Logits], Logits]:
@@ -201,17 +147,16 @@ def _cast_to(dtype: torch.dtype) -> Callable[[Logits], Logits]:
     return lambda x: x.like(x.product, dtype)
 
 
-def _to(x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of the forms of ``Tensor.to`` those that leave the device."""
-    dtype, device = x.dtype, x.device
+def _to(x: Logits, *args: Any, **kwargs: Any) -> Any:
+    """The forms of ``Tensor.to`` that leave the device."""
     wanted = {**{("dtype" if isinstance(arg, torch.dtype) else "device"): arg for arg in args[:2]}, **kwargs}
     for key in ("non_blocking", "copy", "memory_format"):
         wanted.pop(key, None)
-    if isinstance(wanted.get("device"), Tensor):
-        other = wanted.pop("device")
-        dtype, device = other.dtype, other.device
-    dtype = wanted.pop("dtype", None) or dtype
-    device = torch.device(wanted.pop("device", None) or device)
+    place = wanted.pop("device", None)
+    if isinstance(place, Tensor):
+        return _to(x, place.device, place.dtype)
+    device = x.device if place is None else torch.device(place)
+    dtype = wanted.pop("dtype", None) or x.dtype
     same = device.type == x.device.type and device.index in (None, x.device.index)
     return x.like(x.product, dtype) if same and not wanted and dtype.is_floating_point else NotImplemented
 
@@ -226,37 +171,34 @@ def _same(x: Logits, **_: Any) -> Logits:
 
 def _reshape(x: Logits, *shape: Any) -> Any:
     """Only if the vocabulary stays the last dimension: then it is a reshape of the rows of ``e``."""
-    sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    v, d = x.shape[-1], x.product.e.shape[-1]
-    if not sizes or isinstance(sizes[0], torch.dtype):
+    sizes = tuple(shape[0]) if shape and isinstance(shape[0], (tuple, list)) else shape
+    if not sizes or not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
         return NotImplemented
+    v, e = x.shape[-1], x.product.e
     if sizes[-1] != v:
         raise ValueError(
             f"vocab_size: {x.call.owner} gives its logits of shape {tuple(x.shape)} the shape {sizes}, expected the "
             f"head's {v} entries last; is config.vocab_size that of the head?"
         )
-    return x.like(x.product.with_rows(x.product.e.reshape(*sizes[:-1], d)))
+    return x.like(replace(x.product, e=e.reshape(*sizes[:-1], e.shape[-1])))
 
 
 def _flatten(x: Logits, start_dim: int = 0, end_dim: int = -1) -> Any:
     end_dim %= x.ndim
     if end_dim == x.ndim - 1:
         return NotImplemented
-    return x.like(x.product.with_rows(x.product.e.flatten(start_dim, end_dim)))
+    return x.like(replace(x.product, e=x.product.e.flatten(start_dim, end_dim)))
 
 
 def _getitem(x: Logits, index: Any) -> Any:
     """Slices; that of the last dimension leaves out entries of the vocabulary."""
     parts = list(index) if isinstance(index, tuple) else [index]
-    if any(not isinstance(part, slice) and part is not Ellipsis for part in parts) or parts.count(Ellipsis) > 1:
+    if not all(isinstance(part, slice) or part is Ellipsis for part in parts) or parts.count(Ellipsis) > 1:
         return NotImplemented
-    missing = [slice(None)] * (x.ndim - len(parts) + parts.count(Ellipsis))
     at = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
-    parts[at : at + 1] = missing
-    *rows, entries = parts
-    product = x.product
-    bias = None if product.bias is None else product.bias[entries]
-    return x.like(replace(product, e=product.e[tuple(rows)] if rows else product.e, c=product.c[entries], bias=bias))
+    parts[at : at + 1] = [slice(None)] * (x.ndim - len(parts) + parts.count(Ellipsis))
+    product = x.product.entries(parts[-1])
+    return x.like(replace(product, e=product.e[tuple(parts[:-1])]))
 
 
 def _cross_entropy(
@@ -274,41 +216,27 @@ def _cross_entropy(
     if not isinstance(x, Logits) or x.ndim != 2 or old_style or target.is_floating_point():
         return NotImplemented
     _check_present(x)
-    of_model: dict[str, Any] = {}
-    if weight is not None:
-        of_model["weight"] = weight
-    if label_smoothing:
-        of_model["label_smoothing"] = label_smoothing
-    options = dict(x.call.options)
-    for name in of_model.keys() & options.keys():
-        raise ValueError(f"{name}: got {options[name]!r} in patch, but {x.call.owner} has one: {of_model[name]!r}")
+    options, of_model = dict(x.call.options), {"weight": weight, "label_smoothing": label_smoothing or None}
     if options.get("weight") is not None:
         options["weight"] = options["weight"].to(x.device)
-    product = x.product
-    cap = product.cap
+    for name, value in of_model.items():
+        if value is not None and name in options:
+            raise ValueError(f"{name}: got {options[name]!r} in patch, expected none, as {x.call.owner} has {value!r}")
+        if value is not None:
+            options[name] = value
     x.call.losses += 1
-    value = loss(
-        product.e,
-        product.c,
-        target,
-        product.bias,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        softcap=cap,
-        logit_scale=product.scale if cap is None else product.scale * cap,
-        **of_model,
-        **options,
-    )
-    return value.to(x.dtype)  # as F.cross_entropy's
+    found = x.product.loss(target, ignore_index=ignore_index, reduction=reduction, **options)
+    return found.to(x.dtype)  # as F.cross_entropy's
 
 
 def _check_present(x: Logits) -> None:
     """A sharding library may have taken the gathered weight back when the head's call was over."""
     c = x.product.c
-    if c.numel() != x.shape[-1] * x.product.e.shape[-1] or (c.untyped_storage().nbytes() == 0 and c.numel()):
+    if c.shape[0] != x.shape[-1] or (c.numel() and not c.untyped_storage().nbytes()):
         raise ValueError(
             f"model: the head's weight of {x.call.owner} was released after the head's forward, expected one that is "
-            "there until the loss; do not shard the head as a unit of its own (FSDP: leave it in the root's unit)"
+            "there until the loss; leave the head to the root's unit of FSDP, or shard it with "
+            "reshard_after_forward=False"
         )
 
 
@@ -318,7 +246,6 @@ RULES: dict[str, Callable[..., Any]] = {
     "div": _div,
     "divide": _div,
     "true_divide": _div,
-    "neg": _neg,
     "tanh": _tanh,
     "add": _add,
     "to": _to,
