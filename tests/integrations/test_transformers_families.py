@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tiny_models import BASE, FAMILIES, V, assert_same_step, error, make_batch, make_class, make_model, step
+from tiny_models import FAMILIES, V, assert_same_step, error, make_batch, make_class, make_model, step
 from transformers import Trainer, TrainingArguments
 
 import cce
@@ -163,5 +163,3 @@ def test_trainer(family: str, tmp_path: Path) -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
     assert found_evaluation["eval_loss"] == pytest.approx(evaluation["eval_loss"], rel=1e-5)
     assert found_logits.shape == logits.shape == (8, 10, V)
-
-

@@ -40,7 +40,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Not asked for, but other forms of a head: divided logits, a bias, a loss of its own that does not shift.
     "granite": ("GraniteForCausalLM", "Granite", {"logits_scaling": 3.0}),
     "phi": ("PhiForCausalLM", "Phi", {}),
-    "bart": ("BartForCausalLM", "Bart", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "dropout": 0.0}),
+    "bart": (
+        "BartForCausalLM",
+        "Bart",
+        {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "dropout": 0.0},
+    ),
 }
 
 

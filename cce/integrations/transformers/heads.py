@@ -26,18 +26,18 @@ def find_head(model: nn.Module) -> nn.Module:
     """The module that makes the logits.
 
     Raises:
-        TypeError: there is none, or it is no linear layer with a weight of plain numbers; the message says which.
+        ValueError: there is none, or it is no linear layer with a weight of plain numbers; the message says which.
     """
     owner = type(model).__name__
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     if head is None:
-        raise TypeError(
+        raise ValueError(
             f"model: {owner} has no output head (get_output_embeddings() gives None), expected a linear one"
         )
     reason = unsupported(head)
     if reason:
-        raise TypeError(f"model: the output head of {owner} ({type(head).__name__}) {reason}")
+        raise ValueError(f"model: the output head of {owner} ({type(head).__name__}) {reason}")
     return head
 
 
@@ -106,7 +106,7 @@ class _Forward:
         with _Products(self.linear, self.call):
             found = self.forward(*args, **kwargs)
         if not isinstance(found, Logits):
-            raise TypeError(
+            raise ValueError(
                 f"model: the output head of {self.call.owner} returned {type(found).__name__}, expected a product by "
                 "torch.nn.functional.linear with a weight of one row a vocabulary entry"
             )
@@ -141,7 +141,7 @@ class _Products(TorchFunctionMode):
             return None
         if type(weight) not in (Tensor, nn.Parameter):
             kind = f"{type(weight).__module__}.{type(weight).__name__}"
-            raise TypeError(
+            raise ValueError(
                 f"model: the head's weight of {self.call.owner} is a {kind} (sharded or quantised?), "
                 "expected a plain tensor with all rows when the head is called"
             )

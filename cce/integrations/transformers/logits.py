@@ -65,12 +65,13 @@ class Logits(Tensor):
                 return func(*args, **kwargs)
         found = RULES[name](*args, **kwargs) if name in RULES else NotImplemented
         if found is NotImplemented:
-            raise TypeError(_refusal(name, args, kwargs))
+            # Not a TypeError: Python's operators would turn it into one of their own.
+            raise ValueError(_refusal(name, args, kwargs))
         return found
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(_refusal(str(func), args, kwargs or {}))
+        raise ValueError(_refusal(str(func), args, kwargs or {}))
 
     def like(self, product: Product, dtype: torch.dtype | None = None) -> Logits:
         """What another product stands for, in the same call."""
@@ -78,7 +79,9 @@ class Logits(Tensor):
 
 
 def _refusal(name: str, args: Any, kwargs: Any) -> str:
-    owner = next(x.call.owner for x in (*args, *kwargs.values()) if isinstance(x, Logits))
+    values = [*args, *kwargs.values()]
+    values += [x for group in values if isinstance(group, (list, tuple)) for x in group]
+    owner = next((x.call.owner for x in values if isinstance(x, Logits)), "the model")
     given = ", ".join([*map(_brief, args), *(f"{key}={_brief(x)}" for key, x in kwargs.items())])
     return (
         f"model: {owner} calls {name}({given}) on its logits, which a patched model does not compute in training, "
@@ -89,6 +92,8 @@ def _refusal(name: str, args: Any, kwargs: Any) -> str:
 def _brief(x: Any) -> str:
     if isinstance(x, Logits):
         return f"logits {tuple(x.shape)}"
+    if isinstance(x, (list, tuple)):
+        return f"[{', '.join(map(_brief, x))}]"
     return f"tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
@@ -221,7 +226,7 @@ def _cross_entropy(
         options["weight"] = options["weight"].to(x.device)
     for name, value in of_model.items():
         if value is not None and name in options:
-            raise ValueError(f"{name}: got {options[name]!r} in patch, expected none, as {x.call.owner} has {value!r}")
+            raise ValueError(f"{name}: got one in patch, expected none, as {x.call.owner} has one of its own")
         if value is not None:
             options[name] = value
     x.call.losses += 1

@@ -57,8 +57,9 @@ def patch(model: Model, **options: Any) -> Model:
         ``model`` itself.
 
     Raises:
-        TypeError, ValueError: the model cannot be patched, is patched already, or an option is bad; the message says
-            what is missing. What a model does with its logits is seen in the first training step, which raises then.
+        TypeError: not a model of transformers, or a bad option.
+        ValueError: the model cannot be patched, or is already; the message says what is missing. What a model does
+            with its logits is seen in the first training step, which raises then.
         ImportError: transformers is not installed, or older than 5.
 
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025, section 4.
@@ -75,7 +76,7 @@ def patch(model: Model, **options: Any) -> Model:
     forward = target.forward
     signature = inspect.signature(forward)
     if "labels" not in signature.parameters:
-        raise TypeError(
+        raise ValueError(
             f"model: {name_of(target)}.forward has no argument labels, expected a model that computes a loss"
         )
     own = "forward" in vars(target)
@@ -95,7 +96,8 @@ def unpatch(model: Model) -> Model:
         ``model`` itself.
 
     Raises:
-        TypeError, ValueError: it is not patched, or another library has wrapped the patched forward since.
+        TypeError: not a model of transformers.
+        ValueError: it is not patched, or another library has wrapped the patched forward since.
 
     >>> unpatch(torch.nn.Linear(2, 3))
     Traceback (most recent call last):
@@ -184,7 +186,7 @@ def _train(model: nn.Module, patched: _Patch, args: Any, kwargs: Any) -> Any:
 def _finished(output: Any, call: Call) -> Any:
     """``output`` with None where the stand-in was."""
     if not call.losses:
-        raise TypeError(
+        raise ValueError(
             f"model: {call.owner} got labels but computed no loss from its head's logits by "
             "torch.nn.functional.cross_entropy, expected a causal language model's loss"
         )
