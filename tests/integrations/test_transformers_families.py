@@ -57,7 +57,9 @@ def test_bf16(family: str) -> None:
 @every_family
 def test_evaluation_and_generation(family: str) -> None:
     """Bit for bit, in evaluation and, as some generate while they train, in training without gradients."""
-    model, batch = make_model(family), make_batch()
+    # Until some release after 5.12, generate fails with router logits.
+    model = make_model(family, **({"output_router_logits": False} if family == "mixtral" else {}))
+    batch = make_batch()
     tokens = batch["input_ids"][:, :5]
 
     def results() -> list[Any]:

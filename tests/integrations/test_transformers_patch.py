@@ -318,9 +318,20 @@ def test_compile() -> None:
         patch(compiled)
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Trainer has set its process-wide state, in other tests."""
+    state = pytest.importorskip("accelerate.state")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_accelerate() -> None:
     """Its mixed precision wraps the forward; unwrap_model leaves the patched one."""
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     model = make_model()
     exact = step(model)
