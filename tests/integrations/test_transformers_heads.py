@@ -22,11 +22,11 @@ pytestmark = [
 ]
 
 
-def compare(model: Any, **options: Any) -> tuple[Step, Step]:
+def compare(model: Any, *, amp: bool = False, **options: Any) -> tuple[Step, Step]:
     """A step with and one without the patch."""
-    expected = step(model)
+    expected = step(model, amp=amp)
     patch(model, **options)
-    found = step(model)
+    found = step(model, amp=amp)
     unpatch(model)
     assert found.output.logits is None and expected.output.logits is not None
     return found, expected
@@ -49,6 +49,18 @@ def test_bias() -> None:
     found, expected = compare(make_model("phi"))
     assert found.gradients["lm_head.bias"].norm() > 0.01
     assert_same_step(found, expected)
+
+
+def products_of(model: Any) -> list[Any]:
+    """What the head's stand-ins will stand for."""
+    seen: list[Any] = []
+
+    def look(head: Any, _: Any, output: Any) -> None:
+        if hasattr(output, "product"):
+            seen.append(output.product)
+
+    model.get_output_embeddings().register_forward_hook(look)
+    return seen
 
 
 def make_lora(base: Any = None, adapters: int = 1, **options: Any) -> Any:
@@ -116,7 +128,9 @@ def test_float32_lora_on_a_bf16_head() -> None:
     """As PEFT makes it. At most twice the error of the model's own loss, against float32."""
     model = make_lora(make_model().bfloat16(), target_modules=["lm_head"])
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    seen = products_of(model)
     found, dense = compare(model)
+    assert [(x.c.dtype, x.e.dtype, x.c.shape[1]) for x in seen] == [(torch.bfloat16, torch.bfloat16, 32 + 4)]
     exact = step(model.float())
     for name, gradient in exact.gradients.items():
         assert error(found.gradients[name], gradient) <= 2 * error(dense.gradients[name], gradient)
@@ -127,11 +141,33 @@ def test_autocast() -> None:
     """The head's product is made in bf16, as F.linear would; weights and gradients are float32."""
     model = make_model()
     exact = step(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, dense = compare(model)
+    seen = products_of(model)
+    found, dense = compare(model, amp=True)
+    assert [(x.c.dtype, x.e.dtype) for x in seen] == [(torch.bfloat16, torch.bfloat16)]
     assert found.loss.dtype == torch.float32
     for name, gradient in exact.gradients.items():
         assert 1e-4 < error(found.gradients[name], gradient) <= 2 * error(dense.gradients[name], gradient)
+
+
+class Float32(nn.Linear):
+    """A head that autocast does not reach."""
+
+    def forward(self, x: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def test_a_head_without_autocast() -> None:
+    """Nor does it reach the loss: a product in bf16 would be far from the model's own."""
+    found, expected = compare(with_head(Float32(32, V, bias=False)), amp=True)
+    assert error(found.loss, expected.loss) < 1e-6
+    assert error(found.gradients["lm_head.weight"], expected.gradients["lm_head.weight"]) < 1e-5
+
+
+def test_a_loss_of_bf16_logits_under_autocast() -> None:
+    """BART does not cast its logits; autocast computes cross_entropy in float32."""
+    found, expected = compare(make_model("bart"), amp=True)
+    assert found.loss.dtype == expected.loss.dtype == torch.float32
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}], ids=["dora"])

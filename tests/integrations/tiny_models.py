@@ -89,11 +89,12 @@ def make_batch(rows: int = 3) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": labels}
 
 
-def step(model: nn.Module, **inputs: Any) -> Step:
-    """Forward and backward; the same random numbers each time."""
+def step(model: nn.Module, *, amp: bool = False, **inputs: Any) -> Step:
+    """Forward (with ``amp`` under autocast) and backward; the same random numbers each time."""
     model.zero_grad()
     torch.manual_seed(3)
-    output = model(**{**make_batch(), **inputs})
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        output = model(**{**make_batch(), **inputs})
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Step(output, output.loss.detach(), gradients)

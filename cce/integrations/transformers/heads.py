@@ -7,10 +7,10 @@ instead of a product. So LoRA on the head needs no code here: PEFT's layer adds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +75,12 @@ def without_logits(head: nn.Module, call: Call) -> Iterator[None]:
 
     Its attribute ``forward`` is replaced, not hooked: a DataParallel replica shares its hooks with all others.
     """
-    stand_in = _STAND_INS.setdefault(head, _Forward())
-    stand_in.forward, stand_in.linear, stand_in.call = head.forward, innermost(head), call
     had, own = "forward" in head.__dict__, head.__dict__.get("forward")
-    head.__dict__["forward"] = stand_in
+    # An object, not a function: torch.compile compiles the model anew for each new function.
+    head.__dict__["forward"] = _Forward(head.forward, innermost(head), call)
     try:
         yield
     finally:
-        stand_in.clear()
         if had:
             head.__dict__["forward"] = own
         else:
@@ -94,6 +92,7 @@ def is_replaced(head: nn.Module) -> bool:
     return isinstance(head.__dict__.get("forward"), _Forward)
 
 
+@dataclass
 class _Forward:
     """The forward of a head during a call of its model."""
 
@@ -111,14 +110,6 @@ class _Forward:
                 "torch.nn.functional.linear with a weight of one row a vocabulary entry"
             )
         return found
-
-    def clear(self) -> None:
-        """Keeps nothing of the model alive."""
-        del self.forward, self.linear, self.call
-
-
-# One object a head, not one a call: torch.compile would compile the model anew for each.
-_STAND_INS: MutableMapping[nn.Module, _Forward] = WeakKeyDictionary()
 
 
 class _Products(TorchFunctionMode):

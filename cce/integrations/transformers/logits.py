@@ -230,8 +230,11 @@ def _cross_entropy(
         if value is not None:
             options[name] = value
     x.call.losses += 1
-    found = x.product.loss(target, ignore_index=ignore_index, reduction=reduction, **options)
-    return found.to(x.dtype)  # as F.cross_entropy's
+    device = x.device.type
+    with torch.autocast(device, enabled=False):  # what it casts was cast when the head was called
+        found = x.product.loss(target, ignore_index=ignore_index, reduction=reduction, **options)
+    # As F.cross_entropy's, which autocast computes in float32.
+    return found.to(torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(device) else x.dtype)
 
 
 def _check_present(x: Logits) -> None:
