@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +166,13 @@ def test_refused_after_tanh() -> None:
     for use in (lambda: z + x.bias, lambda: z + z, lambda: z * x.factor):
         with pytest.raises(ValueError, match="on its logits"):
             use()
+
+
+def test_the_import_needs_no_transformers() -> None:
+    """Only patch does, and it says so (test_transformers_patch.py)."""
+    code = "import sys, cce.integrations.transformers; print('transformers' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
 
 
 def test_bad_numbers() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
-import transformers
 from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers")
 
 V = 203
 LENGTH = 12
