@@ -168,7 +168,7 @@ def test_certain_tokens(recipe: Any, dense: Any, own: dict[str, float], size: fl
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("recipe", "dense", "own"), [row for row in RECIPES if row[2].get("tau", 2) > 1], ids=str)
+@each([row for row in RECIPES if row[2].get("tau", 2) > 1])
 def test_a_masked_target(recipe: Any, dense: Any, own: dict[str, float]) -> None:
     """A target of probability 0 costs what the formula has there, which may be infinite; no gradient is NaN."""
     e, c = torch.eye(3).requires_grad_(), torch.eye(3).requires_grad_()
@@ -191,7 +191,7 @@ NUMBERS = {
 BAD = [(recipe, name, x) for recipe, all in NUMBERS.items() for name, several in all.items() for x in several]
 
 
-@pytest.mark.parametrize(("recipe", "name", "value"), BAD, ids=str)
+@pytest.mark.parametrize(("recipe", "name", "value"), BAD, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_bad_numbers(recipe: Any, name: str, value: Any) -> None:
     own = {"tau": 1.0} if recipe is losses.comp_sum else {}
     with pytest.raises((TypeError, ValueError), match=f"^{name}: got .*expected"):
