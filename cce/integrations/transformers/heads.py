@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cce.checks import FLOATS
-from cce.functional import autocast
+from cce.flat import autocast
 from cce.integrations.transformers.logits import Call, Logits
 from cce.integrations.transformers.product import Product
 

@@ -25,7 +25,6 @@ def check_options(options: dict[str, Any]) -> None:
         logit_scale=1.0,
         backend=options.get("backend", "auto"),
         spec=options.get("spec"),
-        vocab_parallel=None,
     )
     checks.check_loss_options(
         reduction="mean",
@@ -33,15 +32,16 @@ def check_options(options: dict[str, Any]) -> None:
         z_loss=options.get("z_loss", 0.0),
         weight=None,
         token_weight=None,
-        c=torch.empty(1, 1),
+        v=None,
         lead=torch.Size(),
+        device=torch.device("cpu"),
     )
 
 
 def check_weight(weight: Any, head: nn.Module | None) -> None:
     """Class weights: (V,) if the head is known; of a class the first training step tells."""
-    known: Any = weight if head is None else head.weight
-    checks.check_class_weight(weight, int(known.shape[0]) if getattr(known, "ndim", 0) else 0)
+    known: Any = None if head is None else head.weight
+    checks.check_class_weight(weight, None if known is None else int(known.shape[0]))
 
 
 def find_target(model: Any) -> Target:
