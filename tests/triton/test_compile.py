@@ -67,9 +67,6 @@ SETTINGS = {
     "filtered-by-mass": Setting(case({"filter": "tile", "compensate": False})),
 }
 
-#: Refused by the GPU, and so a mistake of the launch code.
-TOO_LARGE = {("sm_90", "filtered-wide-blocks")}
-
 
 @pytest.fixture(autouse=True, scope="module")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -90,10 +87,8 @@ IEEE = ("exact-float32", "filtered-float32")  # no matrix unit has these product
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
-def test_compiles(architecture: Architecture, name: str, request: pytest.FixtureRequest) -> None:
+def test_compiles(architecture: Architecture, name: str) -> None:
     """Products are the matrix unit's, boxes are loaded as such, shared memory suffices, few registers are spilled."""
-    if (str(architecture), name) in TOO_LARGE:
-        request.applymarker(pytest.mark.xfail(reason="shared memory does not suffice"))
     wrong = [
         f"{kernel.name}: {line}"
         for kernel in compiled(name, architecture)

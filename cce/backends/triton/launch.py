@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cce.backends.triton.sizes import BLOCKS_N, LEAST_COLUMNS
+from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, LEAST_COLUMNS
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -187,10 +187,14 @@ def fitted(launch: Launch, problem: Problem, spec: Spec) -> Launch:
     if problem.maps(spec):
         forward = replace(forward, columns=max(spec.block_v, forward.columns))
     flat = sparse.flatten and plain and spec.block_n == BLOCKS_N[-1]
+    # The widest block is stored from twice the shared memory of two narrower ones: what a stage takes.
+    stages = min(sparse.stages, 3) if spec.block_v == BLOCKS_V[-1] else sparse.stages
     return replace(
         launch,
         forward=forward,
-        sparse=replace(sparse, rows=spec.block_n, columns=max(spec.block_v, sparse.columns), flatten=flat),
+        sparse=replace(
+            sparse, rows=spec.block_n, columns=max(spec.block_v, sparse.columns), stages=stages, flatten=flat
+        ),
         # One kernel has both products: it is launched with the warps of dc.
         de=replace(de, rows=spec.block_n, depth=min(de.depth, spec.block_v), warps=dc.warps),
         dc=replace(dc, rows=min(dc.rows, spec.block_v), depth=min(dc.depth, spec.block_n)),
