@@ -178,10 +178,10 @@ def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None) -> Outputs
     prediction = None
     if found.prediction is not None:
         best, entry = rest
-        first = torch.tensor([sum(part.sizes[:rank]) for rank in range(len(part.sizes))], device=lse.device)
         rank = best.argmax(0)  # the first, where they tie
-        entry = entry.contiguous().view(integer).gather(0, rank[None])[0]
-        prediction = entry.to(torch.int64) + first[rank]
+        prediction = entry.contiguous().view(integer).gather(0, rank[None])[0].to(torch.int64)
+        for before, size in enumerate(part.sizes[:-1]):  # nothing is copied to a GPU, which would wait
+            prediction = prediction + size * (rank > before)
     return Outputs(lse, target_logits, entropy, weighted, prediction)
 
 
