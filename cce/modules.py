@@ -20,7 +20,7 @@ class LinearCrossEntropy(nn.Module):
 
     Args:
         in_features: D.
-        out_features: V.
+        out_features: V; with ``vocab_parallel`` the entries of this process.
         bias: adds a learnable (V,) bias.
         device, dtype: of the parameters.
         **options: the keyword options of :func:`cce.loss`, for example ``softcap``, ``spec`` or ``backend``.
@@ -49,7 +49,9 @@ class LinearCrossEntropy(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        checks.check_class_weight(options.get("weight"), out_features)
+        # Of a split vocabulary ``out_features`` are this process's entries, class weights those of all.
+        split = options.get("vocab_parallel") is not None
+        checks.check_class_weight(options.get("weight"), None if split else out_features)
         # Class weights follow the module to its device; they are no part of a head's state dict.
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", options.pop("weight", None), persistent=False)

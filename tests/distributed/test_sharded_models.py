@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import Workers
-from splits import data, relative_errors
+from splits import data, relative_errors, split_of
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -76,6 +76,28 @@ def module(group: dist.ProcessGroup) -> list[float]:
 
 def test_module(workers: Workers) -> None:
     for errors in workers.run(module, ranks=3):
+        assert max(errors) <= 1e-12
+
+
+def module_of_a_part(group: dist.ProcessGroup) -> list[float]:
+    """A head of this rank's entries, with class weights of all."""
+    whole = data()
+    part, split = split_of(group, whole)
+    options = {"weight": whole.class_weight, "label_smoothing": 0.1}
+    head = cce.LinearCrossEntropy(
+        whole.c.shape[1], len(whole.c[part]), dtype=torch.float64, vocab_parallel=split, **options
+    )
+    head.load_state_dict({"weight": whole.c[part]})
+    loss = head(whole.e, whole.targets)
+    loss.backward()
+    c = whole.c.clone().requires_grad_()
+    alone = cce.loss(whole.e, c, whole.targets, **options)
+    alone.backward()
+    return relative_errors([loss.detach(), head.weight.grad], [alone.detach(), c.grad[part]])
+
+
+def test_module_of_a_part(workers: Workers) -> None:
+    for errors in workers.run(module_of_a_part, ranks=2):
         assert max(errors) <= 1e-12
 
 
