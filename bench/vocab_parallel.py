@@ -195,8 +195,6 @@ def cost(run: Step, problem: Problem, rounds: int, together: bool) -> Row:
         run()
         wait(cuda)
         peak = torch.cuda.max_memory_allocated() - before
-    elif together:
-        run()  # as often as on a GPU
     numbers = torch.tensor([statistics.median(times), float(peak)], dtype=torch.float64, device=problem.device)
     if together:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)

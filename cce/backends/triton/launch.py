@@ -1,8 +1,8 @@
 """Launch configurations: what changes the speed of the kernels and nothing else.
 
 One frozen dataclass, and one factory that owns the heuristics. The figures for sm_90 were measured
-(docs/performance-notes.md); those of the other architectures compile without spills and were never timed.
-``choice.py`` puts in their place what the user has tuned.
+(docs/performance-notes.md); those of the other architectures compile and were never timed. What spills registers is in
+tests/triton/spills.py. ``choice.py`` puts in their place what the user has tuned.
 """
 
 from __future__ import annotations
