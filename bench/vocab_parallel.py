@@ -124,6 +124,13 @@ def measured(name: str, problem: Problem, options: argparse.Namespace) -> Iterat
         )
         found = run()
         row = cost(run, problem, options.rounds, together=True) | {"sent_mib": traffic(problem, dense, ranks) / 2**20}
+        if not dense:
+            # The same part as a head of its own: what is left when nothing is exchanged.
+            part_alone = step(e, c, targets % len(c), backend, mode, None)
+            row["parts_ms"] = cost(part_alone, problem, options.rounds, together=True)["ms"]
+            row["exchange_ms"] = cost(exchange(problem, ranks), problem, options.rounds, together=True)["ms"]
+            exposed = row["ms"] - row["parts_ms"]
+            row["overlap"] = min(1.0, max(0.0, 1 - exposed / row["exchange_ms"]))
         every = gathered_rows(found[-1], cuts)
         if rank == 0:
             row |= compared(row, found, every, alone.get((backend, mode)), ranks)
@@ -171,6 +178,20 @@ def dense_step(e: Tensor, c: Tensor, targets: Tensor, first: int) -> Step:
         de = (factor @ c).float()
         dist.all_reduce(de)
         return loss, de.to(e.dtype), factor.T @ e
+
+    return run
+
+
+def exchange(problem: Problem, ranks: int) -> Step:
+    """The collectives of a step alone: what a token's numbers and float32 dE take."""
+    numbers = torch.zeros(problem.n, 2, device=problem.device)
+    every = torch.zeros(ranks * problem.n, 2, device=problem.device)
+    de = torch.zeros(problem.n, problem.d, device=problem.device)
+
+    def run() -> tuple[Tensor, ...]:
+        dist.all_gather_into_tensor(every, numbers)
+        dist.all_reduce(de)
+        return (de,)
 
     return run
 
@@ -245,8 +266,8 @@ def compared(
 def show(rows: list[Row]) -> None:
     """The record as a table."""
     names = (
-        "shape", "backend", "mode", "ms", "alone_ms", "efficiency", "peak_mib", "alone_peak_mib", "sent_mib",
-        "gap_loss", "gap_de", "gap_dc",
+        "shape", "backend", "mode", "ms", "alone_ms", "efficiency", "parts_ms", "exchange_ms", "overlap", "peak_mib",
+        "alone_peak_mib", "sent_mib", "gap_loss", "gap_de", "gap_dc",
     )  # fmt: skip
     table = Table(*names, title=f"{dist.get_world_size()} processes")
     for row in rows:

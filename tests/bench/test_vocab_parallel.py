@@ -30,3 +30,4 @@ def test_two_processes(tmp_path: Path) -> None:
     assert max(exact["gap_loss"], exact["gap_de"], exact["gap_dc"]) < 1e-5
     assert filtered["gap_loss"] < 1e-6 and 1e-5 < filtered["gap_de"] < 0.05  # other tiles are live
     assert all(row["ms"] > 0 and row["sent_mib"] > 0 for row in rows.values())
+    assert all(row["parts_ms"] > 0 and row["exchange_ms"] > 0 and 0 <= row["overlap"] <= 1 for row in (exact, filtered))
