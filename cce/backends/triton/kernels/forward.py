@@ -147,15 +147,16 @@ def forward_kernel(
             N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
             ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
 
-    # Store: one number a row and split.
-    tl.store(split_max + kept, m, mask=rows < N)
-    tl.store(split_sum + kept, s, mask=rows < N)
+    # Store: one number a row and split, in the layout of the product's rows, whose lanes hold copies.
+    inside = rows < N
+    store_as_held(split_max + kept, m, inside)
+    store_as_held(split_sum + kept, s, inside)
     if ENTROPY:
-        tl.store(split_gap + kept, gap, mask=rows < N)
+        store_as_held(split_gap + kept, gap, inside)
     if WEIGHTED:
-        tl.store(split_weighted + kept, weighted, mask=rows < N)
+        store_as_held(split_weighted + kept, weighted, inside)
     if PREDICTION:
-        tl.store(split_best + kept, best, mask=rows < N)
+        store_as_held(split_best + kept, best, inside)
 
 
 @triton.jit
