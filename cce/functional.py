@@ -179,11 +179,12 @@ def loss(
     )
     coefficients = _class_weighted(flat, weight)
     of_tokens = None if token_weight is None else _token_weights(flat, token_weight)
-    total = None
+    in_use, total = flat.targets >= 0, None  # (M, K)
     if reduction == "mean":
-        total = _total(flat, coefficients if weight is not None and target_weight is None else None, of_tokens)
+        of_target = coefficients if weight is not None and target_weight is None else None
+        total = _total(flat, in_use, of_target, of_tokens)
     if reduction != "none" and not label_smoothing and not z_loss:
-        value = _in_one_pass(flat, coefficients, of_tokens, total)
+        value = _in_one_pass(flat, in_use, coefficients, of_tokens, total)
         if value is not None:
             return value
     rows = run(flat, ("weighted_logit",), _smoothing(flat, weight)) if label_smoothing else run(flat)
@@ -222,7 +223,7 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
 
 
 def _in_one_pass(
-    flat: Flat, coefficients: Tensor | None, of_tokens: Tensor | None, total: Tensor | None
+    flat: Flat, in_use: Tensor, coefficients: Tensor | None, of_tokens: Tensor | None, total: Tensor | None
 ) -> Tensor | None:
     """The sum (mean) of the losses with their gradients computed along with it; None where that is not to be had.
 
@@ -236,7 +237,7 @@ def _in_one_pass(
     )
     if call is None:
         return None
-    weights = flat.targets >= 0 if coefficients is None else coefficients
+    weights = in_use if coefficients is None else coefficients
     if of_tokens is not None:
         weights = weights * of_tokens[:, None]
     # Of a count, and of a mean over nothing, which is NaN, too.
@@ -249,12 +250,15 @@ def _token_weights(flat: Flat, token_weight: Tensor) -> Tensor:
     return shifted(token_weight, flat.shift, token_weight.ndim, 0).reshape(-1).to(flat.wide)
 
 
-def _total(flat: Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Tensor:
+def _total(flat: Flat, in_use: Tensor, of_target: Tensor | None, of_tokens: Tensor | None) -> Tensor:
     """What "mean" divides by."""
-    in_use = flat.targets[:, 0] >= 0 if flat.coefficients is None else (flat.targets >= 0).any(1)
     weights = of_tokens
     if of_target is not None:
         weights = of_target[:, 0] if of_tokens is None else of_target[:, 0] * of_tokens
+    if flat.coefficients is not None:
+        in_use = in_use.any(1)
+    elif weights is not None:
+        in_use = in_use[:, 0]
     return reductions.total(in_use, weights, flat.wide)
 
 

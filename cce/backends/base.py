@@ -80,6 +80,10 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"backend {self.name!r} has no pass that computes gradients along with the loss")
 
+    def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+        """``sum_ik weights_ik (lse_i - z[i, targets_ik])`` of what :meth:`loss_and_gradients` found: a scalar."""
+        return (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
+
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         """Multiplies the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor of one number.
 

@@ -75,6 +75,10 @@ class TritonBackend(Backend):
     ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
         return _kernels().loss_and_gradients(inputs, problem, spec, weights)
 
+    def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+        found: Tensor = _kernels().value(outputs, weights)
+        return found
+
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         _kernels().scale(gradients, factor)
 

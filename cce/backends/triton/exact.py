@@ -14,15 +14,16 @@ from cce.backends.triton.kernels.gradient import dense_kernel
 from cce.backends.triton.operands import matrix
 from cce.backends.triton.repeat import Repeated
 from cce.backends.triton.sizes import cdiv, pitch
+from cce.backends.triton.used import rows_with_target
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
-from cce.rows import rows_in_use, rows_of, used_rows
+from cce.rows import rows_of, used_rows
 from cce.spec import Spec
 
 
 def exact(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """The gradients; rows without a target are left out, which takes one question to the GPU.
+    """The gradients; rows without a target are left out, which takes one question to the GPU (``used.py``).
 
     While a CUDA graph is captured nothing can be asked: then such rows are computed as zeros. In what order the
     vocabulary is taken makes no difference here.
@@ -32,7 +33,7 @@ def exact(
         e = torch.where(used_rows(inputs)[:, None], inputs.e, 0)
         inputs = replace(inputs, e=e)
         return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
-    rows, targets = rows_in_use(inputs.targets, inputs.in_use)
+    rows, targets = rows_with_target(inputs.targets, inputs.in_use)
     if rows is None:
         return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
     if len(rows) == 0:

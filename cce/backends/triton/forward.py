@@ -14,6 +14,7 @@ from cce.backends.triton.kernels.compensation import mean_rows_kernel
 from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
 from cce.backends.triton.operands import gather
 from cce.backends.triton.sizes import cdiv, power_of_two
+from cce.backends.triton.used import ask
 from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
 from cce.rows import used_rows
 from cce.spec import Spec
@@ -26,6 +27,8 @@ _TILES = ("tile_lse", "tile_max", "tile_entropy")
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
     """Outputs of all rows in use; 0 (-1 for the prediction) of the others. Fills ``maps``."""
+    if problem.needs_grad and spec.filter == "none":
+        ask(inputs.targets)
     call = Call.of(inputs, problem, spec)
     in_use = used_rows(inputs)
     target_logits = target_logits_of(call, inputs.targets)
@@ -83,8 +86,8 @@ def _target_kernel(call: Call, c: Tensor, bias: Tensor | None, targets: Tensor, 
     formula = {**call.formula(), "BIAS": bias is not None}
     block = min(1024, power_of_two(call.problem.d))
     target_kernel[(n, k)](
-        call.e, c, bias, targets.contiguous(), found, call.problem.d, k, call.e.stride(0), call.e.stride(1),
-        c.stride(0), c.stride(1), call.problem.logit_scale, call.softcap, **formula, BLOCK_D=block,
+        call.e, c, bias, targets.contiguous(), found, None, call.problem.d, k, call.e.stride(0), call.e.stride(1),
+        c.stride(0), c.stride(1), call.problem.logit_scale, call.softcap, **formula, COPY=False, BLOCK_D=block,
     )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from cce.backends.triton.filtered import filtered, live_tiles
 from cce.backends.triton.forward import forward as launch_forward
 from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
 from cce.backends.triton.onepass import multiply
+from cce.backends.triton.onepass import value as launch_value
+from cce.backends.triton.targets import prepare
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -35,6 +37,18 @@ def loss_and_gradients(
     """As :meth:`cce.backends.base.Backend.loss_and_gradients`."""
     with torch.cuda.device_of(inputs.e):
         return launch_one_pass(inputs, problem, spec, weights)
+
+
+def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+    """As :meth:`cce.backends.base.Backend.value`."""
+    with torch.cuda.device_of(weights):
+        return launch_value(outputs, weights)
+
+
+def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
+    """As :func:`cce.ops.prepare_targets`."""
+    with torch.cuda.device_of(targets):
+        return prepare(targets, v, ignore_index)
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:

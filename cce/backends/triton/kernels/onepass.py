@@ -111,6 +111,18 @@ def scale_kernel(
     tl.store(dz + where, x.to(dz.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["N"])
+def value_kernel(weights, lse, target_logits, value, N, K, BLOCK: tl.constexpr):
+    """value = sum_ik weights_ik (lse_i - target_logits_ik), in ascending order. One program."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N * K, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        inside = where < N * K
+        gap = tl.load(lse + where // K, mask=inside, other=0.0) - tl.load(target_logits + where, mask=inside, other=0.0)
+        total += tl.load(weights + where, mask=inside, other=0.0) * gap
+    tl.store(value, tl.sum(total, 0))
+
+
 @triton.jit
 def multiply_kernel(x, y, factor, x_size, y_size, SECOND: tl.constexpr, BLOCK: tl.constexpr):
     """x and y *= factor, contiguous tensors; most often the factor is 1, and nothing is done."""

@@ -89,8 +89,8 @@ def store_as_held(where, values, mask):
     """tl.store of float32 or int32 by the threads that hold them, even if several hold the same.
 
     tl.store would first spread the numbers over the threads, through shared memory and with barriers: per tile of the
-    product that costs more than the few bytes are worth, and copies of a number are all written to the same place there,
-    which a tool that looks for races cannot tell from one.
+    product that costs more than the few bytes are worth; and there all copies of a number are written to one place,
+    which a tool that looks for races reports.
     """
     if INTERPRETED:
         tl.store(where, values, mask=mask)
