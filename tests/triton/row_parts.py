@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+
 
 import torch
 import torch.nn.functional as F

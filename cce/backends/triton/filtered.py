@@ -204,7 +204,7 @@ class _Run:
             "MASK": problem.v % call.block_v != 0, "BLOCK_N": tile.rows, "TILE_V": tile.columns,
             "BLOCK_V": call.block_v, "BLOCK_D": tile.depth, "FLATTEN": tile.flatten,
         }  # fmt: skip
-        grid = (call.launch.programs,)
+        grid = (call.launch.programs_of(tile),)
         return Repeated(sparse_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
     def _products(self, de: Tensor | None, dc: Tensor | None) -> Repeated:
@@ -238,7 +238,7 @@ class _Run:
             "BLOCK_V": call.block_v, "E_BLOCK_D": of_e.columns, "E_BLOCK_K": of_e.depth, "E_STAGES": of_e.stages,
             "C_BLOCK_M": of_c.rows, "C_BLOCK_D": of_c.columns, "C_BLOCK_K": of_c.depth, "C_STAGES": of_c.stages,
         }  # fmt: skip
-        return Repeated(products_kernel, (call.launch.programs,), arguments, num_warps=of_c.warps)
+        return Repeated(products_kernel, (call.launch.programs_of(of_c),), arguments, num_warps=of_c.warps)
 
     def _dbias(self, dbias: Tensor) -> Repeated:
         """dbias of the chunk's entries."""
