@@ -159,6 +159,7 @@ def _call(case: Case) -> None:
     run.backward(inputs, problem, spec, outputs, maps, upstream)
     if TritonBackend().one_pass(problem, spec):
         outputs, gradients = run.loss_and_gradients(inputs, problem, spec, upstream.g)
+        run.mean_weights(inputs.targets)
         run.value(outputs, upstream.g)
         run.scale([x for x in vars(gradients).values() if x is not None], torch.ones(()))
 

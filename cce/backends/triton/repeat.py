@@ -35,14 +35,21 @@ class Repeated:
         self._versions: dict[tuple[Any, ...], _Version] = {}
 
     def __call__(self, **changed: Any) -> None:
-        plain = self._unspecialized
-        key = (*changed, *(_width(x) if name in plain else _kind(x) for name, x in changed.items()))
+        plain, given = self._unspecialized, list(changed.values())
+        kinds: list[Any] = list(changed)
+        for i, x in enumerate(given):
+            if isinstance(x, Tensor):  # the most frequent; a pointer is launched as a number
+                given[i] = x.data_ptr()
+                kinds += (x.device, x.dtype, given[i] % 16)
+            else:
+                kinds.append(_width(x) if kinds[i] in plain else _kind(x))
+        key = tuple(kinds)
         version = self._versions.get(key)
         if version is None:
             self._compile(key, changed)
             return
         values, places = version.values.copy(), self._places  # a copy: backward may run in several threads
-        for name, value in changed.items():
+        for name, value in zip(changed, given, strict=True):
             values[places[name]] = value
         version.launch(*values)
 
@@ -56,8 +63,6 @@ class Repeated:
 
 def _kind(x: Any) -> object:
     """What Triton compiles and loads for: equal kinds, one version. Integers by value, which tells more apart."""
-    if isinstance(x, Tensor):
-        return x.device, x.dtype, x.data_ptr() % 16
     if isinstance(x, TensorDescriptor):
         return x.base.device, x.base.dtype, *x.block_shape
     return type(x), x

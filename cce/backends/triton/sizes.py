@@ -11,6 +11,9 @@ BLOCKS_V = (16, 32, 64, 128, 256)
 #: Columns of the narrowest chunk of the exact backward: no tile of it may be wider.
 LEAST_COLUMNS = 256
 
+#: Targets that one program counts before operations of their own would be faster.
+MOST_WEIGHED = 2**14
+
 
 def cdiv(a: int, b: int) -> int:
     """``a / b`` rounded up. Triton's own wraps its arguments for the compiler, which takes ten times as long."""

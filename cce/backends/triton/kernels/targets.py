@@ -19,3 +19,17 @@ def targets_kernel(targets, out, v, ignore_index, size, BLOCK: tl.constexpr):
         counts = (target >= 0) & (target < v)
         tl.device_assert(counts | ignored, "cce: a target outside [0, V) that is not ignore_index", mask=inside)
         tl.store(out + where, tl.where(counts & (ignored == 0), target, -1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def weights_kernel(targets, out, size, BLOCK: tl.constexpr):
+    """out = 1 / how many targets are not -1, for these; 0 for the others. One program."""
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, size, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        total += (tl.load(targets + where, mask=where < size, other=-1) >= 0).to(tl.int32)
+    count = tl.sum(total, 0).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        used = (tl.load(targets + where, mask=where < size, other=-1) >= 0).to(tl.float32)
+        tl.store(out + where, tl.div_rn(used, count), mask=where < size)
