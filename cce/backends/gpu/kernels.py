@@ -3,9 +3,9 @@
 The host code owns the algorithm's order of steps, the memory, the plan of a filtered backward, and every product the
 library does as well (dense dE and dC). Kernels work on tiles. Conventions of all of them:
 
-- Matrices ``e`` and ``c`` are *aligned*: unit stride along D, base address and row pitch multiples of 16 bytes, D padded
-  with zeros to a multiple of 16 bytes, both in the products' dtype (bfloat16, float16 or float32). Row pitch and number
-  of rows are whatever they are; offsets need 64 bits.
+- Matrices ``e`` and ``c`` are *aligned*: unit stride along D, base address and row pitch multiples of 16 bytes, D
+  padded with zeros to a multiple of 16 bytes, both in the products' dtype (bfloat16, float16 or float32). Row pitch and
+  number of rows are whatever they are; offsets need 64 bits.
 - Sums are float32. float32 operands are multiplied as tf32 or in IEEE float32, as ``ieee`` says.
 - A *place* is a column's position in the vocabulary order; the entry there is ``order[place]``, or the place itself
   where there is no order.
@@ -65,12 +65,13 @@ class Formula:
 
 @dataclass(frozen=True)
 class Splits:
-    """Per split of the vocabulary and row: (S, N) each, contiguous. Split s of a window of C tiles has the tiles
-    ``s C // S`` to ``(s + 1) C // S``.
+    """Per split of the vocabulary and row: (S, N) each, contiguous.
+
+    Split s of a window of C tiles has the tiles ``s C // S`` to ``(s + 1) C // S``.
 
     Attributes:
         max, sum: m = largest logit, sum exp(z - m); -inf and 0 before the first tile.
-        gap: sum exp(z - m) (m - z), terms with exp(z - m) = 0 left out; or None. ``log sum + gap / sum`` is the entropy.
+        gap: sum exp(z - m) (m - z), terms with exp(z - m) = 0 left out; or None. The entropy is log sum + gap / sum.
         weighted: sum u_v z_v, terms with u_v = 0 left out; or None.
         best: int32, place of the first largest logit; or None.
     """
@@ -84,8 +85,10 @@ class Splits:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Per vocabulary block of ``spec.block_v`` places and row: (T', N) float32 each, contiguous. T' rows are there for
-    every whole tile of the forward, so a kernel may write the blocks of its last tile that have no columns.
+    """Per vocabulary block of ``spec.block_v`` places and row: (T', N) float32 each, contiguous.
+
+    T' rows are there for every whole tile of the forward: a kernel may write the blocks of its last tile that have no
+    columns.
 
     Attributes:
         lse: log-sum-exp of the block's logits, -inf where all are -inf.
@@ -125,8 +128,8 @@ class Rows:
 class Live:
     """A filtered backward, but for the number of the chunk; see :class:`cce.backends.gpu.plan.Plan` for its tables.
 
-    Row block b holds rows ``row_order[b BLOCK_N : (b + 1) BLOCK_N]``, block t the places from ``t BLOCK_V``; the last of
-    each may be short. Rows with ``keep`` False want no gradient: their dx is 0, and their ``e`` may be NaN.
+    Row block b holds rows ``row_order[b BLOCK_N : (b + 1) BLOCK_N]``, block t the places from ``t BLOCK_V``; the last
+    of each may be short. Rows with ``keep`` False want no gradient: their dx is 0, and their ``e`` may be NaN.
 
     Attributes:
         e: (N, D) aligned. sorted_rows: it is a copy in ``row_order``, with zeros where ``keep`` is False.
@@ -177,8 +180,8 @@ class Kernels(ABC):
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
         """out (N, K) float32: z[i, targets[i, k]], 0 where the target is -1.
 
-        Alone among all kernels it takes ``e`` (N, D) and ``c`` (V, D) as they are: any strides, any dtypes of the three,
-        ``targets`` (N, K) int64 contiguous, and a bias (V,) float32.
+        Alone among all kernels it takes ``e`` (N, D) and ``c`` (V, D) as they are: any strides, any of the three dtypes
+        each; ``targets`` are (N, K) int64, contiguous, and a bias (V,) float32.
         """
 
     @abstractmethod
@@ -202,7 +205,7 @@ class Kernels(ABC):
             first: a multiple of the forward's columns. Where it is not 0, each split goes on with what the split of the
                 same number holds.
             splits, tiles: what is written. ``spec.lse_accumulation`` is "online": a block's sums are taken about the
-                running maximum of the split, else ("two_pass") about its own.
+                running maximum of the split; "tile": about its own.
         """
 
     @abstractmethod

@@ -11,8 +11,8 @@ from torch import Tensor
 class Plan:
     """Which tiles each launch computes; int32 arrays on the device, contiguous.
 
-    A chunk is a run of whole vocabulary blocks, so that dC of its entries is complete with it; its live tiles have slots
-    in the scratch memory, numbered by row block and then by vocabulary block.
+    A chunk is a run of whole vocabulary blocks, so that dC of its entries is complete with it; its live tiles have
+    slots in the scratch memory, numbered by row block and then by vocabulary block.
 
     Attributes:
         chunks: launches, as many as the worst case takes; most find nothing to do.
