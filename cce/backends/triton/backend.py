@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
+from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, MOST_WEIGHED, least_scratch, logits_bytes
 from cce.backends.triton.device import capability_of
-from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, MOST_WEIGHED, least_scratch, logits_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList

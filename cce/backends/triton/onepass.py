@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.sizes import cdiv, pitch, power_of_two
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call, multiprocessors
 from cce.backends.triton.kernels.forward import target_kernel
@@ -24,7 +25,6 @@ from cce.backends.triton.kernels.onepass import (
 )
 from cce.backends.triton.operands import matrix, tma_ready
 from cce.backends.triton.repeat import Repeated
-from cce.backends.triton.sizes import cdiv, pitch, power_of_two
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.spec import Spec
 
