@@ -123,9 +123,9 @@ class Launch:
 _SM90 = Launch(
     forward=Tile(128, 256, 64, stages=4, flatten=True),
     dense=Tile(128, 256, 64, stages=3, flatten=True),
-    sparse=Tile(128, 256, 64, stages=4),
+    sparse=Tile(128, 256, 64, stages=3),
     de=Tile(128, 256, 64, stages=5),
-    dc=Tile(128, 256, 64, stages=7),
+    dc=Tile(128, 256, 64, stages=5),
     group_n=16,
     tma=True,
     programs=132,
