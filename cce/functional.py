@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +182,8 @@ def loss(
     of_tokens = None if token_weight is None else _token_weights(flat, token_weight)
     total = None
     if reduction == "mean":
-        total = _total(flat, coefficients if weight is not None and target_weight is None else None, of_tokens)
+        of_target = coefficients if weight is not None and target_weight is None else None
+        total = partial(_total, flat, of_target, of_tokens)
     if reduction != "none" and not label_smoothing and not z_loss:
         value = _in_one_pass(flat, coefficients, of_tokens, total)
         if value is not None:
@@ -197,7 +199,7 @@ def loss(
         per_token = per_token * of_tokens
     if reduction == "none":
         return unflatten(per_token, flat)
-    return per_token.sum() if total is None else per_token.sum() / total
+    return per_token.sum() if total is None else per_token.sum() / total()
 
 
 def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -222,11 +224,12 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
 
 
 def _in_one_pass(
-    flat: Flat, coefficients: Tensor | None, of_tokens: Tensor | None, total: Tensor | None
+    flat: Flat, coefficients: Tensor | None, of_tokens: Tensor | None, total: Callable[[], Tensor] | None
 ) -> Tensor | None:
     """The sum (mean) of the losses with their gradients computed along with it; None where that is not to be had.
 
-    Its weights must be known beforehand, and it is the caller's to multiply the gradients by one number only.
+    ``total`` makes what a mean divides by. The weights must be known beforehand, and it is the caller's to multiply the
+    gradients by one number only.
     """
     grads = wanted_gradients(flat.e, flat.c, flat.bias)
     if flat.part is not None or any(x is not None and x.requires_grad for x in (coefficients, of_tokens)):
@@ -236,11 +239,14 @@ def _in_one_pass(
     )
     if call is None:
         return None
-    weights = flat.targets >= 0 if coefficients is None else coefficients
-    if of_tokens is not None:
-        weights = weights * of_tokens[:, None]
-    # Of a count, and of a mean over nothing, which is NaN, too.
-    weights = weights.to(flat.wide) if total is None else weights / total
+    if total is not None and coefficients is None and of_tokens is None:
+        weights = call.backend.mean_weights(flat.targets, flat.wide)
+    else:
+        weights = flat.targets >= 0 if coefficients is None else coefficients
+        if of_tokens is not None:
+            weights = weights * of_tokens[:, None]
+        # Of a mean over nothing, which is NaN, too.
+        weights = weights.to(flat.wide) if total is None else weights / total()
     return onepass.weighted_loss(flat.e, flat.c, flat.bias, flat.targets, weights, call)
 
 

@@ -52,7 +52,7 @@ class Call:
             outputs, found = self.backend.loss_and_gradients(
                 Inputs(e, c, used, bias, rows), problem, self.spec, weights
             )
-            value = (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
+            value = self.backend.value(outputs, weights)
         return (value, *place_gradients(found, e, c, bias, rows))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from cce import reduction
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList, work_list
@@ -79,6 +81,15 @@ class Backend(ABC):
         do not count. Only where :meth:`one_pass` says so.
         """
         raise NotImplementedError(f"backend {self.name!r} has no pass that computes gradients along with the loss")
+
+    def mean_weights(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        """(N, K) the weights of :meth:`loss_and_gradients` in a mean: 1 / their number for targets, 0 for none."""
+        in_use = targets >= 0
+        return in_use / reduction.total(in_use, None, dtype)
+
+    def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+        """``sum_ik weights_ik (lse_i - z[i, targets_ik])`` of what :meth:`loss_and_gradients` found: a scalar."""
+        return (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
 
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         """Multiplies the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor of one number.

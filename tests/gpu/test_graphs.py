@@ -133,5 +133,6 @@ def test_nothing_waits_in_a_profile(name: str) -> None:
         if not any("Launch" in found for found in inside):
             pytest.skip("the profiler sees no launches here")
         waits = {found for found in inside if "Synchronize" in found}
-        copies = {event.name for event in events if "DtoH" in event.name}
+        # A copy to pinned memory goes on while the host does; who waits for it shows above.
+        copies = {event.name for event in events if "DtoH" in event.name and "Pinned" not in event.name}
         assert not waits | copies, f"{what}: {waits | copies}"

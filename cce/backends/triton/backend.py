@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, least_scratch, logits_bytes
+from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, MOST_WEIGHED, least_scratch, logits_bytes
+from cce.backends.triton.device import capability_of
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -34,7 +35,7 @@ class TritonBackend(Backend):
             return [*reasons, f"runs on CUDA devices (or interpreted, with TRITON_INTERPRET=1), not on {device!r}"]
         if torch.version.hip is not None:
             return [*reasons, "ROCm: not tried yet"]
-        major, minor = torch.cuda.get_device_capability()
+        major, minor = capability_of(torch.cuda.current_device())
         if major < 8:
             reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
         return reasons
@@ -74,6 +75,16 @@ class TritonBackend(Backend):
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
     ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
         return _kernels().loss_and_gradients(inputs, problem, spec, weights)
+
+    def mean_weights(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        if targets.numel() > MOST_WEIGHED or dtype != torch.float32:
+            return super().mean_weights(targets, dtype)
+        found: Tensor = _kernels().mean_weights(targets)
+        return found
+
+    def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+        found: Tensor = _kernels().value(outputs, weights)
+        return found
 
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         _kernels().scale(gradients, factor)

@@ -22,11 +22,13 @@ from cce.spec import Spec
 INTERPRETED = triton.knobs.runtime.interpret
 
 
+@lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Of the device; the interpreter runs what sm_90 would."""
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of the device; the interpreter has two programs, one after the other."""
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.sizes import cdiv
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weighted_rows, weights_of
 from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
-from cce.backends.triton.sizes import cdiv
 from cce.problem import Inputs, Outputs, Upstream
+from cce.rows import rows_of
 from cce.worklist import target_positions
 
 
@@ -37,6 +38,15 @@ class Formula:
         norm = norm_of(upstream, call.problem.dtype)
         place = target_positions(inputs).to(torch.int32).contiguous()
         return cls(outputs, scaled(upstream, call.problem.logit_scale, norm), norm, place)
+
+    def of_rows(self, rows: slice) -> Formula:
+        """The same of some rows."""
+        return replace(
+            self,
+            outputs=rows_of(self.outputs, rows),
+            upstream=rows_of(self.upstream, rows),
+            target_place=self.target_place[rows],
+        )
 
     def arguments(self) -> dict[str, Any]:
         """As the kernels take them."""

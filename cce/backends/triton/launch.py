@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, LEAST_COLUMNS
+from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, LEAST_COLUMNS
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -105,6 +105,10 @@ class Launch:
     measured: bool
     tuned: bool = False
 
+    def programs_of(self, tile: Tile) -> int:
+        """Of a persistent grid of this tile's kernel: two a multiprocessor where half its threads are a program's."""
+        return self.programs * (2 if tile.warps <= 4 else 1)
+
     def with_tiles(self, tiles: Mapping[str, Tile]) -> Launch:
         """This configuration with other tiles, by name."""
         changes: dict[str, Any] = {**tiles}
@@ -119,9 +123,9 @@ class Launch:
 _SM90 = Launch(
     forward=Tile(128, 256, 64, stages=4, flatten=True),
     dense=Tile(128, 256, 64, stages=3, flatten=True),
-    sparse=Tile(128, 256, 64, stages=4),
+    sparse=Tile(128, 256, 64, stages=3),
     de=Tile(128, 256, 64, stages=5),
-    dc=Tile(128, 256, 64, stages=7),
+    dc=Tile(128, 256, 64, stages=5),
     group_n=16,
     tma=True,
     programs=132,

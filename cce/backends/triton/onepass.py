@@ -1,20 +1,34 @@
-"""Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four."""
+"""Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four.
+
+Such problems are small, and their kernels short: the host's work counts. What is the same in every call with such
+arguments is made once (:class:`_Steps`), and what can be in a kernel is no operation of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.sizes import cdiv, pitch, power_of_two
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call, multiprocessors
-from cce.backends.triton.forward import target_logits_of
-from cce.backends.triton.kernels.onepass import join_kernel, multiply_kernel, scale_kernel, store_kernel
-from cce.backends.triton.operands import matrix
-from cce.backends.triton.sizes import cdiv, pitch
+from cce.backends.triton.kernels.forward import target_kernel
+from cce.backends.triton.kernels.onepass import (
+    join_kernel,
+    multiply_kernel,
+    scale_kernel,
+    store_kernel,
+    value_kernel,
+)
+from cce.backends.triton.operands import matrix, tma_ready
+from cce.backends.triton.repeat import Repeated
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.spec import Spec
+
+_MOST_STEPS = 64  # kept; a call needs one
 
 
 def loss_and_gradients(
@@ -22,53 +36,105 @@ def loss_and_gradients(
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
     call = Call.of(inputs, problem, spec)
-    n, width = problem.n, pitch(problem.v)
+    steps = _steps(call)
     a = weights[:, 0] if problem.k == 1 else weights.sum(1)
     norm = norm_of(Upstream(a, weights), problem.dtype)
     upstream = scaled(Upstream(a, weights), problem.logit_scale, norm)
-    a, g = upstream.a, upstream.g
+    targets = inputs.targets.contiguous()
+    target_logits, e = steps.target_logits(call, targets)
     # exp(z - m) lies in [0, 1], where float16 is finer than bfloat16; the gradient takes its place.
-    dz = call.empty(n, width, dtype=problem.dtype)
+    dz = call.empty(problem.n, pitch(problem.v), dtype=problem.dtype)
     q = dz if problem.dtype == torch.float32 else dz.view(torch.float16)
-    target_logits = target_logits_of(call, inputs.targets)
-    tile_max, lse = _store(call, inputs, q, target_logits)
-    tile, k = call.launch.dense, inputs.targets.shape[1]
-    rows = 16
-    scale_kernel[(len(tile_max), cdiv(n, rows))](
-        q, dz, tile_max, lse, target_logits, inputs.targets, a, g, n, problem.v, k, width,
-        TILE_V=tile.columns, BLOCK_N=rows,
+    tile_max, lse = steps.logits(call, q, target_logits, targets)
+    steps.scale(
+        q=q, dz=dz, tile_max=tile_max, lse=lse, target_logits=target_logits, targets=targets,
+        a=upstream.a.contiguous(), g=upstream.g.contiguous(),
     )  # fmt: skip
-    ignored = inputs.targets < 0 if problem.k == 1 else (inputs.targets < 0).all(1, keepdim=True)
-    return Outputs(lse, target_logits), _products(call, dz[:, : problem.v], ignored, norm)
+    return Outputs(lse, target_logits), _products(call, dz[:, : problem.v], e, norm)
 
 
-def _store(call: Call, inputs: Inputs[Tensor], q: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills q (N, V); the maxima (T, N) it is relative to, and lse (N,)."""
-    problem, launch, tile = call.problem, call.launch, call.launch.dense
-    n, k = inputs.targets.shape
-    t, blocks = cdiv(problem.v, tile.columns), cdiv(n, tile.rows)
-    tile_max, tile_sum, lse = call.empty(t, n), call.empty(t, n), call.empty(n)
-    store_kernel[(min(launch.programs, blocks * t),)](
-        **call.operands(tile, call.e), q=matrix(q, tile.rows, tile.columns, launch.tma), tile_max=tile_max,
-        tile_sum=tile_sum, N=n, V=problem.v, stride_q=q.stride(0), Q_TMA=launch.tma,
-        MASK=problem.v % tile.columns != 0, BLOCK_N=tile.rows, TILE_V=tile.columns, BLOCK_D=tile.depth,
-        GROUP_N=launch.group_n, FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
+class _Steps:
+    """The launches of a call: all that does not change as long as sizes, dtypes and strides are the same."""
+
+    def __init__(self, call: Call) -> None:
+        problem, launch, tile = call.problem, call.launch, call.launch.dense
+        self._n, self._v, self._k, self._tile = problem.n, problem.v, problem.k, tile
+        n, v, k, t = problem.n, problem.v, problem.k, cdiv(problem.v, tile.columns)
+        # A row without a target may hold NaN: the product for dC has zeros there.
+        self._copies = problem.grad_c and k == 1
+        self._target = Repeated(target_kernel, (n, k), self._of_target(call))
+        operands = call.operands(tile, call.e)
+        self._e_tma, self._c_tma, self._q_tma = operands["E_TMA"], operands["C_TMA"], launch.tma
+        for name in ("e", "c", "bias"):  # given at each call
+            del operands[name]
+        blocks = cdiv(n, tile.rows)
+        self._store = Repeated(store_kernel, (min(launch.programs, blocks * t),), {
+            **operands, "N": n, "V": v, "stride_q": pitch(v), "Q_TMA": launch.tma, "MASK": v % tile.columns != 0,
+            "BLOCK_N": tile.rows, "TILE_V": tile.columns, "BLOCK_D": tile.depth, "GROUP_N": launch.group_n,
+            "FLATTEN": tile.flatten,
+        }, num_warps=tile.warps, num_stages=tile.stages)  # fmt: skip
+        self._tiles = t
+        join = {"N": n, "K": k, "T": t, "BLOCK_N": 16, "BLOCK_T": 128}
+        self._join = Repeated(join_kernel, (cdiv(n, 16),), join)
+        scale = {"N": n, "V": v, "K": k, "stride_q": pitch(v), "TILE_V": tile.columns, "BLOCK_N": 16}
+        self.scale = Repeated(scale_kernel, (t, cdiv(n, 16)), scale)
+
+    def _of_target(self, call: Call) -> dict[str, Any]:
+        problem = call.problem
+        return {
+            "D": problem.d, "K": problem.k, "stride_en": call.e.stride(0), "stride_ed": call.e.stride(1),
+            "stride_cv": call.c.stride(0), "stride_cd": call.c.stride(1), "scale": problem.logit_scale,
+            "softcap": call.softcap, **call.formula(), "COPY": self._copies,
+            "BLOCK_D": min(1024, power_of_two(problem.d)),
+        }  # fmt: skip
+
+    def target_logits(self, call: Call, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, K) z[i, targets[i, k]], 0 where the target is -1; (N, D) ``e`` with zeros in rows that have none."""
+        found = call.empty(self._n, self._k)
+        used = call.empty(self._n, call.problem.d, dtype=call.e.dtype) if self._copies else None
+        self._target(e=call.e, c=call.c, bias=call.bias, targets=targets, target_logits=found, used_e=used)
+        if used is None:
+            used = call.e
+            if call.problem.grad_c:
+                used = used.masked_fill((targets < 0).all(1, keepdim=True), 0)
+        return found, used
+
+    def logits(self, call: Call, q: Tensor, target_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Fills q (N, V); the maxima (T, N) it is relative to, and lse (N,)."""
+        tile, n = self._tile, self._n
+        tile_max, tile_sum, lse = call.empty(self._tiles, n), call.empty(self._tiles, n), call.empty(n)
+        self._store(
+            e=matrix(call.e, tile.rows, tile.depth, self._e_tma), bias=call.bias,
+            c=matrix(call.c, tile.columns, tile.depth, self._c_tma),
+            q=matrix(q, tile.rows, tile.columns, self._q_tma), tile_max=tile_max, tile_sum=tile_sum,
+        )  # fmt: skip
+        self._join(tile_max=tile_max, tile_sum=tile_sum, target_logits=target_logits, targets=targets, lse=lse)
+        return tile_max, lse
+
+
+_kept: dict[tuple[Any, ...], _Steps] = {}
+
+
+def _steps(call: Call) -> _Steps:
+    """Those of the last such call, if there was one."""
+    e, c = call.e, call.c
+    key = (
+        call.problem, call.launch, call.precision, e.device, e.stride(), c.stride(), tma_ready(e), tma_ready(c),
     )  # fmt: skip
-    join_kernel[(cdiv(n, 16),)](
-        tile_max, tile_sum, target_logits, inputs.targets, lse, n, k, t, BLOCK_N=16, BLOCK_T=128
-    )
-    return tile_max, lse
+    found = _kept.get(key)
+    if found is None:
+        if len(_kept) >= _MOST_STEPS:
+            _kept.clear()
+        found = _kept[key] = _Steps(call)
+    return found
 
 
-def _products(call: Call, dz: Tensor, ignored: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
+def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
     """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
     problem = call.problem
     c = call.c.to(problem.dtype)
     de = torch.mm(dz, c).to(problem.e_dtype) if problem.grad_e else None
-    dc = None
-    if problem.grad_c:
-        e = call.e.masked_fill(ignored, 0)  # such a row may hold NaN
-        dc = torch.mm(dz.T, e).to(problem.c_dtype)
+    dc = torch.mm(dz.T, e).to(problem.c_dtype) if problem.grad_c else None
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     if norm is not None:
         for x in (de, dc, dbias):
@@ -77,13 +143,35 @@ def _products(call: Call, dz: Tensor, ignored: Tensor, norm: Tensor | None) -> G
     return Gradients(de, dc, dbias)
 
 
+_value = Repeated(value_kernel, (1,), {"BLOCK": 1024}, num_warps=8)
+
+
+def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+    """``sum_ik weights_ik (lse_i - z[i, targets_ik])``, float32."""
+    n, k = weights.shape
+    found = weights.new_empty(())
+    _value(weights=weights.contiguous(), lse=outputs.lse, target_logits=outputs.target_logits, value=found, N=n, K=k)
+    return found
+
+
+_multiply: dict[tuple[Any, ...], Repeated] = {}
+
+
 def multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiplies each in place by ``factor``; nothing is read or written where that is 1."""
     found = [x for x in gradients if x.numel()]
     for first, second in zip(found[::2], [*found[1::2], None], strict=False):
-        programs, block = 8 * multiprocessors(factor.device), 4096
-        size = first.numel() + (0 if second is None else second.numel())
-        multiply_kernel[(min(programs, cdiv(size, block)),)](
-            first, second, factor, first.numel(), 0 if second is None else second.numel(), SECOND=second is not None,
-            BLOCK=block,
-        )  # fmt: skip
+        sizes = (first.numel(), 0 if second is None else second.numel())
+        key = (*sizes, factor.device)
+        launch = _multiply.get(key)
+        if launch is None:
+            if len(_multiply) >= _MOST_STEPS:
+                _multiply.clear()
+            launch = _multiply[key] = _multiplication(*sizes, multiprocessors(factor.device))
+        launch(x=first, y=second, factor=factor)
+
+
+def _multiplication(first: int, second: int, programs: int) -> Repeated:
+    block = 4096
+    grid = (min(8 * programs, cdiv(first + second, block)),)
+    return Repeated(multiply_kernel, grid, {"x_size": first, "y_size": second, "SECOND": second > 0, "BLOCK": block})

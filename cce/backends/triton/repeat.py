@@ -1,4 +1,4 @@
-"""A kernel launched many times with few arguments changing.
+"""A kernel launched many times with few arguments changing, in one call or from call to call.
 
 Triton binds and specialises every argument anew at each launch, which for kernels of fifty arguments takes longer than
 some of them run. What it compiled can be launched again with a list of arguments: that is done here.
@@ -6,30 +6,68 @@ some of them run. What it compiled can be launched again with a list of argument
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class _Version(NamedTuple):
+    """What was compiled: its launch, and its arguments, with None for those that change."""
+
+    launch: Any
+    values: list[Any]
 
 
 class Repeated:
     """Launches ``kernel[grid]`` with ``arguments``; those that change are given at each call.
 
-    What changes must not change what is compiled: integers the kernel does not specialise, or descriptors and tensors
-    of the same dtype and alignment.
+    Triton compiles a version for each dtype, alignment and kind of integer it meets. What changes is looked at as
+    Triton would (see :func:`_kind`), and a version is launched again only for arguments of the kinds it was compiled
+    for. An object that outlives a call must hold no tensors: all of them are given at each call.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: int) -> None:
+    def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
         self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
         self._places = {name: place for place, name in enumerate(kernel.arg_names)}
-        self._launch: Any = None
-        self._values: list[Any] = []
+        params = getattr(kernel, "params", ())  # the interpreter has none
+        self._unspecialized = frozenset(param.name for param in params if param.do_not_specialize)
+        self._versions: dict[tuple[Any, ...], _Version] = {}
 
     def __call__(self, **changed: Any) -> None:
-        if self._launch is not None:
-            for name, value in changed.items():
-                self._values[self._places[name]] = value
-            self._launch(*self._values)
+        plain, given = self._unspecialized, list(changed.values())
+        kinds: list[Any] = list(changed)
+        for i, x in enumerate(given):
+            if isinstance(x, Tensor):  # the most frequent; a pointer is launched as a number
+                given[i] = x.data_ptr()
+                kinds += (x.device, x.dtype, given[i] % 16)
+            else:
+                kinds.append(_width(x) if kinds[i] in plain else _kind(x))
+        key = tuple(kinds)
+        version = self._versions.get(key)
+        if version is None:
+            self._compile(key, changed)
             return
-        arguments = self._arguments | changed
-        compiled = self._kernel[self._grid](**arguments, **self._options)
+        values, places = version.values.copy(), self._places  # a copy: backward may run in several threads
+        for name, value in zip(changed, given, strict=True):
+            values[places[name]] = value
+        version.launch(*values)
+
+    def _compile(self, key: tuple[Any, ...], changed: dict[str, Any]) -> None:
+        """The first launch with arguments of these kinds, through Triton."""
+        compiled = self._kernel[self._grid](**self._arguments, **changed, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
-            self._launch = compiled[self._grid + (1,) * (3 - len(self._grid))]
-            self._values = [arguments[name] for name in self._kernel.arg_names]
+            launch = compiled[self._grid + (1,) * (3 - len(self._grid))]
+            self._versions[key] = _Version(launch, [self._arguments.get(name) for name in self._kernel.arg_names])
+
+
+def _kind(x: Any) -> object:
+    """What Triton compiles and loads for: equal kinds, one version. Integers by value, which tells more apart."""
+    if isinstance(x, TensorDescriptor):
+        return x.base.device, x.base.dtype, *x.block_shape
+    return type(x), x
+
+
+def _width(x: Any) -> object:
+    """The same of an integer in the kernel's ``do_not_specialize``."""
+    return "int32" if type(x) is int and -(2**31) <= x < 2**31 else _kind(x)

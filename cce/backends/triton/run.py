@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from cce.backends.triton.call import INTERPRETED, Call
+from cce.backends.triton.device import on_device_of
 from cce.backends.triton.exact import exact
 from cce.backends.triton.filtered import filtered, live_tiles
 from cce.backends.triton.forward import forward as launch_forward
 from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
 from cce.backends.triton.onepass import multiply
+from cce.backends.triton.onepass import value as launch_value
+from cce.backends.triton.targets import prepare, weigh
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -25,7 +27,7 @@ if INTERPRETED:
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
     """As :meth:`cce.backends.base.Backend.forward`; kernels are launched on the device of the arguments."""
-    with torch.cuda.device_of(inputs.e):
+    with on_device_of(inputs.e):
         return launch_forward(inputs, problem, spec, maps)
 
 
@@ -33,13 +35,31 @@ def loss_and_gradients(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """As :meth:`cce.backends.base.Backend.loss_and_gradients`."""
-    with torch.cuda.device_of(inputs.e):
+    with on_device_of(inputs.e):
         return launch_one_pass(inputs, problem, spec, weights)
+
+
+def mean_weights(targets: Tensor) -> Tensor:
+    """As :meth:`cce.backends.base.Backend.mean_weights`, in float32."""
+    with on_device_of(targets):
+        return weigh(targets)
+
+
+def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+    """As :meth:`cce.backends.base.Backend.value`."""
+    with on_device_of(weights):
+        return launch_value(outputs, weights)
+
+
+def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
+    """As :func:`cce.ops.prepare_targets`."""
+    with on_device_of(targets):
+        return prepare(targets, v, ignore_index)
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """As :meth:`cce.backends.base.Backend.scale`."""
-    with torch.cuda.device_of(factor):
+    with on_device_of(factor):
         multiply(gradients, factor)
 
 
@@ -52,7 +72,7 @@ def backward(
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
     """As :meth:`cce.backends.base.Backend.backward`."""
-    with torch.cuda.device_of(inputs.e):
+    with on_device_of(inputs.e):
         if spec.filter == "none":
             return exact(inputs, problem, spec, outputs, upstream)
         return filtered(Call.of(inputs, problem, spec), inputs, outputs, maps, upstream)
@@ -62,5 +82,5 @@ def work_list(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
 ) -> WorkList:
     """As :meth:`cce.backends.base.Backend.work_list`."""
-    with torch.cuda.device_of(inputs.e):
+    with on_device_of(inputs.e):
         return live_tiles(Call.of(inputs, problem, spec), inputs, maps, upstream)

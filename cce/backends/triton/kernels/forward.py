@@ -147,15 +147,16 @@ def forward_kernel(
             N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
             ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
 
-    # Store: one number a row and split.
-    tl.store(split_max + kept, m, mask=rows < N)
-    tl.store(split_sum + kept, s, mask=rows < N)
+    # Store: one number a row and split, in the layout of the product's rows, whose lanes hold copies.
+    inside = rows < N
+    store_as_held(split_max + kept, m, inside)
+    store_as_held(split_sum + kept, s, inside)
     if ENTROPY:
-        tl.store(split_gap + kept, gap, mask=rows < N)
+        store_as_held(split_gap + kept, gap, inside)
     if WEIGHTED:
-        tl.store(split_weighted + kept, weighted, mask=rows < N)
+        store_as_held(split_weighted + kept, weighted, inside)
     if PREDICTION:
-        tl.store(split_best + kept, best, mask=rows < N)
+        store_as_held(split_best + kept, best, inside)
 
 
 @triton.jit
@@ -211,21 +212,28 @@ def reduce_kernel(
 
 @triton.jit
 def target_kernel(
-    e, c, bias, targets, target_logits,
+    e, c, bias, targets, target_logits, used_e,
     D, K, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z[i, target] of one row and one of its K targets: a dot product; 0 where there is none."""
+    """z[i, target] of one row and one of its K targets: a dot product; 0 where there is none.
+
+    COPY: used_e [N, D] is the rows of e, zeros where there is no target, whatever e holds there; K is 1.
+    """
     i, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     target = tl.load(targets + i * K + k)
+    used = target >= 0
+    products = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (d < D) & used
+        e_row = tl.load(e + i * stride_en + d * stride_ed, mask=inside, other=0.0)
+        if COPY:
+            tl.store(used_e + i * D + d, e_row, mask=d < D)
+        c_row = tl.load(c + target * stride_cv + d * stride_cd, mask=inside, other=0.0).to(tl.float32)
+        products += e_row.to(tl.float32) * c_row
     total = 0.0
-    if target >= 0:
-        products = tl.zeros((BLOCK_D,), tl.float32)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            e_row = tl.load(e + i * stride_en + d * stride_ed, mask=d < D, other=0.0).to(tl.float32)
-            c_row = tl.load(c + target * stride_cv + d * stride_cd, mask=d < D, other=0.0).to(tl.float32)
-            products += e_row * c_row
+    if used:
         z = cap(tl.sum(products, 0) + tl.zeros((1, 1), tl.float32), target + tl.zeros((1,), tl.int64),
                 bias, scale, softcap, BIAS, SCALE, SOFTCAP)  # fmt: skip
         total = tl.sum(tl.sum(z, 1), 0)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from cce.backends.triton.kernels.forward import finite
 from cce.backends.triton.kernels.gradient import chunk_tile
-from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, wide
+from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, store_as_held, wide
 
 
 @triton.jit
@@ -40,8 +40,8 @@ def store_kernel(
         m = tl.max(z, 1)
         p = tl.exp2(z * LOG2E - (finite(m) * LOG2E)[:, None])
         where = t.to(tl.int64) * N + rows
-        tl.store(tile_max + where, m, mask=rows < N)
-        tl.store(tile_sum + where, tl.sum(p, 1), mask=rows < N)
+        store_as_held(tile_max + where, m, rows < N)
+        store_as_held(tile_sum + where, tl.sum(p, 1), rows < N)
         # Store.
         if Q_TMA:
             q.store([i * BLOCK_N, t * TILE_V], p.to(q.dtype))
@@ -73,7 +73,7 @@ def join_kernel(tile_max, tile_sum, target_logits, targets, lse, N, K, T, BLOCK_
         z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=target >= 0, other=NEG_INF)
         row_lse = tl.maximum(row_lse, z)  # made by another kernel: no loss is negative
         used = used | (target >= 0)
-    tl.store(lse + rows, tl.where(used, row_lse, 0.0), mask=rows < N)
+    store_as_held(lse + rows, tl.where(used, row_lse, 0.0), rows < N)
 
 
 @triton.jit
@@ -109,6 +109,18 @@ def scale_kernel(
         x -= tl.where(place[None, :] == target[:, None], row_g[:, None], 0.0)
     x = tl.where((used & (row_a != 0))[:, None], x, 0.0)
     tl.store(dz + where, x.to(dz.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N"])
+def value_kernel(weights, lse, target_logits, value, N, K, BLOCK: tl.constexpr):
+    """value = sum_ik weights_ik (lse_i - target_logits_ik), in ascending order. One program."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N * K, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        inside = where < N * K
+        gap = tl.load(lse + where // K, mask=inside, other=0.0) - tl.load(target_logits + where, mask=inside, other=0.0)
+        total += tl.load(weights + where, mask=inside, other=0.0) * gap
+    tl.store(value, tl.sum(total, 0))
 
 
 @triton.jit

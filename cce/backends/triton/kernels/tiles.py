@@ -86,18 +86,19 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def store_as_held(where, values, mask):
-    """tl.store of float32 by the threads that hold them, even if several hold the same.
+    """tl.store of float32 or int32 by the threads that hold them, even if several hold the same.
 
     tl.store would first spread the numbers over the threads, through shared memory and with barriers: per tile of the
-    product that costs more than the few bytes are worth.
+    product that costs more than the few bytes are worth; and there all copies of a number are written to one place,
+    which a tool that looks for races reports.
     """
     if INTERPRETED:
         tl.store(where, values, mask=mask)
     else:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.f32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,f,r",
-            [where.to(tl.int64), values, mask.to(tl.int32)],
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [where.to(tl.int64), values.to(tl.int32, bitcast=True), mask.to(tl.int32)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

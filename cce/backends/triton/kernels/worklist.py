@@ -7,6 +7,8 @@ in memory, and the kernels that use them loop over what they find there. ``plan.
 import triton
 import triton.language as tl
 
+from cce.backends.triton.kernels.tiles import store_as_held
+
 
 @triton.jit
 def hits_kernel(
@@ -31,7 +33,7 @@ def hits_kernel(
         found = found & on[None, :]
         tl.store(hit + tiles.to(tl.int64)[:, None] * N + rows[None, :], found.to(tl.int8), mask=inside)
         total += tl.sum((found & inside).to(tl.int32), 0)
-    tl.store(counts + tl.program_id(1) * N + rows, total, mask=rows < N)
+    store_as_held(counts + tl.program_id(1) * N + rows, total, rows < N)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Host code of the backends whose kernels are CUDA C++ or Numba: everything but the kernels themselves."""

@@ -1,0 +1,241 @@
+"""The kernels a GPU backend brings: the contract between the host code of this package and CuPy's or Numba's.
+
+The host code owns the algorithm's order of steps, the memory, the plan of a filtered backward, and every product the
+library does as well (dense dE and dC). Kernels work on tiles. Conventions of all of them:
+
+- Matrices ``e`` and ``c`` are *aligned*: unit stride along D, base address and row pitch multiples of 16 bytes, D
+  padded with zeros to a multiple of 16 bytes, both in the products' dtype (bfloat16, float16 or float32). Row pitch and
+  number of rows are whatever they are; offsets need 64 bits.
+- Sums are float32. float32 operands are multiplied as tf32 or in IEEE float32, as ``ieee`` says.
+- A *place* is a column's position in the vocabulary order; the entry there is ``order[place]``, or the place itself
+  where there is no order.
+- Nothing beyond a given shape is read or written. Launches go to torch's current stream; nothing waits for the GPU.
+- The same arguments give the same bits: no atomics on results; every sum runs in an order fixed by the problem.
+- Rows that do not count may hold NaN or inf in ``e``: what is computed for them is unspecified and must not leak into
+  other rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cce.backends.gpu.plan import Plan
+from cce.problem import Problem
+from cce.spec import Spec
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tiles of a problem's kernels, as far as the host has to know them.
+
+    Attributes:
+        forward_rows, forward_columns: of a tile of :meth:`Kernels.statistics`; a split is a run of whole tiles. Where
+            there are maps, columns are a multiple of ``spec.block_v``.
+        gradient_rows, gradient_columns: of a tile of :meth:`Kernels.gradient`; columns at most 256.
+        pack: live tiles of one row block that :meth:`Kernels.live` computes at a time, at most.
+        programs: blocks of threads that run at the same time.
+    """
+
+    forward_rows: int
+    forward_columns: int
+    gradient_rows: int
+    gradient_columns: int
+    pack: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A logit from a product x = e c^T: z = softcap tanh(scale (x + bias) / softcap), or scale (x + bias).
+
+    Attributes:
+        bias: (columns,) float32, of the columns of the ``c`` at hand, or None.
+        ieee: float32 operands are not rounded to tf32.
+    """
+
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    ieee: bool
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Per split of the vocabulary and row: (S, N) each, contiguous.
+
+    Split s of a window of C tiles has the tiles ``s C // S`` to ``(s + 1) C // S``.
+
+    Attributes:
+        max, sum: m = largest logit, sum exp(z - m); -inf and 0 before the first tile.
+        gap: sum exp(z - m) (m - z), terms with exp(z - m) = 0 left out; or None. The entropy is log sum + gap / sum.
+        weighted: sum u_v z_v, terms with u_v = 0 left out; or None.
+        best: int32, place of the first largest logit; or None.
+    """
+
+    max: Tensor
+    sum: Tensor
+    gap: Tensor | None
+    weighted: Tensor | None
+    best: Tensor | None
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Per vocabulary block of ``spec.block_v`` places and row: (T', N) float32 each, contiguous.
+
+    T' rows are there for every whole tile of the forward: a kernel may write the blocks of its last tile that have no
+    columns.
+
+    Attributes:
+        lse: log-sum-exp of the block's logits, -inf where all are -inf.
+        max: the largest of them; or None.
+        entropy: of the softmax within the block, 0 where all are -inf; or None.
+    """
+
+    lse: Tensor
+    max: Tensor | None
+    entropy: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Per row of the problem, what a logit's gradient is made from; float32, contiguous, in the rows' own order.
+
+    ``dx_j = softcap'(z) (p_j (a + h (lse - entropy - z_j)) - sum_k g_k [j = targets_k] + s u_j)``, p_j = exp(z_j - lse)
+
+    a, g, h and s have been multiplied by the logit scale, so that dx is the gradient of e c^T; softcap'(z) is
+    ``1 - (z / softcap)^2``. Where z_j = -inf, dx_j is 0.
+
+    Attributes:
+        lse, a: (N,). g: (N, K). entropy, h: (N,) or None. s: (N,) or None.
+        targets: (N, K) int32 places; -1 for none.
+    """
+
+    lse: Tensor
+    a: Tensor
+    g: Tensor
+    targets: Tensor
+    entropy: Tensor | None
+    h: Tensor | None
+    s: Tensor | None
+
+
+@dataclass(frozen=True)
+class Live:
+    """A filtered backward, but for the number of the chunk; see :class:`cce.backends.gpu.plan.Plan` for its tables.
+
+    Row block b holds rows ``row_order[b BLOCK_N : (b + 1) BLOCK_N]``, block t the places from ``t BLOCK_V``; the last
+    of each may be short. Rows with ``keep`` False want no gradient: their dx is 0, and their ``e`` may be NaN.
+
+    Attributes:
+        e: (N, D) aligned. sorted_rows: it is a copy in ``row_order``, with zeros where ``keep`` is False.
+        c: (V, D) aligned. order: (V,) int64 or None. formula: its bias is (V,), by entry.
+        row_order: (N,) int64. keep: (N,) bool.
+        dz: (slots + 1, BLOCK_N, BLOCK_V) in the products' dtype: dx of live tiles; the last slot is for nobody's use.
+        column_sums: (slots, BLOCK_V) float32, of dx, not rounded; None where there is no dbias.
+        de: (N, D) float32, rows in ``row_order``; holds what to add to. None if not wanted.
+        dc: (V, D') contiguous, in the dtype of ``c`` as the user has it, D' <= D; every row of a chunk's blocks is
+            written, times ``norm``. None if not wanted.
+        dbias: (V,) float32, likewise.
+        mass_e: (T, D) float32: added to every entry's row of dC, over the number of its block's columns; None: nothing.
+        mass: (T,) float32, likewise for dbias.
+        norm: a tensor of one float32, or None.
+    """
+
+    plan: Plan
+    e: Tensor
+    sorted_rows: bool
+    c: Tensor
+    order: Tensor | None
+    formula: Formula
+    rows: Rows
+    row_order: Tensor
+    keep: Tensor
+    dz: Tensor
+    column_sums: Tensor | None
+    de: Tensor | None
+    dc: Tensor | None
+    dbias: Tensor | None
+    mass_e: Tensor | None
+    mass: Tensor | None
+    norm: Tensor | None
+
+
+class Kernels(ABC):
+    """What a backend implements; ``problem`` and the resolved ``spec`` are those of the call."""
+
+    @abstractmethod
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        """Reasons why there is no kernel for it, from metadata alone."""
+
+    @abstractmethod
+    def sizes(self, problem: Problem, spec: Spec) -> Sizes:
+        """The tiles it would use on the current device."""
+
+    @abstractmethod
+    def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
+        """out (N, K) float32: z[i, targets[i, k]], 0 where the target is -1.
+
+        Alone among all kernels it takes ``e`` (N, D) and ``c`` (V, D) as they are: any strides, any of the three dtypes
+        each; ``targets`` are (N, K) int64, contiguous, and a bias (V,) float32.
+        """
+
+    @abstractmethod
+    def statistics(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+    ) -> None:
+        """Statistics of a window of the vocabulary.
+
+        Args:
+            e: (N, D) aligned; c: (C, D) aligned, the rows of ``c`` at places ``first`` to ``first + C``.
+            weight: (C,) float32, u of these places; with ``splits.weighted`` only.
+            first: a multiple of the forward's columns. Where it is not 0, each split goes on with what the split of the
+                same number holds.
+            splits, tiles: what is written. ``spec.lse_accumulation`` is "online": a block's sums are taken about the
+                running maximum of the split; "tile": about its own.
+        """
+
+    @abstractmethod
+    def gradient(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        rows: Rows,
+        weight: Tensor | None,
+        first: int,
+        dz: Tensor,
+        column_sums: Tensor | None,
+    ) -> None:
+        """dx of all rows and a window of the vocabulary.
+
+        Args:
+            e, c, formula, first: as in :meth:`statistics`; ``first`` is any number, places are entries.
+            weight: (C,) float32, u of these places, with ``rows.s`` and a softcap only.
+            dz: (N, C) in the products' dtype, unit stride along C, aligned.
+            column_sums: (blocks of ``gradient_rows`` rows, C) float32 or None: sums over the block's rows of dx, before
+                it is rounded.
+        """
+
+    @abstractmethod
+    def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
+        """A function that does all work of a chunk, by number: dx into its slots, then de, dc and dbias.
+
+        It is called for every chunk of the plan, in ascending order; most find nothing to do. What costs time on the
+        host is to be done once, here.
+        """
