@@ -80,8 +80,8 @@ class Case:
 
     def spec(self) -> Spec:
         spec = Spec(
-            filter="element" if self.method in ("live", "mean_rows") else self.filter, threshold=2.0**-9, block_n=self.block_n,
-            block_v=self.block_v, lse_accumulation=self.accumulation, vocab_order="natural",
+            filter="element" if self.method in ("live", "mean_rows") else self.filter, threshold=2.0**-9,
+            block_n=self.block_n, block_v=self.block_v, lse_accumulation=self.accumulation, vocab_order="natural",
         )  # fmt: skip
         return spec.resolve(self.problem("cpu"))
 

@@ -234,7 +234,7 @@ class Kernels(ABC):
         """
 
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
-        """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32, rounded once.
+        """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
 
         Not abstract: this is the library's, which on a GPU takes about three times as long as reading ``c`` once.
 
