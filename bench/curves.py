@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import record
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 import cce
+from cce.benchmarks import record
 from cce.demo.config import Options, Size
 from cce.demo.run import _tokens as demo_tokens
 from cce.demo.run import hidden_states
