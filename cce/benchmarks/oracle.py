@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cce import registry
 from cce.benchmarks.float64 import pieces, relative_error, row_lse
-from cce.benchmarks.heads import Head
+from cce.benchmarks.heads import CHUNK_LOGITS, Head
 from cce.diagnostics import run_forward
 from cce.order import mean_logit_order
 from cce.problem import Inputs, Problem, Upstream
@@ -143,12 +143,14 @@ class Oracle:
     def _dense(self, sample: Sample) -> Gradients:
         """The sample as a dense computation in the inputs' dtype has it: what rounding alone costs."""
         (e, c, targets), dtype, n = (self.head.e, self.head.c, self.head.targets), self.head.e.dtype, len(self.lse)
-        rows, entries, lse = sample.rows, sample.entries, self.lse.to(torch.promote_types(dtype, torch.float32))
-        p = (e[rows] @ c.T).to(lse.dtype).sub_(lse[rows, None]).exp_()
+        rows, entries, wide = sample.rows, sample.entries, torch.promote_types(dtype, torch.float32)
+        # Of the rounded logits: with another log-sum-exp, rows of the softmax would not sum to 1.
+        lse = torch.cat([(x @ c.T).to(wide).logsumexp(1) for x in e.split(max(1, CHUNK_LOGITS // len(c)))])
+        p = (e[rows] @ c.T).to(wide).sub_(lse[rows, None]).exp_()
         p[torch.arange(len(p), device=p.device), targets[rows]] -= 1
         de = (p / n).to(dtype) @ c
         del p
-        q = (e @ c[entries].T).to(lse.dtype).sub_(lse[:, None]).exp_()
+        q = (e @ c[entries].T).to(wide).sub_(lse[:, None]).exp_()
         q -= (targets[:, None] == entries).to(q.dtype)
         return de, (q / n).to(dtype).T @ e
 

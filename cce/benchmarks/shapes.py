@@ -52,8 +52,8 @@ HEADS = {
 TOKENS = (256, 1024, 4096, 8192, 16_384, 32_768)
 
 GPU_SHAPES = ("gemma2-2b:8192", "llama3-8b:8192", "qwen3-0.6b:16384")
-CPU_SHAPES = ("gpt2:512", "qwen2.5-0.5b:256")
-QUICK = {"cuda": ("gemma2-2b:4096",), "cpu": ("gpt2:256",)}
+CPU_SHAPES = ("gpt2:256", "qwen2.5-0.5b:128")
+QUICK = {"cuda": ("gemma2-2b:4096",), "cpu": ("gpt2:128",)}
 
 
 def parse(text: str) -> Shape:

@@ -41,7 +41,9 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all)")
     parser.add_argument("--passes", **every, help="forward, forward+backward (default: both)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="other implementations (default: all; may be none)")
-    parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 7, quick 3)")
+    parser.add_argument(
+        "--rounds", type=whole_number(1), help="turns of all candidates (default: 7, on a CPU 5, quick 3)"
+    )
     parser.add_argument("--out", metavar="JSONL", help="file for the record, written as rows are measured")
     parser.add_argument("--plot", type=Path, metavar="JSONL", help="measure nothing: show this record, draw pictures")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw here (default: beside the record)")
@@ -87,11 +89,11 @@ def options(args: argparse.Namespace) -> Options:
     device = usable_device(args.device or available_devices()[0])
     kind = "cuda" if device.type == "cuda" else "cpu"
     default = shapes.QUICK[kind] if args.quick else shapes.GPU_SHAPES if kind == "cuda" else shapes.CPU_SHAPES
-    rounds = args.rounds or (3 if args.quick else 7)
+    rounds = args.rounds or (3 if args.quick else 7 if kind == "cuda" else 5)
     span = (40 if args.quick else 120) if kind == "cuda" else 40
     trained = args.trained and _readable("--trained", args.trained)
-    possible = tuple(name for name in studies.DATA if name != "trained" or trained)
-    data = _chosen("--data", args.data, studies.DATA, ("synthetic",) if args.quick and not trained else possible)
+    data = ("random",) if kind == "cuda" and not args.quick else ()
+    data = _chosen("--data", args.data, studies.DATA, (*data, "synthetic", *(("trained",) if trained else ())))
     if "trained" in data and not trained:
         raise UsageError("--data: got 'trained' without --trained PATH, expected the file, too")
     return studies.Options(
