@@ -56,7 +56,7 @@ def heads_figure(rows: list[Row]) -> Figure:
     for row in rows:
         groups.setdefault(title(row), []).append(row)
     most = max(len(group) for group in groups.values())
-    figure = Figure(figsize=(10, len(groups) * (0.8 + 0.2 * most)), layout="constrained")
+    figure = Figure(figsize=(10, len(groups) * (0.8 + 0.17 * most)), layout="constrained")
     for (left, right), (name, group) in zip(
         figure.subplots(len(groups), 2, squeeze=False), groups.items(), strict=True
     ):
@@ -65,7 +65,7 @@ def heads_figure(rows: list[Row]) -> Figure:
         bars(left, timed, "time_ms", "{:.4g} ms")
         left.set_title(f"{name}\ntime of forward and backward", loc="left", fontsize=9, color=INK)
         bars(right, sorted(measured, key=lambda row: row["peak_mib"]), "peak_mib", "{:,.0f} MiB")
-        right.set_title("peak memory over the inputs, the two gradients included", loc="left", fontsize=9, color=INK)
+        right.set_title("peak memory over the inputs", loc="left", fontsize=9, color=INK)
     return figure
 
 

@@ -50,9 +50,13 @@ def read(path: Path) -> Record:
 
 
 def line(row: Row) -> str:
-    """A row as a line; five digits of a number are more than any measurement has."""
-    short = {name: float(f"{x:.5g}") if isinstance(x, float) else x for name, x in row.items()}
-    return json.dumps(short) + "\n"
+    """A row as a line."""
+    return json.dumps(rounded(row)) + "\n"
+
+
+def rounded(row: Row) -> Row:
+    """A row as a record has it: five digits of a number are more than any measurement has."""
+    return {name: float(f"{x:.5g}") if isinstance(x, float) else x for name, x in row.items()}
 
 
 def facts(device: str, commit: str | None = None, **more: Any) -> Row:

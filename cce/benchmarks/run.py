@@ -39,7 +39,7 @@ def measure(options: studies.Options, out: Path | None, commit: str | None, cons
                 else:
                     progress.update(task, doing=found[:70])
                 continue
-            rows.append(found)
+            rows.append(record.rounded(found))
             if lines:
                 lines.write(record.line(found))
                 lines.flush()
