@@ -13,7 +13,7 @@ from torch import Tensor
 from cce.benchmarks import timing
 from cce.benchmarks.candidates import Candidate, one_line
 from cce.benchmarks.heads import Head
-from cce.benchmarks.oracle import FLOOR, LOSS_FLOOR, Oracle, live_tiles
+from cce.benchmarks.oracle import Oracle, floor, live_tiles
 from cce.benchmarks.peers import Loss
 
 MIB = 2**20
@@ -118,7 +118,8 @@ def checked(oracle: Oracle, candidate: Candidate, name: str) -> Entry:
         return Entry({**row, "status": "failed", "reason": one_line(error)}, candidate)
     gradients = 0 if name == PASSES[0] else head.e.nbytes + head.c.nbytes
     row |= {"peak_mib": peak, "over_gradients_mib": peak - gradients / MIB}
-    reason = wrong(row, head.e.dtype, candidate.peer is not None and candidate.peer.approximate)
+    approximate = candidate.peer is not None and candidate.peer.approximate
+    reason = wrong(row, head.e.dtype, len(head.c), approximate)
     if reason:
         return Entry({**row, "status": "wrong", "reason": reason}, candidate)
     return Entry({**row, "status": "ok"}, candidate, run)
@@ -141,19 +142,20 @@ def errors(oracle: Oracle, candidate: Candidate, found: tuple[Tensor, ...]) -> R
     return row
 
 
-def wrong(row: Row, dtype: torch.dtype, approximate: bool = False) -> str:
+def wrong(row: Row, dtype: torch.dtype, v: int, approximate: bool = False) -> str:
     """Why a row's errors are too large, or "": the rule is in docs/reproducibility.md.
 
     >>> wrong({"error_loss": 1e-6, "error_de": 0.3, "error_dc": 0.002, "dense_de": 0.001, "dense_dc": 0.001},
-    ...       torch.bfloat16)
+    ...       torch.bfloat16, 100)
     'dE errs by 0.3, allowed 0.01'
     """
-    if not row["error_loss"] <= LOSS_FLOOR:
-        return f"the loss errs by {row['error_loss']:.2g}, allowed {LOSS_FLOOR:.2g}"
+    of_loss = floor(torch.promote_types(dtype, torch.float32), v)  # summed in float32, whatever the inputs
+    if not row["error_loss"] <= of_loss:
+        return f"the loss errs by {row['error_loss']:.2g}, allowed {of_loss:.2g}"
     for of, title in (("de", "dE"), ("dc", "dC")):
         if f"error_{of}" in row:
             found: float = row.get(f"filter_{of}") or row[f"error_{of}"]
-            allowed = APPROXIMATE if approximate else max(2 * row[f"dense_{of}"], FLOOR[dtype])
+            allowed = APPROXIMATE if approximate else max(2 * row[f"dense_{of}"], floor(dtype, v))
             if not found <= allowed:
                 return f"{title} errs by {found:.2g}, allowed {allowed:.2g}"
     return ""

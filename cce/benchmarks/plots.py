@@ -28,7 +28,7 @@ def draw(record: Record, folder: Path, stem: str, suffix: str = ".svg") -> list[
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     # The same record gives the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": stem, "svg.fonttype": "path", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": stem, "svg.fonttype": "none", "font.size": 9}):
         for name, figure in pictures(record):
             path = folder / f"{stem}-{name}{suffix}"
             figure.savefig(path, metadata={"Date": None} if suffix == ".svg" else {}, dpi=130)
@@ -82,6 +82,27 @@ def bars(axes: Axes, rows: list[Row], name: str, form: str) -> None:
     axes.set_xlim(0, 1.25 * max(values, default=1))
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def memory(record: Record, path: Path) -> None:
+    """Peak memory of a step on the largest head of a record, the two gradients apart: the picture of the home page."""
+    found = [row for row in record.of("heads") if row.get("pass") == STEP and row["status"] == "ok"]
+    largest = max((row["n"] * row["v"], row["data"]) for row in found)
+    rows = sorted(
+        (row for row in found if (row["n"] * row["v"], row["data"]) == largest and row["mode"] != "uncompensated"),
+        key=lambda row: row["peak_mib"],
+    )
+    with matplotlib.rc_context({"svg.hashsalt": "memory", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(8, 0.8 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        bars(axes, rows, "peak_mib", "{:,.0f} MiB")
+        gradients = rows[0]["peak_mib"] - rows[0]["over_gradients_mib"]
+        axes.barh(range(len(rows)), gradients, color="#dddddd")
+        axes.set_title(
+            f"Peak memory of forward and backward, {title(rows[0])}\ngrey: the two gradients, which every loss returns",
+            loc="left", fontsize=9, color=INK,
+        )  # fmt: skip
+        figure.savefig(path, metadata={"Date": None})
 
 
 def scaling_figure(rows: list[Row], axis: str) -> Figure:

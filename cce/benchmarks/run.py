@@ -51,7 +51,7 @@ def measure(options: studies.Options, out: Path | None, commit: str | None, cons
 
 def report(found: Record, folder: Path | None, stem: str, suffix: str, console: Console | None = None) -> None:
     """Prints the tables; draws the pictures into ``folder``, if there is one."""
-    console = console or Console(width=max(table.WIDTH, Console().width))
+    console = console or Console(width=max(table.width(found.rows), Console().width))
     measured = Record(found.facts, [row for row in found.rows if row["kind"] != "run"])
     table.show(measured, console)
     facts = found.facts

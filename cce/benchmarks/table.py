@@ -13,7 +13,7 @@ from rich.text import Text
 from cce.benchmarks.record import Record, Row
 
 HEADINGS = ("ms", "spread", "× mm", "roof", "peak MiB", "over", "loss", "dE", "dC", "live")
-WIDTH = 128  # a narrower terminal gets these lines wrapped
+_FIGURES = 96  # characters of a line beside its label
 NOTES = """\
 ms: median of the rounds; spread: of the rounds, over it. × mm: in units of one e @ c.T of the same round. roof: the
 least time its products or its traffic take, over the time taken. peak: memory over the inputs; over: over the two
@@ -97,12 +97,25 @@ def without_time(rows: list[Row]) -> list[str]:
     return lines
 
 
+def label(row: Row) -> str:
+    """What a row is of.
+
+    >>> label({"name": "torch", "mode": "exact", "pass": "forward+backward"})
+    'torch, exact, step'
+    """
+    return ", ".join(filter(None, (row["name"], row["mode"], row["pass"].replace("forward+backward", "step"))))
+
+
+def width(rows: list[Row]) -> int:
+    """Characters of the longest line: a narrower terminal gets lines wrapped, which reads better than cut figures."""
+    return _FIGURES + max((len(label(row)) for row in rows if row["kind"] == "time"), default=0)
+
+
 def _table(name: str, rows: list[Row]) -> Table:
     table = Table(Column("", no_wrap=True), title=name, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if len(row.keys() & {"time_ms", "peak_mib"}):
-            label = f"{row['name']}{', ' * bool(row['mode'])}{row['mode']}, {row['pass']}"
-            table.add_row(*map(Text, (label.replace("forward+backward", "step"), *figures(row))))
+            table.add_row(*map(Text, (label(row), *figures(row))))
     return table

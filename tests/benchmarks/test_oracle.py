@@ -98,12 +98,11 @@ def test_torch_backend_is_right(half: Head, mode: str) -> None:
     ],
 )
 def test_what_is_wrong(row: dict[str, float], said: str) -> None:
-    assert measure.wrong(row, torch.bfloat16).startswith(said) and bool(said) == bool(
-        measure.wrong(row, torch.bfloat16)
-    )
+    found = measure.wrong(row, torch.bfloat16, 1000)
+    assert found.startswith(said) and bool(said) == bool(found)
 
 
 def test_an_approximate_peer_may_err_more(small: Head) -> None:
     row = {"error_loss": 0.0, "error_de": 0.2, "error_dc": 0.1, "dense_de": 0.0, "dense_dc": 0.0}
-    assert measure.wrong(row, torch.bfloat16) and not measure.wrong(row, torch.bfloat16, approximate=True)
-    assert measure.wrong({**row, "error_de": 0.6}, torch.bfloat16, approximate=True)
+    assert measure.wrong(row, torch.bfloat16, 1000) and not measure.wrong(row, torch.bfloat16, 1000, approximate=True)
+    assert measure.wrong({**row, "error_de": 0.6}, torch.bfloat16, 1000, approximate=True)
