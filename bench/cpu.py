@@ -10,26 +10,21 @@ ones, those of the filter within a percent of them.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import problems
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import cce
+from cce.benchmarks import heads, record
+from cce.benchmarks.peers import Loss, dense
 from cce.demo.measure import peak_bytes
-from cce.testing.report import environment
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 SPECS = {"exact": cce.Spec(filter="none"), "filtered": cce.Spec(filter="element")}
 TOLERANCE = {"exact": 1e-5, "filtered": 1e-2}
 
@@ -41,19 +36,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="JSON file for the record")
     options = parser.parse_args()
-    heads = [problems.random(), problems.peaked()]
+    problems = [heads.random(1024, 512, 32_000), heads.peaked()]
     if options.trained:
-        heads.append(problems.trained(options.trained))
-    rows = [row for head in heads for row in measure(head, options.rounds)]
+        problems.append(heads.trained_npz(options.trained))
+    rows = [row for head in problems for row in measure(head, options.rounds)]
     show(rows)
     if options.out:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-        facts = {"date": datetime.date.today().isoformat(), "commit": commit.stdout.strip()}
-        record = {**environment("cpu"), **facts, "threads": torch.get_num_threads(), "rows": rows}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        record.write(options.out, "cpu", rows=rows)
 
 
-def measure(head: problems.Head, rounds: int) -> list[dict[str, object]]:
+def measure(head: heads.Head, rounds: int) -> list[dict[str, object]]:
     """One row a mode: the medians of the times and of their ratio to the dense computation's of the same round."""
     losses: dict[str, Loss] = {"dense": dense, **{name: with_spec(spec) for name, spec in SPECS.items()}}
     steps = {name: step(loss, head) for name, loss in losses.items()}
@@ -74,7 +66,7 @@ def measure(head: problems.Head, rounds: int) -> list[dict[str, object]]:
     return [row(head, name, times, peaks) for name in SPECS]
 
 
-def row(head: problems.Head, mode: str, times: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, object]:
+def row(head: heads.Head, mode: str, times: dict[str, list[float]], peaks: dict[str, int]) -> dict[str, object]:
     """The figures of one mode, and the limits of issue 2."""
     live = cce.live_fraction(head.e, head.c, head.targets, spec=SPECS[mode])
     ratios = [mine / dense for mine, dense in zip(times[mode], times["dense"], strict=True)]
@@ -96,17 +88,12 @@ def row(head: problems.Head, mode: str, times: dict[str, list[float]], peaks: di
     }
 
 
-def dense(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
-    """What everybody writes."""
-    return F.cross_entropy(F.linear(e, c), targets)
-
-
 def with_spec(spec: cce.Spec) -> Loss:
     """The same with cce."""
     return lambda e, c, targets: cce.loss(e, c, targets, spec=spec)
 
 
-def step(loss: Loss, head: problems.Head) -> Callable[[], tuple[Tensor, ...]]:
+def step(loss: Loss, head: heads.Head) -> Callable[[], tuple[Tensor, ...]]:
     """Forward and backward, new leaves each time."""
 
     def run() -> tuple[Tensor, ...]:

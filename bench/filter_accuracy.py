@@ -6,20 +6,16 @@ python bench/filter_accuracy.py demo.npz --out docs/benchmarks/filter.json
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
-import subprocess
 from pathlib import Path
 
-import problems
 from rich.console import Console
 from rich.table import Table
 
 import cce
+from cce.benchmarks import heads, record
 from cce.demo.evaluate import dense_bfloat16, gradients, relative_errors
 from cce.demo.train import cce_loss, dense_loss
-from cce.testing.report import environment
 
 
 def main() -> None:
@@ -28,7 +24,7 @@ def main() -> None:
     parser.add_argument("trained", type=Path, help="what `python -m cce demo --save PATH` wrote")
     parser.add_argument("--out", type=Path, help="JSON file for the record")
     options = parser.parse_args()
-    head = problems.trained(options.trained)
+    head = heads.trained_npz(options.trained)
     e, c = head.e.bfloat16(), head.c.bfloat16()
     exact = gradients(dense_loss, e.double(), c.double(), head.targets)
     rows = [row("dense bf16", 1.0, relative_errors(dense_bfloat16(e, c, head.targets), exact))]
@@ -40,10 +36,7 @@ def main() -> None:
         rows.append(row(name, cce.live_fraction(e, c, head.targets, spec=spec), errors))
     show(rows)
     if options.out:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-        facts = {"date": datetime.date.today().isoformat(), "commit": commit.stdout.strip()}
-        record = {**environment("cpu"), **facts, "n": len(e), "d": e.shape[1], "v": len(c), "rows": rows}
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        record.write(options.out, "cpu", n=len(e), d=e.shape[1], v=len(c), rows=rows)
 
 
 def row(name: str, live: float, errors: tuple[float, float]) -> dict[str, str | float]:

@@ -15,21 +15,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
-import torch.nn.functional as F
-from extend import extend, load
-from float64 import reference, relative_error
-from gpu_timing import Time, compare, peak_bytes, wall_ms
 from imposed import errors, imposed, random_tiles, zipf_tiles
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import cce
+from cce.benchmarks import heads, record, shapes
+from cce.benchmarks.extend import extend, load
+from cce.benchmarks.float64 import reference, relative_error
+from cce.benchmarks.peers import dense
+from cce.benchmarks.timing import Time, compare, peak_bytes, wall_ms
 
-#: (N, D, V): the heads of Gemma 2 (2B), Llama 3 (8B) and Qwen 2.5.
-SHAPES = {"gemma2": (8192, 2304, 256_000), "llama3": (8192, 4096, 128_256), "qwen": (16_384, 1024, 151_936)}
+#: (N, D, V): the heads of Gemma 2 (2B), Llama 3 (8B) and Qwen 3 (0.6B).
+NAMES = ("gemma2", "llama3", "qwen")
+SHAPES = {name: (x.n, x.d, x.v) for name, x in zip(NAMES, map(shapes.parse, shapes.GPU_SHAPES), strict=True)}
 EXACT = cce.Spec(filter="none")
 FILTERED = cce.Spec(filter="element")
 LITTLE = 32 * 2**20
@@ -72,10 +73,8 @@ def measured(part: Callable[..., Iterator[Row]], shape: str, options: argparse.N
 
 def random_head(n: int, d: int, v: int) -> tuple[Tensor, Tensor, Tensor]:
     """e, c and targets: normal logits of standard deviation 1.5."""
-    rng = torch.Generator("cuda").manual_seed(0)
-    e = torch.randn(n, d, generator=rng, device="cuda").bfloat16()
-    c = (torch.randn(v, d, generator=rng, device="cuda") * (1.5 / d**0.5)).bfloat16()
-    return e, c, torch.randint(v, (n,), generator=rng, device="cuda")
+    head = heads.random(n, d, v, torch.bfloat16, "cuda")
+    return head.e, head.c, head.targets
 
 
 def forward_and_exact(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -181,7 +180,7 @@ def filtered(name: str, e: Tensor, c: Tensor, targets: Tensor, backend: str) -> 
 def few_rows(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Row]:
     """256 rows against torch.compile's dense loss: wall clock, since the host may be what is slower."""
     e, c, targets = random_head(256, d, v)
-    compiled = torch.compile(dense_loss)
+    compiled = torch.compile(dense)
     runs = {
         "256 rows": step(e, c, targets, options.backend, None),
         "256 rows, torch.compile": gradients_of(compiled, e, c, targets),
@@ -194,7 +193,7 @@ def few_rows(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Ro
 def compiled_dense(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Row]:
     """What torch.compile makes of the dense loss."""
     e, c, targets = random_head(n, d, v)
-    run = gradients_of(torch.compile(dense_loss), e, c, targets)
+    run = gradients_of(torch.compile(dense), e, c, targets)
     times = compare({"torch.compile": run}, e, c)
     over = (peak_bytes(run) - gradient_bytes(e, c)) / MIB
     yield {"what": "torch.compile", **timed(times, "torch.compile"), "mib_over": over}
@@ -208,11 +207,6 @@ PARTS = {
     "few": few_rows,
     "compiled": compiled_dense,
 }
-
-
-def dense_loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
-    """What everybody writes."""
-    return F.cross_entropy((e @ c.T).float(), targets)
 
 
 def dense_gradients(e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -27,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 import cce
+from cce.benchmarks import record
 
 #: (N, D, V): a head of Llama 3's size, and of Gemma 3's vocabulary.
 SHAPES = {"llama3": (8192, 4096, 128_256), "gemma3": (8192, 4096, 262_144)}

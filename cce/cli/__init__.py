@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from cce.cli import demo, info, tune
+from cce.cli import bench, demo, info, tune
 from cce.cli.errors import UsageError
 
-COMMANDS = (info, demo, tune)
+COMMANDS = (info, demo, bench, tune)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class Training:
         loss: the loss function.
         tokens: (L,) training text.
         options, size: of the run.
+        start: weights to go on from; None are new ones.
+        rate: factor of the learning rates.
 
     Attributes:
         model: trained as far as the steps taken.
@@ -62,14 +64,24 @@ class Training:
         seconds: of every step.
     """
 
-    def __init__(self, loss: Loss, tokens: Tensor, options: Options, size: Size) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        tokens: Tensor,
+        options: Options,
+        size: Size,
+        start: Mapping[str, Tensor] | None = None,
+        rate: float = 1.0,
+    ) -> None:
         torch.manual_seed(options.seed)
         self.model = LanguageModel(size).to(options.device)
+        if start is not None:
+            self.model.load_state_dict(start)
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self._loss, self._tokens, self._size, self._device = loss, tokens, size, options.device
         self._batches = torch.Generator().manual_seed(options.seed)
-        self._optimizer, self._schedule = _optimizer(self.model, options.steps)
+        self._optimizer, self._schedule = _optimizer(self.model, options.steps, rate)
 
     def step(self) -> None:
         """One batch: forward, backward, update."""
@@ -95,11 +107,13 @@ class Training:
         return statistics.fmean(self.losses[-max(1, len(self.losses) // 10) :])
 
 
-def _optimizer(model: LanguageModel, steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+def _optimizer(
+    model: LanguageModel, steps: int, rate: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW with a linear warm-up over a tenth of the steps, then a half cosine to zero."""
     blocks = list(model.blocks.parameters())
     tables = [p for p in model.parameters() if all(p is not other for other in blocks)]
-    groups = [{"params": tables, "lr": TABLE_RATE}, {"params": blocks, "lr": BLOCK_RATE}]
+    groups = [{"params": tables, "lr": rate * TABLE_RATE}, {"params": blocks, "lr": rate * BLOCK_RATE}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     warm_up = max(1, steps // 10)
 

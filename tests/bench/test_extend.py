@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import extend
-import head_statistics
 import pytest
 import torch
+
+from cce.benchmarks import extend, heads
+from cce.benchmarks import statistics as head_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,7 +92,7 @@ def test_smaller_is_refused(head, shape):
 
 def test_all_statistics(head, monkeypatch):
     whole = head_statistics.measure(head, head.counts)
-    monkeypatch.setattr(head_statistics, "CHUNK_LOGITS", 100 * V)
+    monkeypatch.setattr(heads, "CHUNK_LOGITS", 100 * V)
     assert head_statistics.measure(head, head.counts) == pytest.approx(whole, rel=1e-4)
     p = logits(head).softmax(1)
     assert whole["entries with p >= 2^-12, mean"] == pytest.approx(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bpe
 import corpus
-import extend
 import numpy as np
 import pytest
 import torch
 import train_lm
+
+from cce.benchmarks import extend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,6 +1,6 @@
 """A problem of any larger shape with the statistics of a trained head: ``bench/train_lm.py`` made the head.
 
-    python bench/extend.py /tmp/lm/trained.pt --shapes 8192x2304x256000 8192x4096x128256 16384x1024x151936
+    python -m cce.benchmarks.extend /tmp/lm/trained.pt --shapes 8192x2304x256000 8192x4096x128256 16384x1024x151936
 
 prints the statistics of the head and of its extensions side by side. What is extended, and why it stays alike:
 
@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from head_statistics import Column, measure, row_chunks, show
-from problems import Head
 from torch import Tensor
+
+from cce.benchmarks.heads import Head, row_chunks
+from cce.benchmarks.statistics import Column, measure, show
 
 SHAPES = ("8192x2304x256000", "8192x4096x128256", "16384x1024x151936")
 ROW_NOISE = 0.02  # of a repeated row, relative to its norm

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from problems import Head
 from torch import Tensor
 
 import cce
+from cce.benchmarks.heads import Head, row_chunks
 
 HIT = 2.0**-12
-CHUNK_LOGITS = 2**27  # float32 logits held at once, a few times over
 ORDERS = ("natural", "unigram", "mean_logit")
 
 #: Title and statistics of one head.
@@ -22,11 +21,6 @@ Column = tuple[str, dict[str, float]]
 def measure(head: Head, counts: Tensor) -> dict[str, float]:
     """All statistics of a head with unigram ``counts`` (V,)."""
     return {**spectrum(head), **geometry(head), **live_fractions(head, counts)}
-
-
-def row_chunks(e: Tensor, v: int) -> Iterator[Tensor]:
-    """The rows of ``e`` in float32, as many at a time as have CHUNK_LOGITS logits."""
-    yield from (rows.float() for rows in e.split(max(1, CHUNK_LOGITS // v)))
 
 
 def spectrum(head: Head) -> dict[str, float]:
@@ -87,6 +81,20 @@ def live_fractions(head: Head, counts: Tensor) -> dict[str, float]:
                 key = f"live 128x{block_v} tiles at 2^-{power}, {name} order"
                 found[key] = cce.live_fraction(head.e, head.c, head.targets, spec=spec)
     return found
+
+
+def summary(head: Head) -> dict[str, float]:
+    """The statistics that tell whether made-up data resembles trained data, of up to 1024 rows."""
+    few = Head(head.name, head.e[:1024], head.c, head.targets[:1024])
+    spread, shared = spectrum(few), geometry(few)
+    return {
+        "nll": spread["nll, mean"],
+        "entropy": spread["entropy, mean"],
+        "hits": spread["entries with p >= 2^-12, mean"],
+        "tail_mass": spread["mass of the other entries, mean"],
+        "mean_norm_e": shared["norm of the mean row of e / mean norm"],
+        "mean_norm_c": shared["norm of the mean row of c / mean norm"],
+    }
 
 
 def show(columns: Sequence[Column]) -> None:

@@ -1,6 +1,8 @@
-"""Gradients of the mean loss in float64 on a GPU, in pieces of the vocabulary, and the error of others."""
+"""The mean loss and its gradients in float64, in pieces of the vocabulary, and the error of others."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,19 +10,27 @@ from torch import Tensor
 _COLUMNS = 8192
 
 
+def pieces(c: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First row, and rows of ``c`` in float64."""
+    for v0 in range(0, len(c), _COLUMNS):
+        yield v0, c[v0 : v0 + _COLUMNS].double()
+
+
+def row_lse(e: Tensor, c: Tensor) -> Tensor:
+    """(N,) log-sum-exp of every row's logits, float64."""
+    wide = e.double()
+    return torch.logsumexp(torch.stack([torch.logsumexp(wide @ piece.T, 1) for _, piece in pieces(c)]), 0)
+
+
 def reference(e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """dE (N, D) and dC (V, D) of ``F.cross_entropy(F.linear(e, c), targets)``, float64."""
-    n, v = len(e), len(c)
-    wide = e.double()
-    parts = [torch.logsumexp(wide @ c[v0 : v0 + _COLUMNS].double().T, 1) for v0 in range(0, v, _COLUMNS)]
-    lse = torch.logsumexp(torch.stack(parts), 0)
+    lse, wide = row_lse(e, c), e.double()
     de, dc = torch.zeros_like(wide), torch.empty(c.shape, dtype=torch.float64, device=c.device)
-    for v0 in range(0, v, _COLUMNS):
-        piece = c[v0 : v0 + _COLUMNS].double()
+    for v0, piece in pieces(c):
         dz = torch.exp(wide @ piece.T - lse[:, None])
         inside = ((targets >= v0) & (targets < v0 + len(piece))).nonzero()[:, 0]
         dz[inside, targets[inside] - v0] -= 1
-        dz /= n
+        dz /= len(e)
         de += dz @ piece
         dc[v0 : v0 + _COLUMNS] = dz.T @ wide
     return de, dc

@@ -1,0 +1,210 @@
+"""Writes docs/benchmarks.md, and its pictures, from the records in docs/benchmarks: ``python bench/page.py``.
+
+A test compares the page with the records, so that no figure on it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from cce.benchmarks import plots, record, table
+from cce.benchmarks.record import Record, Row
+
+DOCS = Path(__file__).parents[1] / "docs"
+RECORDS, PAGE, PICTURES = DOCS / "benchmarks", DOCS / "benchmarks.md", DOCS / "assets"
+STEP = "forward+backward"
+
+HEAD = """\
+<!-- Written by: python bench/page.py -->
+# Benchmarks
+
+What `cce bench` and `bench/curves.py` measured, also where other implementations are better. The page is written from
+the records in `docs/benchmarks/`, and a test compares the two. How the figures are taken, what they mean and how to
+take them again: [Reproducibility](reproducibility.md). What was tried, and goals that are missed:
+[Performance notes](performance-notes.md).
+
+A time stands here only if the case is right: its errors are within the bounds of the conformance kit. `mm` is one
+`e @ c.T` of the matrix library in the same round; *peak* is memory over the inputs and *over* what of it is not the two
+gradients; errors are relative, against float64; *live* is the share of the logits' gradient that is computed.
+"""
+STUDIES = {
+    "vocabulary": "Against the size of the vocabulary",
+    "tokens": "Against the number of tokens",
+    "width": "Against the width",
+}
+
+
+def main() -> None:
+    """Writes page and pictures."""
+    found = records()
+    for path, each in found:
+        plots.draw(each, PICTURES, path.stem)
+    plots.memory(dict(found)[memory_record(found)], PICTURES / "memory.svg")
+    PAGE.write_text(page(found, curves()), "utf-8")
+
+
+def records() -> list[tuple[Path, Record]]:
+    """Those of ``cce bench``; of GPUs first."""
+    found = [(path, record.read(path)) for path in sorted(RECORDS.glob("*.jsonl"))]
+    return sorted(found, key=lambda pair: ("threads" in pair[1].facts, not pair[1].of("heads")))
+
+
+def curves() -> list[tuple[Path, dict[str, Any]]]:
+    """Those of ``bench/curves.py``."""
+    return [(path, json.loads(path.read_text("utf-8"))) for path in sorted(RECORDS.glob("curves-*.json"))]
+
+
+def memory_record(found: list[tuple[Path, Record]]) -> Path:
+    """The first record that knows the memory of a step, for the home page's picture."""
+    return next(path for path, each in found if any("peak_mib" in row for row in each.of("heads")))
+
+
+def page(found: list[tuple[Path, Record]], studies: list[tuple[Path, dict[str, Any]]]) -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for path, each in found:
+        parts += section(path, each)
+    for path, study in studies:
+        parts += convergence(path, study)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def section(path: Path, found: Record) -> list[str]:
+    """All heads and sweeps of a record."""
+    facts = found.facts
+    name = f"{facts['hardware']}, {facts['threads']} threads" if "threads" in facts else facts["hardware"]
+    kinds = " and ".join(dict.fromkeys(_kind(row["study"]) for row in found.rows if row["kind"] != "run"))
+    parts = [f"## {name}: {kinds}\n", f"{provenance(facts)}; record `docs/benchmarks/{path.name}`.\n"]
+    for _, group in groupby(found.of("heads"), key=table.head_of):
+        parts += head(list(group))
+    names = {picture for picture, _ in plots.pictures(found)}
+    if "heads" in names:
+        parts.append(f"![Time and memory of forward and backward]({image(path, 'heads')})\n")
+    for study, title in STUDIES.items():
+        if study in names:
+            parts += [f"### {title}\n", f"![{title}]({image(path, study)})\n"]
+            parts += [f"- {line}" for line in missing(found.of(study))] + [""]
+    for name in sorted(names):
+        if name.startswith("filter-"):
+            parts += threshold(path, found, name.removeprefix("filter-"))
+    return parts
+
+
+def _kind(study: str) -> str:
+    return {"heads": "heads of models", "filter": "the filter"}.get(study, "scaling")
+
+
+def provenance(facts: Row) -> str:
+    """Device, versions, date and commit."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    return f"{facts['hardware']}, Python {facts['python']}, {versions}; {facts['date']}, commit `{facts['commit']}`"
+
+
+def image(path: Path, name: str) -> str:
+    return f"assets/{path.stem}-{name}.svg"
+
+
+def head(rows: list[Row]) -> list[str]:
+    """A head: its data, who is best, and the table."""
+    data, timed = rows[0], [row for row in rows if row["kind"] == "time"]
+    parts = [f"### {table.title(data)}\n", f"{table.data_line(data)}\n"]
+    if not timed:
+        return parts
+    steps = [row for row in timed if row["pass"] == STEP]
+    parts += [f"- **Fastest**: {best(steps, 'time_ms', 'ms')}", f"- **Least memory**: {best(steps, 'peak_mib', 'MiB')}"]
+    parts += [f"- {line}" for line in missing(timed)] + [""]
+    parts += ["| | ms | × mm | roofline | peak MiB | over | loss | dE | dC | live |", "|---|" + "--:|" * 9]
+    for row in timed:
+        if "peak_mib" in row or "time_ms" in row:
+            ms, spread, *others = table.figures(row)
+            ms = f"{ms} ± {float(spread.rstrip('%')) / 2:.0f} %" if ms else "–"
+            parts.append("| " + " | ".join([f"{label(row)}, {step(row)}", ms, *others]) + " |")
+    return [*parts, ""]
+
+
+def best(rows: list[Row], name: str, unit: str) -> str:
+    """Who has the least, whether others are as good, and how our best compares where it is not ours."""
+    known = sorted((row for row in rows if row.get(name) is not None and row["status"] == "ok"), key=lambda r: r[name])
+    if not known:
+        return "nobody could be measured"
+    first = known[0]
+    text = f"{label(first)}, {first[name]:,.4g} {unit}"
+    if name == "time_ms":
+        close = [row for row in known[1:] if row["time_low_ms"] <= first["time_high_ms"]]
+        if close:
+            text += f"; not clearly slower: {', '.join(map(label, close))}"
+    others = [row for row in known if is_peer(row) != is_peer(first)]
+    if others:
+        whose = "of cce" if is_peer(first) else "of the others"
+        ratio = others[0][name] / first[name]
+        text += f"; the best {whose}: {label(others[0])}, {others[0][name]:,.4g} {unit} ({ratio:.2f} ×)"
+    return text
+
+
+def is_peer(row: Row) -> bool:
+    return "lacks" in row
+
+
+def label(row: Row) -> str:
+    """What a row measures, for a reader.
+
+    >>> label({"name": "torch", "mode": "exact"}), label({"name": "liger", "mode": "", "lacks": []})
+    ('`torch` exact', 'liger')
+    """
+    if is_peer(row) or row["name"] == "mm":
+        return str(row["name"])
+    return f"`{row['name']}` {row['mode']}".rstrip()
+
+
+def step(row: Row) -> str:
+    return {STEP: "step"}.get(row["pass"], row["pass"])
+
+
+def missing(rows: list[Row]) -> list[str]:
+    """Who has no time, and why."""
+    return [line.replace("|", "/") for line in table.without_time([row for row in rows if row["kind"] == "time"])]
+
+
+def threshold(path: Path, found: Record, data: str) -> list[str]:
+    """The filter's study on one kind of data."""
+    rows = [row for row in found.of("filter") if row["kind"] == "time" and row["data"] == data and "filter_de" in row]
+    title = table.title(rows[0])
+    parts = [
+        f"### The filter: {title}\n",
+        f"![Live fraction and error against the threshold]({image(path, f'filter-{data}')})\n",
+        "| threshold, vocabulary and row order | live | error of dE | error of dC | ms |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    parts += [f"| dense, {rows[0]['dtype']} | 100 % | {rows[0]['dense_de']:.1e} | {rows[0]['dense_dc']:.1e} | |"]
+    for row in rows:
+        ms = f"{row['time_ms']:.4g}" if "time_ms" in row else row["status"]
+        parts.append(f"| {row['mode']} | {row['live']:.0%} | {row['error_de']:.1e} | {row['error_dc']:.1e} | {ms} |")
+    return [*parts, ""]
+
+
+def convergence(path: Path, study: dict[str, Any]) -> list[str]:
+    """What ``bench/curves.py`` found."""
+    steps = ", ".join(f"{count} steps of {phase}" for phase, count in study["steps"].items())
+    parts = [
+        f"## Convergence, {study['hardware']}\n",
+        f"{provenance(study)}; record `docs/benchmarks/{path.name}`. The demo's model, {study['seeds']} seeds, "
+        f"{steps}, {study['tokens_a_step']} tokens a step. *Gap*: held-out loss less that of the dense run of the same seed, "
+        "mean over the seeds and its 95 % interval; *seeds*: standard deviation of the held-out loss between seeds.\n",
+        f"![Loss curves and their differences](assets/{path.stem}.svg)\n",
+        "| | held-out loss | gap | seeds | largest gap of the curves | live |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in study["rows"]:
+        gap = "" if row["loss"] == "dense" else f"{row['held_out_gap']:+.4f} ± {row['held_out_gap_95']:.4f}"
+        parts.append(
+            f"| {row['phase']}, {row['loss']} | {row['held_out']:.4f} | {gap} | {row['held_out_seeds']:.4f} | "
+            f"{row['largest_gap']:.1e} | {row['live_fraction']:.0%} |"
+        )
+    return [*parts, ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Problems to measure: hidden states, a head and targets, with random, synthetic or trained data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Device = torch.device | str
+_STEP = 2**14  # rows of the head made at a time
+CHUNK_LOGITS = 2**27  # float32 logits held at once, a few times over
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states ``e`` (N, D), a head ``c`` (V, D) and targets (N,)."""
+
+    name: str
+    e: Tensor
+    c: Tensor
+    targets: Tensor
+
+
+def random(n: int, d: int, v: int, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Head:
+    """Normal logits of standard deviation 1.5, any target: nothing a filter is made for."""
+    rng = torch.Generator(device).manual_seed(0)
+    e = torch.randn(n, d, generator=rng, device=device).to(dtype)
+    c = torch.cat([x.to(dtype) for x in _normal_rows(v, d, 1.5 / d**0.5, rng)])
+    return Head("random", e, c, torch.randint(v, (n,), generator=rng, device=device))
+
+
+def peaked(n: int = 1024, d: int = 512, v: int = 32_000) -> Head:
+    """Zipf frequencies along a common mean row, ids in any order: the problem of the CPU's goals (bench/cpu.py)."""
+    rng = torch.Generator().manual_seed(0)
+    mean = torch.randn(d, generator=rng)
+    mean /= mean.norm()
+    rank = torch.randperm(v, generator=rng).add(1).log()[:, None]
+    e = torch.randn(n, d, generator=rng) + 4 * mean
+    c = torch.randn(v, d, generator=rng) * (1.0 / d**0.5) + (1 - 0.4 * rank) * mean
+    return Head("peaked", e, c, sampled_targets(e, c, rng))
+
+
+def synthetic(
+    n: int,
+    d: int,
+    v: int,
+    dtype: torch.dtype = torch.float32,
+    device: Device = "cpu",
+    *,
+    entropy: float = 2.5,
+    mean_norm: float = 0.7,
+    zipf: float = 1.0,
+    fade: float = 0.6,
+    seed: int = 0,
+) -> Head:
+    """A head like a trained one: Zipf frequencies, rows with a large mean, rows of ``e`` of different certainty.
+
+    A logit is that of the entry's frequency, along the direction all rows share, plus a normal one of the row, as
+    large as makes the mean entropy the one wanted, and smaller for rare entries, whose rows training has moved less:
+    so the entries that matter to a row are mostly frequent ones, as in a trained head. Targets are drawn from the
+    softmax, so that the model is calibrated: its loss is its entropy. Ids come roughly in the order of frequency, as a
+    BPE's do.
+
+    Args:
+        n, d, v: sizes.
+        dtype, device: of ``e`` and ``c``.
+        entropy: of the softmax, in nats, mean over the rows.
+        mean_norm: norm of the mean row of ``c`` over the mean norm of its rows, in [0, 1).
+        zipf: exponent of the frequencies' law.
+        fade: how much smaller a row's own part is for the rarest entry than for the most frequent one, in [0, 1).
+        seed: of everything random.
+    """
+    rng = torch.Generator(device).manual_seed(seed)
+    direction = torch.randn(d, generator=rng, device=device)
+    direction /= direction.norm()
+    ids = torch.arange(1, v + 1, device=device).log()
+    order = (ids + 0.5 * torch.randn(v, generator=rng, device=device)).argsort()
+    rank = torch.empty(v, device=device)
+    rank[order] = ids  # log of the rank of every entry
+    height = 2.0 * math.sqrt(d)  # of every row of e along the direction: half of its norm, as trained ones have it
+    frequency = -zipf / height * rank
+    own = 1 - fade * rank / math.log(max(v, 2))  # norm of what an entry's row has beside the direction
+    spread = math.sqrt(float(own.square().mean() + frequency.var(correction=0)))
+    along = frequency - frequency.mean() + spread * mean_norm / math.sqrt(1 - mean_norm**2)
+    normal = _normal_rows(v, d, d**-0.5, rng)
+    rows = (x * a[:, None] + b[:, None] * direction for x, a, b in zip(normal, *_split(own, along), strict=True))
+    c = torch.cat([x.to(dtype) for x in rows])
+    states = torch.randn(n, d, generator=rng, device=device)
+    certainty = 0.5 + torch.rand(n, 1, generator=rng, device=device)
+    states *= certainty
+    e = (_sharpness(states[:64], c, height * direction, entropy) * states + height * direction).to(dtype)
+    return Head("synthetic", e, c, sampled_targets(e, c, rng))
+
+
+def trained_npz(path: Path, n: int = 1024) -> Head:
+    """Held-out hidden states of the demo's model: ``python -m cce demo --save PATH.npz``."""
+    arrays = np.load(path)
+    e, targets = torch.from_numpy(arrays["e"])[:n], torch.from_numpy(arrays["targets"])[:n]
+    return Head("trained", e, torch.from_numpy(arrays["c"]), targets)
+
+
+def row_chunks(e: Tensor, v: int) -> Iterator[Tensor]:
+    """The rows of ``e`` in float32, as many at a time as have a bounded number of logits."""
+    yield from (rows.float() for rows in e.split(max(1, CHUNK_LOGITS // v)))
+
+
+def sampled_targets(e: Tensor, c: Tensor, rng: torch.Generator) -> Tensor:
+    """(N,) one entry a row, drawn from the softmax."""
+    wide = c.float()
+    logits = (rows @ wide.T for rows in row_chunks(e, len(c)))
+    return torch.cat([torch.multinomial(z.softmax(1), 1, generator=rng)[:, 0] for z in logits])
+
+
+def _normal_rows(v: int, d: int, scale: float, rng: torch.Generator) -> Iterator[Tensor]:
+    """(v, d) normal rows, a few at a time."""
+    for v0 in range(0, v, _STEP):
+        yield torch.randn(min(_STEP, v - v0), d, generator=rng, device=rng.device) * scale
+
+
+def _split(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return (column.split(_STEP) for column in columns)
+
+
+def _sharpness(states: Tensor, c: Tensor, mean: Tensor, entropy: float) -> float:
+    """What to multiply ``states`` by so that the mean entropy of the softmax is ``entropy``."""
+    wide = c.float()
+    varying, constant = states @ wide.T, mean @ wide.T
+    low, high = 0.0, 64.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        p = (middle * varying + constant).softmax(1)
+        more = float(torch.special.entr(p).sum(1).mean()) > entropy
+        low, high = (middle, high) if more else (low, middle)
+    return low

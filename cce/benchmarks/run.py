@@ -1,0 +1,72 @@
+"""A whole run of ``cce bench``: progress, record, tables, pictures."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cce.benchmarks import plots, record, studies, table
+from cce.benchmarks.record import Record, Row
+
+
+def measure(options: studies.Options, out: Path | None, commit: str | None, console: Console | None = None) -> Record:
+    """Measures everything chosen; rows are written to ``out`` as they are found."""
+    start = time.perf_counter()
+    facts = record.facts(options.device.type, commit)
+    facts = {"record": "cce bench", **facts, "options": _shown(options)}
+    rows: list[Row] = []
+    total = sum(1 for _ in studies.jobs(options))
+    columns = (
+        TextColumn("{task.fields[head]}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.fields[doing]}"),
+    )  # fmt: skip
+    with ExitStack() as stack:
+        lines = stack.enter_context(out.open("w", encoding="utf-8")) if out else None
+        progress = stack.enter_context(Progress(*columns, console=console or Console(), transient=True))
+        task = progress.add_task("", total=total, head="", doing="")
+        if lines:
+            lines.write(record.line(facts))
+        done = -1
+        for found in studies.run(options):
+            if isinstance(found, str):
+                if found.split(":")[0] in studies.STUDIES:
+                    done += 1
+                    progress.update(task, completed=done, head=found, doing="")
+                else:
+                    progress.update(task, doing=found[:70])
+                continue
+            rows.append(record.rounded(found))
+            if lines:
+                lines.write(record.line(found))
+                lines.flush()
+        seconds = {"study": "run", "kind": "run", "seconds": round(time.perf_counter() - start, 1)}
+        if lines:
+            lines.write(record.line(seconds))
+    return Record(facts, [*rows, seconds])
+
+
+def report(found: Record, folder: Path | None, stem: str, suffix: str, console: Console | None = None) -> None:
+    """Prints the tables; draws the pictures into ``folder``, if there is one."""
+    console = console or Console(width=max(table.width(found.rows), Console().width))
+    measured = Record(found.facts, [row for row in found.rows if row["kind"] != "run"])
+    table.show(measured, console)
+    facts = found.facts
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    console.print(f"{facts['hardware']}, {versions}, commit {facts['commit'] or 'unknown'}", highlight=False)
+    for row in found.rows:
+        if row["kind"] == "run":
+            console.print(f"took {row['seconds']:.0f} s", highlight=False)
+    if folder is not None:
+        for path in plots.draw(measured, folder, stem, suffix):
+            console.print(f"picture: {path}", highlight=False, soft_wrap=True)
+
+
+def _shown(options: studies.Options) -> Row:
+    """The options as they go into a record."""
+    names = {name: list(getattr(options, name)) for name in ("studies", "data", "backends", "modes", "passes", "peers")}
+    shapes = [shape.label for shape in options.shapes]
+    return {"shapes": shapes, **names, "rounds": options.effort.rounds, "span_ms": options.effort.span_ms}

@@ -1,0 +1,75 @@
+"""docs/benchmarks.md is what the records say, and tells who is best also where it is not us."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import page
+import pytest
+
+STEP = page.STEP
+
+
+def row(name: str, ms: float | None, mib: float, mode: str = "", **more: Any) -> dict[str, Any]:
+    found = {"name": name, "mode": mode, "pass": STEP, "kind": "time", "status": "ok", "peak_mib": mib, **more}
+    if ms is not None:
+        found |= {"time_ms": ms, "time_low_ms": 0.95 * ms, "time_high_ms": 1.05 * ms}
+    return found
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert page.PAGE.read_text("utf-8") == page.page(page.records(), page.curves()), "run: python bench/page.py"
+
+
+def test_pictures_are_there() -> None:
+    names = re.findall(r"\(assets/([\w.-]+)\)", page.PAGE.read_text("utf-8"))
+    assert names and all((page.PICTURES / name).is_file() for name in names)
+    assert (page.PICTURES / "memory.svg").is_file()
+
+
+def test_records_have_device_versions_and_commit() -> None:
+    for path, found in page.records():
+        facts = found.facts
+        assert facts["hardware"] and facts["versions"]["torch"] and facts["date"], path
+        assert re.fullmatch(r"[0-9a-f]{7,}", facts["commit"]), f"{path}: a record of a commit, without changes"
+
+
+def test_every_head_says_who_is_best() -> None:
+    text = page.PAGE.read_text("utf-8")
+    heads = sum(r["kind"] == "data" for _, found in page.records() for r in found.of("heads"))
+    assert text.count("- **Fastest**: ") == text.count("- **Least memory**: ") == heads > 0
+
+
+def test_a_peer_that_is_best() -> None:
+    rows = [
+        row("triton", 10.0, 5, "exact"),
+        row("compiled", 8.0, 50, lacks=[]),
+        row("eager", 8.1, 90, lacks=[]),
+        row("wrong", None, 1, "exact", status="wrong", reason="dE errs"),
+    ]
+    fastest = page.best(rows, "time_ms", "ms")
+    assert fastest == "compiled, 8 ms; not clearly slower: eager; the best of cce: `triton` exact, 10 ms (1.25 ×)"
+    assert (
+        page.best(rows, "peak_mib", "MiB")
+        == "`triton` exact, 5 MiB; the best of the others: compiled, 50 MiB (10.00 ×)"
+    )
+    assert page.best([], "time_ms", "ms") == "nobody could be measured"
+
+
+@pytest.mark.parametrize("status", ["absent", "failed", "refused", "wrong"])
+def test_who_is_missing_is_said(status: str) -> None:
+    rows = [row("liger", None, 1, status=status, reason="why | not")]
+    assert page.missing(rows) == [f"liger {status}: why / not"]
+
+
+def test_convergence_section() -> None:
+    study = {
+        "hardware": "x", "python": "3", "versions": {"torch": "2"}, "date": "d", "commit": "abc", "seeds": 3,
+        "steps": {"pre-training": 4}, "tokens_a_step": 8,
+        "rows": [{"phase": "pre-training", "loss": "filtered", "held_out": 2.0, "held_out_gap": -0.001,
+                  "held_out_gap_95": 0.002, "held_out_seeds": 0.01, "largest_gap": 0.1, "live_fraction": 0.25}],
+    }  # fmt: skip
+    text = "\n".join(page.convergence(page.RECORDS / "curves-x.json", study))
+    assert "| pre-training, filtered | 2.0000 | -0.0010 ± 0.0020 | 0.0100 | 1.0e-01 | 25% |" in text
+    assert "assets/curves-x.svg" in text
