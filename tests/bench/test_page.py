@@ -46,6 +46,8 @@ def test_a_peer_that_is_best() -> None:
         row("triton", 10.0, 5, "exact"),
         row("compiled", 8.0, 50, lacks=[]),
         row("eager", 8.1, 90, lacks=[]),
+        row("triton", 1.0, 2, "uncompensated"),
+        row("cut-cross-entropy", 1.0, 2, lacks=[]),
         row("wrong", None, 1, "exact", status="wrong", reason="dE errs"),
     ]
     fastest = page.best(rows, "time_ms", "ms")
@@ -60,7 +62,8 @@ def test_a_peer_that_is_best() -> None:
 @pytest.mark.parametrize("status", ["absent", "failed", "refused", "wrong"])
 def test_who_is_missing_is_said(status: str) -> None:
     rows = [row("liger", None, 1, status=status, reason="why | not")]
-    assert page.missing(rows) == [f"liger {status}: why / not"]
+    assert page.missing(rows, only=(status,)) == [f"liger {status}: why / not"]
+    assert page.missing(rows, only=("other",)) == []
 
 
 def test_convergence_section() -> None:
