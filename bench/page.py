@@ -10,13 +10,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import page_gpu
+from page_parts import STEP, best, label, missing, provenance, step
+
 from cce.benchmarks import plots, record, table
-from cce.benchmarks.peers import PEERS
 from cce.benchmarks.record import Record, Row
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECORDS, PAGE, PICTURES = DOCS / "benchmarks", DOCS / "benchmarks.md", DOCS / "assets"
-STEP = "forward+backward"
 
 HEAD = """\
 <!-- Written by: python bench/page.py -->
@@ -45,7 +46,7 @@ def main() -> None:
     found = records()
     for path, each in found:
         plots.draw(each, PICTURES, path.stem)
-    plots.memory(dict(found)[memory_record(found)], PICTURES / "memory.svg")
+    plots.memory(memory_record(found), PICTURES / "memory.svg")
     PAGE.write_text(page(found, curves()), "utf-8")
 
 
@@ -60,16 +61,23 @@ def curves() -> list[tuple[Path, dict[str, Any]]]:
     return [(path, json.loads(path.read_text("utf-8"))) for path in sorted(RECORDS.glob("curves-*.json"))]
 
 
-def memory_record(found: list[tuple[Path, Record]]) -> Path:
-    """The first record that knows the memory of a step, for the home page's picture."""
-    return next(path for path, each in found if any("peak_mib" in row for row in each.of("heads")))
+def memory_record(found: list[tuple[Path, Record]]) -> Record:
+    """For the home page's picture: a GPU's that has the dense loss, too, or else the first one of ``cce bench``."""
+    known = [each for _, each in found if any("peak_mib" in row for row in each.of("heads"))]
+    of_gpu = Record({}, page_gpu.memory_rows(page_gpu.load("h100*.json", RECORDS)))
+    if of_gpu.rows and not any("threads" not in each.facts for each in known):
+        return of_gpu
+    return known[0]
 
 
 def page(found: list[tuple[Path, Record]], studies: list[tuple[Path, dict[str, Any]]]) -> str:
     """The whole page."""
-    parts = [HEAD]
+    parts, of_cpu = [HEAD], list[str]()
     for path, each in found:
-        parts += section(path, each)
+        (of_cpu if "threads" in each.facts else parts).extend(section(path, each))
+    parts += page_gpu.backends_section(page_gpu.load("h100*.json", RECORDS))
+    parts += page_gpu.split_section(page_gpu.load("vocab-parallel*.json", RECORDS))
+    parts += of_cpu
     for path, study in studies:
         parts += convergence(path, study)
     return "\n".join(parts).rstrip() + "\n"
@@ -102,12 +110,6 @@ def _kind(study: str) -> str:
     return {"heads": "heads of models", "filter": "the filter"}.get(study, "scaling")
 
 
-def provenance(facts: Row) -> str:
-    """Device, versions, date and commit."""
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    return f"{facts['hardware']}, Python {facts['python']}, {versions}; {facts['date']}, commit `{facts['commit']}`"
-
-
 def image(path: Path, name: str) -> str:
     return f"assets/{path.stem}-{name}.svg"
 
@@ -128,56 +130,6 @@ def head(rows: list[Row]) -> list[str]:
             ms = f"{ms} ± {float(spread.rstrip('%')) / 2:.0f} %" if ms else "–"
             parts.append("| " + " | ".join([f"{label(row)}, {step(row)}", ms, *others]) + " |")
     return [*parts, ""]
-
-
-def best(rows: list[Row], name: str, unit: str) -> str:
-    """Who has the least, whether others are as good, and how our best compares where it is not ours."""
-    whole = [row for row in rows if row["status"] == "ok" and name in row and not leaves_out(row)]
-    known = sorted(whole, key=lambda row: row[name])
-    if not known:
-        return "nobody could be measured"
-    first = known[0]
-    text = f"{label(first)}, {first[name]:,.4g} {unit}"
-    if name == "time_ms":
-        close = [row for row in known[1:] if row["time_low_ms"] <= first["time_high_ms"]]
-        if close:
-            text += f"; not clearly slower: {', '.join(map(label, close))}"
-    others = [row for row in known if is_peer(row) != is_peer(first)]
-    if others:
-        whose = "of cce" if is_peer(first) else "of the others"
-        ratio = others[0][name] / first[name]
-        text += f"; the best {whose}: {label(others[0])}, {others[0][name]:,.4g} {unit} ({ratio:.2f} ×)"
-    return text
-
-
-def leaves_out(row: Row) -> bool:
-    """Gradients are skipped and nothing stands for them: in the tables, but no answer to who is best."""
-    return row["mode"] == "uncompensated" or (is_peer(row) and PEERS[row["name"]].approximate)
-
-
-def is_peer(row: Row) -> bool:
-    return "lacks" in row
-
-
-def label(row: Row) -> str:
-    """What a row measures, for a reader.
-
-    >>> label({"name": "torch", "mode": "exact"}), label({"name": "liger", "mode": "", "lacks": []})
-    ('`torch` exact', 'liger')
-    """
-    if is_peer(row) or row["name"] == "mm":
-        return str(row["name"])
-    return f"`{row['name']}` {row['mode']}".rstrip()
-
-
-def step(row: Row) -> str:
-    return {STEP: "step"}.get(row["pass"], row["pass"])
-
-
-def missing(rows: list[Row], only: tuple[str, ...]) -> list[str]:
-    """Who has no time, and why, for these of the reasons."""
-    timed = [row for row in rows if row["kind"] == "time" and row["status"] in only]
-    return [line.replace("|", "/") for line in table.without_time(timed)]
 
 
 def threshold(path: Path, found: Record, data: str) -> list[str]:
