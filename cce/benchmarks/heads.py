@@ -93,7 +93,9 @@ def synthetic(
     states = torch.randn(n, d, generator=rng, device=device)
     certainty = 0.5 + torch.rand(n, 1, generator=rng, device=device)
     states *= certainty
-    e = (_sharpness(states[:64], c, height * direction, entropy) * states + height * direction).to(dtype)
+    e = (
+        _sharpness(states[: max(16, min(64, 2**22 // v))], c, height * direction, entropy) * states + height * direction
+    ).to(dtype)
     return Head("synthetic", e, c, sampled_targets(e, c, rng))
 
 
@@ -131,7 +133,7 @@ def _sharpness(states: Tensor, c: Tensor, mean: Tensor, entropy: float) -> float
     wide = c.float()
     varying, constant = states @ wide.T, mean @ wide.T
     low, high = 0.0, 64.0
-    for _ in range(30):
+    for _ in range(20):
         middle = (low + high) / 2
         p = (middle * varying + constant).softmax(1)
         more = float(torch.special.entr(p).sum(1).mean()) > entropy
