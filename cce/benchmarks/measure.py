@@ -154,7 +154,7 @@ def wrong(row: Row, dtype: torch.dtype, v: int, peer: Peer | None = None) -> str
         return f"the loss errs by {row['error_loss']:.2g}, allowed {of_loss:.2g}"
     for of, title in (("de", "dE"), ("dc", "dC")):
         if f"error_{of}" in row:
-            found: float = row.get(f"filter_{of}") or row[f"error_{of}"]
+            found: float = row[f"filter_{of}" if f"filter_{of}" in row else f"error_{of}"]
             allowed = APPROXIMATE if peer and peer.approximate else max(2 * row[f"dense_{of}"], floor(dtype, v))
             if not found <= allowed:
                 return f"{title} errs by {found:.2g}, allowed {allowed:.2g}"
