@@ -56,7 +56,7 @@ def main() -> None:
             rows += [{"shape": shape, **row} for row in measured(PARTS[part], shape, options)]
             torch.cuda.empty_cache()
             if options.out:
-                record.write(options.out, "cuda", options.commit, rows=rows)
+                record.write(options.out, "cuda", options.commit, backend=options.backend, rows=rows)
     show(rows)
 
 

@@ -60,14 +60,14 @@ def synthetic(
 ) -> Head:
     """A head like a trained one: Zipf frequencies, rows with a large mean, rows of ``e`` of different certainty.
 
-    A logit is that of the entry's frequency, along the direction all rows share, plus a normal one of the row, as
-    large as makes the mean entropy the one wanted, and smaller for rare entries, whose rows training has moved less:
-    so the entries that matter to a row are mostly frequent ones, as in a trained head. Targets are drawn from the
+    A logit is that of the entry's frequency, along a direction that all rows of ``e`` share, plus a normal one of the
+    row, as large as makes the mean entropy the one wanted, and smaller for rare entries, whose rows training has moved
+    less: so the entries that matter to a row are mostly frequent ones, as in a trained head. Targets are drawn from the
     softmax, so that the model is calibrated: its loss is its entropy. Ids come roughly in the order of frequency, as a
     BPE's do.
 
     Args:
-        n, d, v: sizes.
+        n, d, v: sizes; D at least 2.
         dtype, device: of ``e`` and ``c``.
         entropy: of the softmax, in nats, mean over the rows.
         mean_norm: norm of the mean row of ``c`` over the mean norm of its rows, in [0, 1).
@@ -76,8 +76,8 @@ def synthetic(
         seed: of everything random.
     """
     rng = torch.Generator(device).manual_seed(seed)
-    direction = torch.randn(d, generator=rng, device=device)
-    direction /= direction.norm()
+    # Along one, rows of e see an entry's frequency; the mean row of c lies along the other, and shifts no logit.
+    direction, shared = torch.linalg.qr(torch.randn(d, 2, generator=rng, device=device)).Q.T.contiguous()
     ids = torch.arange(1, v + 1, device=device).log()
     order = (ids + 0.5 * torch.randn(v, generator=rng, device=device)).argsort()
     rank = torch.empty(v, device=device)
@@ -86,14 +86,16 @@ def synthetic(
     frequency = -zipf / height * rank
     own = 1 - fade * rank / math.log(max(v, 2))  # norm of what an entry's row has beside the direction
     spread = math.sqrt(float(own.square().mean() + frequency.var(correction=0)))
-    along = frequency - frequency.mean() + spread * mean_norm / math.sqrt(1 - mean_norm**2)
-    normal = _normal_rows(v, d, d**-0.5, rng)
-    rows = (x * a[:, None] + b[:, None] * direction for x, a, b in zip(normal, *_split(own, along), strict=True))
+    mean = spread * mean_norm / math.sqrt(1 - mean_norm**2) * shared
+    normal, along = _normal_rows(v, d, d**-0.5, rng), frequency - frequency.mean()
+    rows = (x * a[:, None] + b[:, None] * direction + mean for x, a, b in zip(normal, *_split(own, along), strict=True))
     c = torch.cat([x.to(dtype) for x in rows])
     states = torch.randn(n, d, generator=rng, device=device)
     certainty = 0.5 + torch.rand(n, 1, generator=rng, device=device)
     states *= certainty
-    e = (_sharpness(states[:64], c, height * direction, entropy) * states + height * direction).to(dtype)
+    e = (
+        _sharpness(states[: max(16, min(64, 2**22 // v))], c, height * direction, entropy) * states + height * direction
+    ).to(dtype)
     return Head("synthetic", e, c, sampled_targets(e, c, rng))
 
 
@@ -131,7 +133,7 @@ def _sharpness(states: Tensor, c: Tensor, mean: Tensor, entropy: float) -> float
     wide = c.float()
     varying, constant = states @ wide.T, mean @ wide.T
     low, high = 0.0, 64.0
-    for _ in range(30):
+    for _ in range(20):
         middle = (low + high) / 2
         p = (middle * varying + constant).softmax(1)
         more = float(torch.special.entr(p).sum(1).mean()) > entropy

@@ -14,7 +14,7 @@ from cce.benchmarks import timing
 from cce.benchmarks.candidates import Candidate, one_line
 from cce.benchmarks.heads import Head
 from cce.benchmarks.oracle import Oracle, floor, live_tiles
-from cce.benchmarks.peers import Loss
+from cce.benchmarks.peers import Loss, Peer
 
 MIB = 2**20
 PASSES = ("forward", "forward+backward")
@@ -118,8 +118,7 @@ def checked(oracle: Oracle, candidate: Candidate, name: str) -> Entry:
         return Entry({**row, "status": "failed", "reason": one_line(error)}, candidate)
     gradients = 0 if name == PASSES[0] else head.e.nbytes + head.c.nbytes
     row |= {"peak_mib": peak, "over_gradients_mib": peak - gradients / MIB}
-    approximate = candidate.peer is not None and candidate.peer.approximate
-    reason = wrong(row, head.e.dtype, len(head.c), approximate)
+    reason = wrong(row, head.e.dtype, len(head.c), candidate.peer)
     if reason:
         return Entry({**row, "status": "wrong", "reason": reason}, candidate)
     return Entry({**row, "status": "ok"}, candidate, run)
@@ -142,20 +141,21 @@ def errors(oracle: Oracle, candidate: Candidate, found: tuple[Tensor, ...]) -> R
     return row
 
 
-def wrong(row: Row, dtype: torch.dtype, v: int, approximate: bool = False) -> str:
+def wrong(row: Row, dtype: torch.dtype, v: int, peer: Peer | None = None) -> str:
     """Why a row's errors are too large, or "": the rule is in docs/reproducibility.md.
 
     >>> wrong({"error_loss": 1e-6, "error_de": 0.3, "error_dc": 0.002, "dense_de": 0.001, "dense_dc": 0.001},
     ...       torch.bfloat16, 100)
     'dE errs by 0.3, allowed 0.01'
     """
-    of_loss = floor(torch.promote_types(dtype, torch.float32), v)  # summed in float32, whatever the inputs
+    # The logits of a peer may have the inputs' dtype; ours are float32 at least.
+    of_loss = floor(dtype if peer else torch.promote_types(dtype, torch.float32), v)
     if not row["error_loss"] <= of_loss:
         return f"the loss errs by {row['error_loss']:.2g}, allowed {of_loss:.2g}"
     for of, title in (("de", "dE"), ("dc", "dC")):
         if f"error_{of}" in row:
-            found: float = row.get(f"filter_{of}") or row[f"error_{of}"]
-            allowed = APPROXIMATE if approximate else max(2 * row[f"dense_{of}"], floor(dtype, v))
+            found: float = row[f"filter_{of}" if f"filter_{of}" in row else f"error_{of}"]
+            allowed = APPROXIMATE if peer and peer.approximate else max(2 * row[f"dense_{of}"], floor(dtype, v))
             if not found <= allowed:
                 return f"{title} errs by {found:.2g}, allowed {allowed:.2g}"
     return ""

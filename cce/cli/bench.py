@@ -41,7 +41,7 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all)")
     parser.add_argument("--passes", **every, help="forward, forward+backward (default: both)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="other implementations (default: all; may be none)")
-    parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 7; a CPU 5; quick 3)")
+    parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 5, quick 3)")
     parser.add_argument("--out", metavar="JSONL", help="file for the record, written as rows are measured")
     parser.add_argument("--plot", type=Path, metavar="JSONL", help="measure nothing: show this record, draw pictures")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw here (default: beside the record)")
@@ -87,8 +87,8 @@ def options(args: argparse.Namespace) -> Options:
     device = usable_device(args.device or available_devices()[0])
     kind = "cuda" if device.type == "cuda" else "cpu"
     default = shapes.QUICK[kind] if args.quick else shapes.GPU_SHAPES if kind == "cuda" else shapes.CPU_SHAPES
-    rounds = args.rounds or (3 if args.quick else 7 if kind == "cuda" else 5)
-    span = (40 if args.quick else 120) if kind == "cuda" else 40
+    rounds = args.rounds or (3 if args.quick else 5)
+    span = (40 if args.quick else 100) if kind == "cuda" else 40
     trained = args.trained and _readable("--trained", args.trained)
     usual = [*["random"] * (kind == "cuda" and not args.quick), "synthetic", *["trained"] * bool(trained)]
     data = _chosen("--data", args.data, studies.DATA, tuple(usual))

@@ -7,7 +7,7 @@ import torch
 
 import cce
 from cce.benchmarks import float64, measure, oracle, peers
-from cce.benchmarks.candidates import MODES, of_backend
+from cce.benchmarks.candidates import MODES, of_backend, of_peer
 from cce.benchmarks.heads import Head
 
 ORDERS = ("mean_logit", "natural")
@@ -104,5 +104,16 @@ def test_what_is_wrong(row: dict[str, float], said: str) -> None:
 
 def test_an_approximate_peer_may_err_more(small: Head) -> None:
     row = {"error_loss": 0.0, "error_de": 0.2, "error_dc": 0.1, "dense_de": 0.0, "dense_dc": 0.0}
-    assert measure.wrong(row, torch.bfloat16, 1000) and not measure.wrong(row, torch.bfloat16, 1000, approximate=True)
-    assert measure.wrong({**row, "error_de": 0.6}, torch.bfloat16, 1000, approximate=True)
+    apple, liger = peers.PEERS["cut-cross-entropy"], peers.PEERS["liger"]
+    assert measure.wrong(row, torch.bfloat16, 1000) and measure.wrong(row, torch.bfloat16, 1000, liger)
+    assert not measure.wrong(row, torch.bfloat16, 1000, apple)
+    assert measure.wrong({**row, "error_de": 0.6}, torch.bfloat16, 1000, apple)
+
+
+def test_the_loss_of_a_peer_may_come_from_16_bit_logits(half: Head) -> None:
+    row = {"error_loss": 0.005}
+    assert measure.wrong(row, torch.bfloat16, 1000) and measure.wrong(row, torch.float32, 1000, peers.PEERS["eager"])
+    assert not measure.wrong(row, torch.bfloat16, 1000, peers.PEERS["eager"])
+    assert measure.wrong({"error_loss": 0.02}, torch.bfloat16, 1000, peers.PEERS["eager"])
+    entry = measure.checked(oracle.Oracle(half), of_peer(peers.PEERS["eager"]), "forward+backward")
+    assert entry.row["status"] == "ok", entry.row
