@@ -256,6 +256,7 @@ class _Run:
             "WIDE": needs_wide(call.c) or problem.v * problem.d >= 2**31, "BLOCK_N": call.block_n,
             "BLOCK_V": call.block_v, "E_BLOCK_D": of_e.columns, "E_BLOCK_K": of_e.depth, "E_STAGES": of_e.stages,
             "C_BLOCK_M": of_c.rows, "C_BLOCK_D": of_c.columns, "C_BLOCK_K": of_c.depth, "C_STAGES": of_c.stages,
+            "DC_FIRST": call.launch.dc_first,
         }  # fmt: skip
         return Repeated(products_kernel, (call.launch.programs_of(of_c),), arguments, num_warps=of_c.warps)
 
