@@ -91,7 +91,6 @@ class Launch:
         tma: the architecture has tensor-map loads.
         programs: of a persistent grid: one a multiprocessor.
         measured: the figures come from a measurement on this architecture.
-        dc_first: one of so many programs of the block-sparse products begins with dC.
         tuned: they come from a measurement of this problem on this GPU.
     """
 
@@ -105,11 +104,6 @@ class Launch:
     programs: int
     measured: bool
     tuned: bool = False
-    dc_first: int = 4
-
-    def programs_of(self, tile: Tile) -> int:
-        """Of a persistent grid of this tile's kernel: two a multiprocessor where half its threads are a program's."""
-        return self.programs * (2 if tile.warps <= 4 else 1)
 
     def with_tiles(self, tiles: Mapping[str, Tile]) -> Launch:
         """This configuration with other tiles, by name."""

@@ -130,41 +130,33 @@ def products_kernel(
     COMPENSATE: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     E_BLOCK_D: tl.constexpr, E_BLOCK_K: tl.constexpr, E_STAGES: tl.constexpr,
     C_BLOCK_M: tl.constexpr, C_BLOCK_D: tl.constexpr, C_BLOCK_K: tl.constexpr, C_STAGES: tl.constexpr,
-    DC_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Both products of a chunk: tiles of dE, whose sums are long, and of dC, mostly written where few tiles are live.
+    """Both products of a chunk: tiles of dE, then of dC, which keep busy who has found none of dE left.
 
-    One of DC_FIRST programs begins with dC, the others with dE; who finds none left takes from the other. So the memory
-    and the matrix units have work at the same time. ``e_dz`` and ``c_dz`` are dx in boxes for either product, ``de_in``
-    is de as it is read. counters [chunks, 2]: the next tile of each.
+    ``e_dz`` and ``c_dz`` are dx in boxes for either product, ``de_in`` is de as it is read.
+    counters [chunks, 2]: the next tile of each.
     """
     t0 = tl.load(chunk_start + chunk)
     tiles = tl.load(chunk_start + chunk + 1) - t0
-    tiles_e = tl.where(tiles > 0, blocks * tl.cdiv(D, E_BLOCK_D), 0)
-    tiles_c = tiles * tl.cdiv(D, C_BLOCK_D) * (BLOCK_V // C_BLOCK_M)
-    turn = (tl.program_id(0) % DC_FIRST == 0).to(tl.int32)  # 0: tiles of dE, 1: of dC
-    for _ in range(2):
-        counter = counters + 2 * chunk + turn
-        if turn == 0:
-            if DE:
-                item = tl.atomic_add(counter, 1)
-                while item < tiles_e:
-                    mine = item
-                    item = tl.atomic_add(counter, 1)  # the next one, asked for now: nobody waits for it then
-                    add_to_de(mine, e_dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de, de_in,
-                              N, D, T, blocks, stride_cv, stride_cd, chunk, DZ_TMA, C_TMA, DE_TMA, EVEN_D, DOT,
-                              PRECISION, WIDE, BLOCK_N, BLOCK_V, E_BLOCK_D, E_BLOCK_K, E_STAGES)  # fmt: skip
-        else:
-            if DC:
-                item = tl.atomic_add(counter, 1)
-                while item < tiles_c:
-                    mine = item
-                    item = tl.atomic_add(counter, 1)
-                    write_dc(mine, t0, c_dz, e, order, row_order, keep, live_count, block_list, slot_list, mass_e, norm,
-                             dc, N, V, D, blocks, stride_en, stride_ed, stride_dc, SORTED, DZ_TMA, E_TMA, DC_TMA, DOT,
-                             PRECISION, ORDER, COMPENSATE, NORM, BLOCK_N, BLOCK_V, C_BLOCK_M, C_BLOCK_D, C_BLOCK_K,
-                             C_STAGES, WIDE)  # fmt: skip
-        turn = 1 - turn
+    if DE:
+        tiles_e = tl.where(tiles > 0, blocks * tl.cdiv(D, E_BLOCK_D), 0)
+        item = tl.atomic_add(counters + 2 * chunk, 1)
+        while item < tiles_e:
+            mine = item
+            item = tl.atomic_add(counters + 2 * chunk, 1)  # the next one, asked for now: nobody waits for it then
+            add_to_de(mine, e_dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de, de_in, N, D, T,
+                      blocks, stride_cv, stride_cd, chunk, DZ_TMA, C_TMA, DE_TMA, EVEN_D, DOT, PRECISION, WIDE,
+                      BLOCK_N, BLOCK_V, E_BLOCK_D, E_BLOCK_K, E_STAGES)  # fmt: skip
+    if DC:
+        tiles_c = tiles * tl.cdiv(D, C_BLOCK_D) * (BLOCK_V // C_BLOCK_M)
+        item = tl.atomic_add(counters + 2 * chunk + 1, 1)
+        while item < tiles_c:
+            mine = item
+            item = tl.atomic_add(counters + 2 * chunk + 1, 1)
+            write_dc(mine, t0, c_dz, e, order, row_order, keep, live_count, block_list, slot_list, mass_e, norm, dc,
+                     N, V, D, blocks, stride_en, stride_ed, stride_dc, SORTED, DZ_TMA, E_TMA, DC_TMA, DOT, PRECISION,
+                     ORDER, COMPENSATE, NORM, BLOCK_N, BLOCK_V, C_BLOCK_M, C_BLOCK_D, C_BLOCK_K, C_STAGES,
+                     WIDE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["chunk"])
