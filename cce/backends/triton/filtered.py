@@ -75,7 +75,11 @@ def filtered(
         dead = _compensation(call, formula, live, rows, maps)
     total = None
     if problem.grad_e:
-        total = dead.de if dead is not None else torch.zeros(problem.n, problem.d, device=call.e.device)
+        total = (
+            dead.de
+            if dead is not None
+            else torch.zeros(problem.n, problem.d, dtype=torch.float32, device=call.e.device)
+        )
         assert total is not None
         if formula.upstream.s is not None:
             add_rank_one_de(call, inputs.logit_weight, formula.upstream.s.index_select(0, live.row_order), total)
