@@ -10,6 +10,7 @@ from torch import Tensor
 from cce.backends.gpu.kernels import Formula, Kernels, Splits, Tiles
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.sizes import busiest_splits, cdiv, windows
+from cce.backends.gpu.used_rows import ask
 from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
 from cce.rows import used_rows
 from cce.spec import Spec
@@ -22,6 +23,8 @@ def forward(
     kernels: Kernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]
 ) -> Outputs[Tensor]:
     """Outputs of all rows in use; 0 (-1 for the prediction) of the others. Fills ``maps``."""
+    if problem.needs_grad and spec.filter == "none":
+        ask(inputs.targets)
     call, in_use = Call.of(kernels, inputs, problem, spec), used_rows(inputs)
     target_logits = call.empty(*inputs.targets.shape)
     kernels.target_logits(call.own_e, call.c, inputs.targets.contiguous(), call.formula, target_logits)

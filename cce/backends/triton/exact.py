@@ -90,7 +90,7 @@ def _chunks_of_parts(
     """
     problem, largest = call.problem, parts[0].call
     places = _places(largest)
-    total = torch.zeros(problem.n, problem.d, device=call.e.device)
+    total = torch.zeros(problem.n, problem.d, dtype=torch.float32, device=call.e.device)
     scratch = call.empty(largest.problem.n * pitch(places[0][1]), dtype=problem.dtype)
     launches = [_dz(part.call, inputs, part.formula) for part in parts]
     for v0, v1 in places:

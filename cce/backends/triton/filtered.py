@@ -11,7 +11,6 @@ from cce.backends.gpu.products import product
 from cce.backends.gpu.sizes import cdiv, row_blocks, slot_bytes
 from cce.backends.triton import plan as plans
 from cce.backends.triton.call import Call
-from cce.backends.triton.device import beside
 from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
 from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel
 from cce.backends.triton.kernels.gradient import sparse_kernel
@@ -69,30 +68,24 @@ def filtered(
     """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
     problem = call.problem
     formula = Formula.of(call, inputs, outputs, upstream)
-    means = None
-    if call.spec.compensate and problem.grad_e:
-        means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
-    # The mean rows take the memory's time, and finding the work its latency: side by side they take that of one.
-    with beside(call.e) as side:
-        if means is not None:
-            with side:
-                mean_rows(call, means)
-        live = plans.find_live(call, formula.target_place, used_rows(inputs), maps, upstream)
-        rows = Rows.of(call, live)
-        plan = plans.make(call, live, _slots(call, rows), call.launch.sparse.columns // call.block_v)
+    live = plans.find_live(call, formula.target_place, used_rows(inputs), maps, upstream)
+    rows = Rows.of(call, live)
     dead = None
     if call.spec.compensate:
-        dead = _compensation(call, formula, live, rows, maps, means)
+        dead = _compensation(call, formula, live, rows, maps)
     total = None
     if problem.grad_e:
-        total = dead.de if dead is not None else torch.zeros(problem.n, problem.d, device=call.e.device)
+        total = (
+            dead.de
+            if dead is not None
+            else torch.zeros(problem.n, problem.d, dtype=torch.float32, device=call.e.device)
+        )
         assert total is not None
         if formula.upstream.s is not None:
             add_rank_one_de(call, inputs.logit_weight, formula.upstream.s.index_select(0, live.row_order), total)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
-    del means
-    _Run(call, formula, live, rows, plan, dead, Gradients(total, dc, dbias)).all_chunks()
+    _Run(call, formula, live, rows, dead, Gradients(total, dc, dbias)).all_chunks()
     del rows, dead
     de = finish_de(call, total, live.row_order, formula.norm) if total is not None else None
     if formula.upstream.s is not None:
@@ -101,20 +94,13 @@ def filtered(
     return Gradients(de, dc, dbias)
 
 
-def _slots(call: Call, rows: Rows) -> int:
-    """Tiles that the scratch memory holds."""
-    left = call.spec.scratch_bytes - (rows.e.nbytes if rows.copied else 0)
-    return max(left // slot_bytes(call.problem, call.spec), 2 * row_blocks(call.problem, call.spec))
-
-
-def _compensation(
-    call: Call, formula: Formula, live: plans.Live, rows: Rows, maps: Maps[Tensor], means: Tensor | None
-) -> Dead:
+def _compensation(call: Call, formula: Formula, live: plans.Live, rows: Rows, maps: Maps[Tensor]) -> Dead:
     """The products with the dead tiles' mass, in pieces of the map that fit into the scratch memory."""
     problem, t = call.problem, call.tiles
     n, d = problem.n, problem.d
     piece = max(1, min(t, call.spec.scratch_bytes // 4 // (n * problem.dtype.itemsize)))
     m = call.empty(piece, n, dtype=problem.dtype)
+    means = mean_rows(call) if problem.grad_e else None
     de = None
     mass_e = call.empty(t, d) if problem.grad_c else None
     mass = call.empty(t) if problem.grad_bias else None
@@ -130,13 +116,15 @@ def _compensation(
     return Dead(de, mass_e, mass)
 
 
-def mean_rows(call: Call, means: Tensor) -> None:
-    """Fills (T, D) with the mean row of ``c`` of each vocabulary block."""
+def mean_rows(call: Call) -> Tensor:
+    """(T, D) the mean row of ``c`` of each vocabulary block, in the products' dtype."""
     problem = call.problem
+    means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
     mean_rows_kernel[(call.tiles, cdiv(problem.d, 256))](
         call.c, call.order, None, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
         ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
     )  # fmt: skip
+    return means
 
 
 def _dead_mass(
@@ -171,17 +159,14 @@ class _Run:
     """The scratch memory, and the launches of a chunk; which chunk is their only argument that changes."""
 
     def __init__(
-        self,
-        call: Call,
-        formula: Formula,
-        live: plans.Live,
-        rows: Rows,
-        plan: plans.Plan,
-        dead: Dead | None,
-        sums: Gradients[Tensor],
+        self, call: Call, formula: Formula, live: plans.Live, rows: Rows, dead: Dead | None, sums: Gradients[Tensor]
     ) -> None:
-        self.call, self.formula, self.live, self.rows, self.plan, self.dead = call, formula, live, rows, plan, dead
-        problem, slots = call.problem, plan.max_items
+        self.call, self.formula, self.live, self.rows, self.dead = call, formula, live, rows, dead
+        problem, tile = call.problem, call.launch.sparse
+        left = call.spec.scratch_bytes - (rows.e.nbytes if rows.copied else 0)
+        slots = max(left // slot_bytes(problem, call.spec), 2 * row_blocks(problem, call.spec))
+        self.plan = plans.make(call, live, slots, tile.columns // call.block_v)
+        slots = self.plan.max_items
         self.scratch = call.empty((slots + 1) * call.block_n, call.block_v, dtype=problem.dtype)  # one to spare
         self.entries = call.empty(slots, call.block_v, dtype=torch.int32)
         self.column_sums = call.empty(slots, call.block_v) if problem.grad_bias else None
@@ -223,7 +208,7 @@ class _Run:
             "MASK": problem.v % call.block_v != 0, "BLOCK_N": tile.rows, "TILE_V": tile.columns,
             "BLOCK_V": call.block_v, "BLOCK_D": tile.depth, "FLATTEN": tile.flatten,
         }  # fmt: skip
-        grid = (call.launch.programs_of(tile),)
+        grid = (call.launch.programs,)
         return Repeated(sparse_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
     def _products(self, de: Tensor | None, dc: Tensor | None) -> Repeated:
@@ -257,7 +242,7 @@ class _Run:
             "BLOCK_V": call.block_v, "E_BLOCK_D": of_e.columns, "E_BLOCK_K": of_e.depth, "E_STAGES": of_e.stages,
             "C_BLOCK_M": of_c.rows, "C_BLOCK_D": of_c.columns, "C_BLOCK_K": of_c.depth, "C_STAGES": of_c.stages,
         }  # fmt: skip
-        return Repeated(products_kernel, (call.launch.programs_of(of_c),), arguments, num_warps=of_c.warps)
+        return Repeated(products_kernel, (call.launch.programs,), arguments, num_warps=of_c.warps)
 
     def _dbias(self, dbias: Tensor) -> Repeated:
         """dbias of the chunk's entries."""

@@ -66,7 +66,7 @@ def closed_form(call: Call, logit_weight: Tensor | None, in_use: Tensor) -> Tens
 def weights_of(call: Call, logit_weight: Tensor | None) -> Tensor:
     """(V,) float32 weights u; 1 / V each if none are given."""
     if logit_weight is None:
-        return torch.full((call.problem.v,), 1 / call.problem.v, device=call.e.device)
+        return torch.full((call.problem.v,), 1 / call.problem.v, dtype=torch.float32, device=call.e.device)
     return logit_weight.to(torch.float32)
 
 

@@ -105,10 +105,6 @@ class Launch:
     measured: bool
     tuned: bool = False
 
-    def programs_of(self, tile: Tile) -> int:
-        """Of a persistent grid of this tile's kernel: two a multiprocessor where half its threads are a program's."""
-        return self.programs * (2 if tile.warps <= 4 else 1)
-
     def with_tiles(self, tiles: Mapping[str, Tile]) -> Launch:
         """This configuration with other tiles, by name."""
         changes: dict[str, Any] = {**tiles}

@@ -13,10 +13,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class _Version(NamedTuple):
-    """What was compiled: its launch, and its arguments, with None for those that change."""
+    """What was compiled: its launch, its arguments, with None for those that change, and the places of these."""
 
     launch: Any
     values: list[Any]
+    places: list[int]
 
 
 class Repeated:
@@ -29,28 +30,27 @@ class Repeated:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
         self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
-        self._places = {name: place for place, name in enumerate(kernel.arg_names)}
         params = getattr(kernel, "params", ())  # the interpreter has none
         self._unspecialized = frozenset(param.name for param in params if param.do_not_specialize)
         self._versions: dict[tuple[Any, ...], _Version] = {}
 
     def __call__(self, **changed: Any) -> None:
         plain, given = self._unspecialized, list(changed.values())
-        kinds: list[Any] = list(changed)
+        kinds: list[Any] = [*changed, None]
         for i, x in enumerate(given):
-            if isinstance(x, Tensor):  # the most frequent; a pointer is launched as a number
-                given[i] = x.data_ptr()
-                kinds += (x.device, x.dtype, given[i] % 16)
+            if isinstance(x, Tensor):  # the most frequent; its pointer is launched, as a number
+                given[i] = pointer = x.data_ptr()
+                kinds += (x.dtype, pointer & 15)
+                kinds[len(given)] = kinds[len(given)] or x.device  # of one is that of all
             else:
                 kinds.append(_width(x) if kinds[i] in plain else _kind(x))
-        key = tuple(kinds)
-        version = self._versions.get(key)
+        version = self._versions.get(key := tuple(kinds))
         if version is None:
             self._compile(key, changed)
             return
-        values, places = version.values.copy(), self._places  # a copy: backward may run in several threads
-        for name, value in zip(changed, given, strict=True):
-            values[places[name]] = value
+        values = version.values.copy()  # a copy: backward may run in several threads
+        for place, value in zip(version.places, given, strict=True):
+            values[place] = value
         version.launch(*values)
 
     def _compile(self, key: tuple[Any, ...], changed: dict[str, Any]) -> None:
@@ -58,7 +58,9 @@ class Repeated:
         compiled = self._kernel[self._grid](**self._arguments, **changed, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
             launch = compiled[self._grid + (1,) * (3 - len(self._grid))]
-            self._versions[key] = _Version(launch, [self._arguments.get(name) for name in self._kernel.arg_names])
+            names = self._kernel.arg_names
+            values = [self._arguments.get(name) for name in names]
+            self._versions[key] = _Version(launch, values, [names.index(name) for name in changed])
 
 
 def _kind(x: Any) -> object:
