@@ -8,24 +8,16 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Sizes
-from cce.backends.gpu.sizes import cdiv
+from cce.backends.gpu.sizes import ALIGNMENT, padded
 from cce.problem import Inputs, Problem
 from cce.spec import Spec
-
-_ALIGNMENT = 16  # bytes, of rows
-
-
-def padded(d: int, dtype: torch.dtype) -> int:
-    """D and what makes a row of it a multiple of 16 bytes."""
-    unit = _ALIGNMENT // dtype.itemsize
-    return cdiv(d, unit) * unit
 
 
 def is_aligned(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a matrix is in the products' dtype and its rows begin, end and follow one another at whole 16 bytes."""
     rows = x.shape[1] <= x.stride(0) and x.stride(1) == 1
     sizes = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
-    return x.dtype == dtype and rows and not any(size % _ALIGNMENT for size in sizes)
+    return x.dtype == dtype and rows and not any(size % ALIGNMENT for size in sizes)
 
 
 def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
