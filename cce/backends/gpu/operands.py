@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Sizes
-from cce.backends.gpu.sizes import ALIGNMENT, padded
+from cce.backends.gpu.sizes import ALIGNMENT, Blocks, padded
 from cce.problem import Inputs, Problem
 from cce.spec import Spec
 
@@ -37,18 +37,15 @@ def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: 
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Blocks):
     """A problem and the kernels that run it.
 
     Attributes:
-        spec: resolved.
         e: (N, D) aligned, rows in use only. c: (V, D) as given. bias: (V,) float32 or None.
         order: (V,) vocabulary order or None.
     """
 
     kernels: Kernels
-    problem: Problem
-    spec: Spec
     sizes: Sizes
     e: Tensor
     c: Tensor
@@ -59,22 +56,7 @@ class Call:
     def of(cls, kernels: Kernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
         e = aligned(inputs.e, problem.dtype, inputs.rows)
         bias = None if inputs.bias is None else inputs.bias.to(torch.float32).contiguous()
-        return cls(kernels, problem, spec, kernels.sizes(problem, spec), e, inputs.c, bias, inputs.vocab_order)
-
-    @property
-    def block_n(self) -> int:
-        assert self.spec.block_n is not None
-        return self.spec.block_n
-
-    @property
-    def block_v(self) -> int:
-        assert self.spec.block_v is not None
-        return self.spec.block_v
-
-    @property
-    def tiles(self) -> int:
-        """T, the number of vocabulary blocks."""
-        return self.spec.tiles(self.problem.v)
+        return cls(problem, spec, kernels, kernels.sizes(problem, spec), e, inputs.c, bias, inputs.vocab_order)
 
     @property
     def own_e(self) -> Tensor:

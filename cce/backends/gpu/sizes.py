@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from cce.problem import Problem
@@ -14,6 +16,29 @@ BLOCKS_V = (16, 32, 64, 128, 256)
 LEAST_COLUMNS = 256
 #: Bytes, of the rows of an operand.
 ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A problem, a resolved spec, and its blocks."""
+
+    problem: Problem
+    spec: Spec
+
+    @property
+    def block_n(self) -> int:
+        assert self.spec.block_n is not None
+        return self.spec.block_n
+
+    @property
+    def block_v(self) -> int:
+        assert self.spec.block_v is not None
+        return self.spec.block_v
+
+    @property
+    def tiles(self) -> int:
+        """T, the number of vocabulary blocks."""
+        return self.spec.tiles(self.problem.v)
 
 
 def cdiv(a: int, b: int) -> int:
