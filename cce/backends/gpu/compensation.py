@@ -81,7 +81,7 @@ class Mass:
         varies = found.rows.h is not None or call.problem.softcap is not None
         # A number of the mass takes 4 bytes on its way, or several float32 where its weight is not the row's alone.
         self._dtype, taken = (torch.float32, 32) if varies else (call.problem.map_dtype(call.spec), 4)
-        self._step = max(1, call.spec.scratch_bytes // (2 * taken * call.problem.n))
+        self._step = max(1, call.spec.scratch_bytes // (4 * taken * call.problem.n))
 
     def of(self, t0: int, t1: int, out: Tensor) -> Tensor:
         """Fills ``out`` (t1 - t0, N)."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from cce.backends.gpu.operands import Call
+from cce.backends.gpu.sizes import rows_are_copied
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,9 @@ class SortedRows:
 
     @classmethod
     def of(cls, call: Call, row_order: Tensor, keep: Tensor) -> SortedRows:
-        """A copy of all if it takes no more than a third of the scratch memory."""
+        """A copy of all, if the scratch memory has room for it."""
         rows = cls(call, row_order, keep, None)
-        return (
-            rows if 3 * call.e.nbytes > call.spec.scratch_bytes else cls(call, row_order, keep, rows.part(0, len(keep)))
-        )
+        return replace(rows, e=rows.part(0, len(keep))) if rows_are_copied(call.problem, call.spec) else rows
 
     def part(self, n0: int, n1: int) -> Tensor:
         """(n1 - n0, D) aligned: rows n0 to n1 of the order."""
