@@ -12,6 +12,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ Step = Callable[[], tuple[Tensor, ...]]
 def main() -> None:
     """Measures, prints a table, writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backends", nargs="+", default=["triton"], help="they take turns in every measurement")
     parser.add_argument("--trained", type=Path, help="what bench/train_lm.py wrote")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -56,7 +57,7 @@ def main() -> None:
             rows += [{"shape": shape, **row} for row in measured(PARTS[part], shape, options)]
             torch.cuda.empty_cache()
             if options.out:
-                record.write(options.out, "cuda", options.commit, backend=options.backend, rows=rows)
+                record.write(options.out, "cuda", options.commit, backends=options.backends, rows=rows)
     show(rows)
 
 
@@ -82,22 +83,22 @@ def forward_and_exact(n: int, d: int, v: int, options: argparse.Namespace) -> It
     e, c, targets = random_head(n, d, v)
 
     @torch.no_grad()
-    def forward() -> Tensor:
-        return cce.loss(e, c, targets, backend=options.backend)
+    def forward(backend: str) -> Tensor:
+        return cce.loss(e, c, targets, backend=backend)
 
     little = cce.Spec(filter="none", scratch_bytes=LITTLE)
-    runs = {
-        "forward": forward,
-        "exact": step(e, c, targets, options.backend, EXACT),
-        "exact, 32 MiB": step(e, c, targets, options.backend, little),
-    }
+    runs = {}
+    for backend in options.backends:
+        runs[backend, "forward"] = partial(forward, backend)
+        runs[backend, "exact"] = step(e, c, targets, backend, EXACT)
+        runs[backend, "exact, 32 MiB"] = step(e, c, targets, backend, little)
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
     times = compare(runs, e, c)
     exact = reference(e, c, targets)
     dense = [relative_error(f, x) for f, x in zip(dense_gradients(e, c, targets), exact, strict=True)]
-    for name, run in runs.items():
-        over = peaks[name] - (0 if name == "forward" else gradient_bytes(e, c))
-        row = {"what": name, **timed(times, name), "mib_over": over / MIB}
+    for (backend, name), run in runs.items():
+        over = peaks[backend, name] - (0 if name == "forward" else gradient_bytes(e, c))
+        row = {"backend": backend, "what": name, **timed(times, (backend, name)), "mib_over": over / MIB}
         if name != "forward":
             found = run()
             row |= {f"error_{of}": relative_error(f, x) for of, f, x in zip(("de", "dc"), found, exact, strict=True)}
@@ -113,16 +114,19 @@ def imposed_filter(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
     for kind, make in (("zipf", zipf_tiles), ("random", random_tiles)):
         for fraction in FRACTIONS if kind == "zipf" else (0.1, 0.3):
             live = make(tiles, blocks, fraction, e.device)
-            made = {size: imposed(e, c, live, size, options.backend) for size in (FILTERED.scratch_bytes, LITTLE)}
-            if kind == "random" or fraction not in (0.1, 0.3):
-                del made[LITTLE]
-            times = compare({str(size): it.step for size, it in made.items()}, e, c)
-            for size, it in made.items():
+            both = kind == "zipf" and fraction in (0.1, 0.3)
+            sizes = (FILTERED.scratch_bytes, LITTLE) if both else (FILTERED.scratch_bytes,)
+            made = {
+                (backend, size): imposed(e, c, live, size, backend) for backend in options.backends for size in sizes
+            }
+            times = compare({key: it.step for key, it in made.items()}, e, c)
+            for (backend, size), it in made.items():
                 error = errors(e, c, it)
                 over = peak_bytes(it.step) - gradient_bytes(e, c)
                 yield {
+                    "backend": backend,
                     "what": f"imposed {kind}, {size // MIB} MiB",
-                    **timed(times, str(size)),
+                    **timed(times, (backend, size)),
                     "live": it.live_fraction,
                     "goal_mm": 1.08 + 3.05 * it.live_fraction,
                     "mib_over": over / MIB,
@@ -135,17 +139,17 @@ def trained_filter(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
     """Filtered steps on hidden states of a trained model, extended to the shape."""
     if options.trained is not None:
         head = extend(load(options.trained, device="cuda"), n, d, v)
-        yield from filtered("extended", head.e, head.c, head.targets, options.backend)
+        yield from filtered("extended", head.e, head.c, head.targets, options.backends)
 
 
 def as_trained(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Row]:
     """The same as they are, of no more rows than the shape has."""
     if options.trained is not None:
         head = load(options.trained, device="cuda")
-        yield from filtered("trained", head.e[:n], head.c, head.targets[:n], options.backend)
+        yield from filtered("trained", head.e[:n], head.c, head.targets[:n], options.backends)
 
 
-def filtered(name: str, e: Tensor, c: Tensor, targets: Tensor, backend: str) -> Iterator[Row]:
+def filtered(name: str, e: Tensor, c: Tensor, targets: Tensor, backends: list[str]) -> Iterator[Row]:
     """Time, memory and errors of filters, and of the exact loss."""
     exact = reference(e, c, targets)
     dense = [relative_error(f, x) for f, x in zip(dense_gradients(e, c, targets), exact, strict=True)]
@@ -159,17 +163,24 @@ def filtered(name: str, e: Tensor, c: Tensor, targets: Tensor, backend: str) -> 
         "not compensated": cce.Spec(filter="element", compensate=False),
         "exact": EXACT,
     }
-    runs = {label: step(e, c, targets, backend, spec) for label, spec in specs.items()}
+    # What no time is compared of runs on the first backend alone.
+    runs = {
+        (backend, label): step(e, c, targets, backend, spec)
+        for backend in backends
+        for label, spec in specs.items()
+        if backend == backends[0] or label in ("by mean logit", "as numbered", "exact")
+    }
     times = compare(runs, e, c)
-    for label, spec in specs.items():
-        found = runs[label]()
+    for (backend, label), run in runs.items():
+        found = run()
         de, dc = (relative_error(f, x) for f, x in zip(found, exact, strict=True))
         del found
         yield {
+            "backend": backend,
             "what": f"{name}, {label}",
-            **timed(times, label),
-            "live": cce.live_fraction(e, c, targets, spec=spec, backend=backend),
-            "mib_over": (peak_bytes(runs[label]) - gradient_bytes(e, c)) / MIB,
+            **timed(times, (backend, label)),
+            "live": cce.live_fraction(e, c, targets, spec=specs[label], backend=backend),
+            "mib_over": (peak_bytes(run) - gradient_bytes(e, c)) / MIB,
             "error_de": de,
             "error_dc": dc,
             "dense_de": dense[0],
@@ -181,13 +192,12 @@ def few_rows(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Ro
     """256 rows against torch.compile's dense loss: wall clock, since the host may be what is slower."""
     e, c, targets = random_head(256, d, v)
     compiled = torch.compile(dense)
-    runs = {
-        "256 rows": step(e, c, targets, options.backend, None),
-        "256 rows, torch.compile": gradients_of(compiled, e, c, targets),
-    }
+    runs = {backend: step(e, c, targets, backend, None) for backend in options.backends}
+    runs["torch.compile"] = gradients_of(compiled, e, c, targets)
     times = wall_ms(runs)
     for name, run in runs.items():
-        yield {"what": name, "ms": times[name], "mib_over": (peak_bytes(run) - gradient_bytes(e, c)) / MIB}
+        over = (peak_bytes(run) - gradient_bytes(e, c)) / MIB
+        yield {"backend": name, "what": "256 rows", "ms": times[name], "mib_over": over}
 
 
 def compiled_dense(n: int, d: int, v: int, options: argparse.Namespace) -> Iterator[Row]:
@@ -196,7 +206,7 @@ def compiled_dense(n: int, d: int, v: int, options: argparse.Namespace) -> Itera
     run = gradients_of(torch.compile(dense), e, c, targets)
     times = compare({"torch.compile": run}, e, c)
     over = (peak_bytes(run) - gradient_bytes(e, c)) / MIB
-    yield {"what": "torch.compile", **timed(times, "torch.compile"), "mib_over": over}
+    yield {"backend": "torch.compile", "what": "exact", **timed(times, "torch.compile"), "mib_over": over}
 
 
 PARTS = {
@@ -247,7 +257,7 @@ def gradient_bytes(e: Tensor, c: Tensor) -> int:
     return e.nbytes + c.nbytes
 
 
-def timed(times: dict[str, Time], name: str) -> Row:
+def timed(times: dict[Any, Time], name: object) -> Row:
     """The figures of a candidate."""
     found = times[name]
     return {"ms": found.ms, "mm": found.mm, "mm_low": found.low, "mm_high": found.high, "mm_ms": times["mm"].ms}
@@ -259,7 +269,20 @@ def rounded(x: object) -> object:
 
 def show(rows: list[Row]) -> None:
     """The record as a table."""
-    names = ("shape", "what", "ms", "mm", "goal_mm", "live", "mib_over", "error_de", "dense_de", "error_dc", "dense_dc")
+    names = (
+        "shape",
+        "backend",
+        "what",
+        "ms",
+        "mm",
+        "goal_mm",
+        "live",
+        "mib_over",
+        "error_de",
+        "dense_de",
+        "error_dc",
+        "dense_dc",
+    )
     table = Table(*names)
     for row in rows:
         table.add_row(*(str(rounded(row.get(name, row.get("failed", "") if name == "ms" else ""))) for name in names))

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,16 +48,14 @@ class Time:
     rounds: int
 
 
-def compare(runs: Mapping[str, Run], e: Tensor, c: Tensor, rounds: int = 5, span_ms: float = 120) -> dict[str, Time]:
+def compare(runs: Mapping[Any, Run], e: Tensor, c: Tensor, rounds: int = 5, span_ms: float = 120) -> dict[Any, Time]:
     """The time of each of ``runs``, and of ``mm``, in turns; steps of about ``span_ms`` make a measurement."""
     *_, times = turns(runs, e, c, rounds, span_ms)
     assert isinstance(times, dict)
     return times
 
 
-def turns(
-    runs: Mapping[str, Run], e: Tensor, c: Tensor, rounds: int, span_ms: float
-) -> Iterator[str | dict[str, Time]]:
+def turns(runs: Mapping[Any, Run], e: Tensor, c: Tensor, rounds: int, span_ms: float) -> Iterator[Any]:
     """As :func:`compare`, with the name of each measurement when it is made, and the times at the end."""
     logits = torch.empty(len(e), len(c), dtype=e.dtype, device=e.device)
     all_runs = {"mm": lambda: torch.mm(e, c.T, out=logits), **runs}

@@ -40,6 +40,7 @@ class Blocks:
         """T, the number of vocabulary blocks."""
         return self.spec.tiles(self.problem.v)
 
+
 #: Targets that one program counts before operations of their own would be faster.
 MOST_WEIGHED = 2**14
 
