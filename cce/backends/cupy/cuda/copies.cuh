@@ -74,6 +74,17 @@ struct RowsAlong {
     }
 };
 
+// ROWS rows of KSTEP elements, ``pitch`` bytes apart: an operand along.
+template <int ROWS, int KSTEP>
+__device__ __forceinline__ void copy_along(unsigned to, const char* from, int pitch) {
+    constexpr int CHUNKS = KSTEP * SIZE / 16;
+#pragma unroll
+    for (int i = 0; i < cdiv(ROWS * CHUNKS, THREADS); ++i) {
+        const int row = (threadIdx.x + i * THREADS) / CHUNKS, chunk = (threadIdx.x + i * THREADS) % CHUNKS;
+        if (ROWS * CHUNKS % THREADS == 0 || row < ROWS) copy_chunk(to + chunk_at(row, chunk), from + row * pitch + chunk * 16, true);
+    }
+}
+
 // KSTEP rows of a matrix and COLUMNS of its columns: an operand across. Each thread copies chunks of the rows row(i).
 template <int KSTEP, int COLUMNS>
 struct Across {

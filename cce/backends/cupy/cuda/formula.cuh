@@ -63,14 +63,15 @@ __device__ __forceinline__ void cap(float (&z)[J][4], const float* bias, const F
     }
 }
 
-// Columns from ``columns`` on become ``value``. Only a ragged last tile needs it, after the softcap, which would undo it.
-template <int J>
-__device__ __forceinline__ void mask(float (&z)[J][4], int columns, float value) {
+// Of the JB accumulators from j0, columns from ``columns`` on become ``value``. Only a ragged last tile needs it, after the
+// softcap, which would undo it.
+template <int J, int JB = J>
+__device__ __forceinline__ void mask(float (&z)[J][4], int columns, float value, int j0 = 0) {
 #pragma unroll
-    for (int j = 0; j < J; ++j) {
+    for (int j = 0; j < JB; ++j) {
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
-            if (8 * j + lane_column(y) >= columns) z[j][y] = z[j][2 + y] = value;
+            if (8 * j + lane_column(y) >= columns) z[j0 + j][y] = z[j0 + j][2 + y] = value;
         }
     }
 }

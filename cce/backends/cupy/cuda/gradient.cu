@@ -13,18 +13,6 @@ struct GradientArguments {
     int N, V, first;
 };
 
-// Column sums of the tile: those of the warps, in shared memory, added in their order.
-__device__ __forceinline__ void store_column_sums(const float (&dx)[J][4], float* sums, int columns) {
-    float* warps = reinterpret_cast<float*>(shared);
-    warp_column_sums(dx, warps + warp_row() / 16 * TILE_V + warp_column());
-    __syncthreads();
-    for (int column = threadIdx.x; column < min(columns, TILE_V); column += THREADS) {
-        float total = 0;
-        for (int warp = 0; warp < WARPS_N; ++warp) total += warps[warp * TILE_V + column];
-        sums[column] = total;
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 gradient_kernel(const __grid_constant__ GradientArguments p) {
     // Tile origin: rows of block i, places of the window's tile t.
@@ -56,7 +44,10 @@ gradient_kernel(const __grid_constant__ GradientArguments p) {
     gradient_of_block<J, J>(z, 0, p.first + v0 + column0, values, counts, p.rows, tile_weight() + column0, p.formula);
     // Store.
     if constexpr (DBIAS) {
-        store_column_sums(z, p.column_sums + static_cast<long long>(unit.i) * p.V + v0, p.V - v0);
+        float* sums = p.column_sums + static_cast<long long>(unit.i) * p.V + v0;
+        column_sums(z, [&](int column, float total) {
+            if (v0 + column < p.V) sums[column] = total;
+        });
     }
 #pragma unroll
     for (int x = 0; x < 2; ++x) {

@@ -1,5 +1,6 @@
 // The logit tile: e c^T of TILE_N rows and TILE_V columns, accumulated in float32 in the registers of eight warps.
 #pragma once
+#include "gradient.cuh"
 #include "products.cuh"
 
 #ifndef TILE_N
@@ -46,6 +47,19 @@ __device__ __forceinline__ void logit_tile(
             const unsigned a = base + stage * STAGE_BYTES;
             multiply<true, true, MOST_KSTEP>(z, a, a + E_BYTES, warp_row(), warp_column());
         });
+}
+
+// store(column, total) of the tile's columns: sums of the warps, in shared memory, added in their order.
+template <class Store>
+__device__ __forceinline__ void column_sums(const float (&dx)[J][4], Store store) {
+    float* warps = reinterpret_cast<float*>(shared);
+    warp_column_sums(dx, warps + warp_row() / 16 * TILE_V + warp_column());
+    __syncthreads();
+    for (int column = threadIdx.x; column < TILE_V; column += THREADS) {
+        float total = 0;
+        for (int warp = 0; warp < WARPS_N; ++warp) total += warps[warp * TILE_V + column];
+        store(column, total);
+    }
 }
 
 // Two neighbouring numbers of a row of dx in the products' dtype, the second only if it is ``both``.
