@@ -22,28 +22,30 @@ __device__ __forceinline__ RowValues row_values(const Rows& rows, int row) {
         values.centre = values.lse - rows.entropy[row];
     }
     if constexpr (WEIGHTED) values.s = rows.s[row];
-    if constexpr (ONE_TARGET) {
+    if constexpr (!SEVERAL_TARGETS) {
         values.target = rows.targets[row];
         values.g = rows.g[row];
     }
     return values;
 }
 
-// z -= g where the column is the target's; ``column`` counts from the first of the JB accumulators from j0.
+// z -= g where the column is the target's and its logit is not among the ``masked``; ``column`` counts from the first of
+// the JB accumulators from j0.
 template <int J, int JB>
-__device__ __forceinline__ void subtract_at(float (&dz)[J][4], int j0, int x, int column, float g) {
+__device__ __forceinline__ void subtract_at(
+    float (&dz)[J][4], int j0, int x, int column, float g, unsigned long long masked) {
     if (column < 0 || column >= 8 * JB) return;
 #pragma unroll
     for (int j = 0; j < JB; ++j) {
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
-            if (8 * j + lane_column(y) == column) dz[j0 + j][2 * x + y] -= g;
+            if (8 * j + lane_column(y) == column && !(masked >> (2 * j + y) & 1)) dz[j0 + j][2 * x + y] -= g;
         }
     }
 }
 
-// z becomes dx = softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), p = exp(z - lse): of the JB
-// accumulators from j0, columns that follow one another from ``place`` in the vocabulary, and of row x.
+// z becomes dx = softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), p = exp(z - lse); 0 where z = -inf.
+// Of the JB accumulators from j0, columns that follow one another from ``place`` in the vocabulary, and of row x.
 // ``weight``: u of these columns, in shared memory.
 template <int J, int JB>
 __device__ __forceinline__ void gradient_of_row(
@@ -51,12 +53,14 @@ __device__ __forceinline__ void gradient_of_row(
     const Formula& formula) {
     float ratio[SOFTCAP ? JB : 1][2];
     const float inverse = SOFTCAP ? 1 / formula.softcap : 0.0f;
+    unsigned long long masked = 0;  // columns with z = -inf, which a bias makes, and no softcap leaves
 #pragma unroll
     for (int j = 0; j < JB; ++j) {
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
             float& value = z[j0 + j][2 * x + y];
             const float p = exp2_of(value * LOG2E - values.lse * LOG2E);
+            if constexpr (BIAS && !SOFTCAP) masked |= static_cast<unsigned long long>(value == NEG_INF) << (2 * j + y);
             if constexpr (SOFTCAP) ratio[j][y] = value * inverse;
             if constexpr (ENTROPY) {
                 value = p * (values.a + values.h * (values.centre - fmaxf(value, -1e30f)));  // p is 0 where z = -inf
@@ -66,13 +70,13 @@ __device__ __forceinline__ void gradient_of_row(
             if constexpr (SOFTCAP && WEIGHTED) value += values.s * weight[8 * j + lane_column(y)];
         }
     }
-    if constexpr (ONE_TARGET) {
-        subtract_at<J, JB>(z, j0, x, values.target - place, values.g);
+    if constexpr (!SEVERAL_TARGETS) {
+        if (values.target >= 0) subtract_at<J, JB>(z, j0, x, values.target - place, values.g, masked);
     } else {
         for (int k = 0; k < rows.K; ++k) {
             const long long where = static_cast<long long>(values.row) * rows.K + k;
             const int target = rows.targets[where];
-            if (target >= 0) subtract_at<J, JB>(z, j0, x, target - place, rows.g[where]);
+            if (target >= 0) subtract_at<J, JB>(z, j0, x, target - place, rows.g[where], masked);
         }
     }
     if constexpr (SOFTCAP) {

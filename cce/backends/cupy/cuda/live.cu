@@ -10,7 +10,7 @@
 
 // The rows of e are a copy in the work list's order.
 #ifndef SORTED
-#define SORTED 1
+#define SORTED 0
 #endif
 
 struct LiveArguments {

@@ -51,9 +51,9 @@
 #ifndef ONLINE
 #define ONLINE 0
 #endif
-// K = 1; 0: any number of targets a row.
-#ifndef ONE_TARGET
-#define ONE_TARGET 1
+// K > 1 targets a row.
+#ifndef SEVERAL_TARGETS
+#define SEVERAL_TARGETS 0
 #endif
 #ifndef DBIAS
 #define DBIAS 0

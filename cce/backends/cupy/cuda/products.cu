@@ -5,10 +5,10 @@
 #include "products.cuh"
 
 #ifndef SORTED
-#define SORTED 1
+#define SORTED 0
 #endif
 #ifndef DC_TYPE
-#define DC_TYPE DTYPE
+#define DC_TYPE BFLOAT16
 #endif
 
 struct ProductsArguments {

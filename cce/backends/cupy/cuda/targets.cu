@@ -2,10 +2,10 @@
 #include "formula.cuh"
 
 #ifndef E_TYPE
-#define E_TYPE DTYPE
+#define E_TYPE BFLOAT16
 #endif
 #ifndef C_TYPE
-#define C_TYPE DTYPE
+#define C_TYPE BFLOAT16
 #endif
 
 struct TargetsArguments {
