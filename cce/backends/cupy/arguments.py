@@ -112,7 +112,8 @@ class ProductsArguments(Arguments):
         ("dz", c_void_p), ("e", Matrix), ("c", Matrix),
         *((name, c_void_p) for name in (
             "order", "row_of", "tile_list", "block_slot", "block_tiles", "block_first", "de", "live_count",
-            "block_list", "slot_list", "chunk_start", "counters", "mass_e", "mass", "norm", "dc", "column_sums", "dbias",
+            "block_list", "slot_list", "chunk_start", "counters", "mass_e", "mass", "norm", "dc", "column_sums",
+            "dbias",
         )),
         *((name, c_int) for name in ("N", "V", "D", "T", "blocks", "dc_columns", "chunk")),
     ]  # fmt: skip

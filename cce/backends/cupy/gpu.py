@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -36,20 +36,23 @@ class Gpu:
 
     def stages(self, stage: int, more: int, blocks: int) -> int:
         """Stages of a pipeline, of ``stage`` bytes each beside ``more``, that leave room for ``blocks`` at a time."""
-        fit = [
-            stages
-            for stages in range(2, _MOST_STAGES + 1)
-            if (bytes_ := stages * stage + more) <= self.shared_of_block and blocks * (bytes_ + _RESERVED) <= self.shared
-        ]
+        fit = []
+        for stages in range(2, _MOST_STAGES + 1):
+            taken = stages * stage + more
+            if taken <= self.shared_of_block and blocks * (taken + _RESERVED) <= self.shared:
+                fit.append(stages)
         if fit or blocks == 1:
             return max(fit, default=2)
         return self.stages(stage, more, blocks - 1)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gpu(device: int) -> Gpu:
-    found = torch.cuda.get_device_properties(device)
+    from cupy.cuda import runtime
+
     return Gpu(
-        (found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin,
-        found.shared_memory_per_multiprocessor,
-    )  # fmt: skip
+        torch.cuda.get_device_capability(device),
+        runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device),
+        runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+    )

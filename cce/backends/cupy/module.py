@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def function(variant: Variant) -> int:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _raw_module(path: str) -> object:
     import cupy
 

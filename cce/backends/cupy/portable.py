@@ -120,7 +120,7 @@ def _dx(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> Launch:
         T=plan.tile_list.shape[1], max_items=plan.item_block.shape[1],
     )  # fmt: skip
     grid = min(plan.max_items, 2 * gpu.processors)
-    return Launch(live_variant(gpu, spec, live), grid, THREADS, arguments, row_of)
+    return Launch(live_variant(gpu, spec, live), grid, THREADS, arguments, [row_of])
 
 
 def _products(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> list[Launch]:
@@ -137,9 +137,9 @@ def _products(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> list[
     products, dbias = products_variants(gpu, spec, live)
     launches = []
     if live.de is not None or live.dc is not None:
-        launches.append(Launch(products, 2 * gpu.processors, THREADS, arguments, row_of, counters))
+        launches.append(Launch(products, 2 * gpu.processors, THREADS, arguments, [row_of, counters]))
     if live.dbias is not None:
-        launches.append(Launch(dbias, gpu.processors, THREADS, arguments, row_of, counters))
+        launches.append(Launch(dbias, gpu.processors, THREADS, arguments, [row_of, counters]))
     return launches
 
 

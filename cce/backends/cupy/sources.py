@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "cuda"
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def source(name: str) -> str:
     """The text of ``cuda/name``, headers in the place of the first line that includes them.
 
@@ -28,12 +29,11 @@ def _expanded(name: str, seen: set[str]) -> str:
     lines = [f'#line 1 "{name}"']
     for number, line in enumerate((FOLDER / name).read_text(encoding="utf-8").splitlines(), 1):
         found = _INCLUDE.match(line)
-        if line == "#pragma once":
+        included = "" if found is None else posixpath.normpath(posixpath.join(posixpath.dirname(name), found[1]))
+        if line == "#pragma once" or included in seen:
             lines.append("")
         elif found is None:
             lines.append(line)
-        elif found[1] in seen:
-            lines.append("")
         else:
-            lines += [_expanded(found[1], seen), f'#line {number + 1} "{name}"']
+            lines += [_expanded(included, seen), f'#line {number + 1} "{name}"']
     return "\n".join(lines)

@@ -16,12 +16,14 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula) -> Variant:
+    """Of target_logits; ``e`` and ``c`` of these dtypes."""
     return _variant(gpu, "targets", {"E_TYPE": _DTYPES[e], "C_TYPE": _DTYPES[c], **_formula(formula)})
 
 
 def statistics_variant(
     gpu: Gpu, dtype: torch.dtype, formula: Formula, spec: Spec, splits: Splits, tiles: Tiles | None, columns: int
 ) -> Variant:
+    """Of statistics, in tiles of so many columns."""
     macros = _formula(formula) | _dtype(dtype, formula)
     macros |= {
         "ENTROPY": splits.gap is not None, "WEIGHTED": splits.weighted is not None,
@@ -38,11 +40,13 @@ def statistics_variant(
 def gradient_variant(
     gpu: Gpu, dtype: torch.dtype, formula: Formula, rows: Rows, weighted: bool, dbias: bool
 ) -> Variant:
+    """Of gradient."""
     macros = _formula(formula) | _dtype(dtype, formula) | _rows(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
     return _of_tiles(gpu, "gradient", macros, TILE_N, TILE_V)
 
 
 def live_variant(gpu: Gpu, spec: Spec, live: Live) -> Variant:
+    """Of dx of live tiles."""
     macros = _formula(live.formula) | _dtype(live.e.dtype, live.formula) | _rows(live.rows)
     macros |= {"SORTED": live.sorted_rows, "DBIAS": live.column_sums is not None} | _blocks(spec)
     return _of_tiles(gpu, "live", macros, macros["BLOCK_N"], max(TILE_V, macros["BLOCK_V"]))
