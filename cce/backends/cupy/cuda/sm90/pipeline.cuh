@@ -39,9 +39,18 @@ struct Ring {
     }
 };
 
+/// Shared memory begins at a multiple of 1024 bytes for the swizzle; the launch gives 1024 bytes more than are used.
+__device__ __forceinline__ u32 aligned_shared() {
+    extern __shared__ char memory[];
+    u32 address;
+    // Asked for anew by each role: a number kept for both would take a register from the one that has few.
+    asm volatile("mov.u32 %0, %1;" : "=r"(address) : "r"(shared_address(memory)));
+    return (address + 1023) & ~1023u;
+}
+
 /// Shared memory of a block: the stages, then a barrier "full" and a barrier "empty" of each, then what a kernel adds.
 struct Pipeline {
-    u32 base;
+    u32 base = aligned_shared();
 
     __device__ __forceinline__ u32 a(u32 stage) const { return base + stage * STAGE_BYTES; }
     __device__ __forceinline__ u32 b(u32 stage) const { return a(stage) + A_BYTES; }
@@ -79,12 +88,6 @@ struct Pipeline {
     }
 };
 
-/// Shared memory begins at a multiple of 1024 bytes for the swizzle; the launch gives 1024 bytes more than are used.
-__device__ __forceinline__ u32 aligned_shared() {
-    extern __shared__ char memory[];
-    return (shared_address(memory) + 1023) & ~1023u;
-}
-
 /// TILE_V rows of b along k from row y, columns x to x + DEPTH: this block's part of them, for all of the cluster.
 __device__ __forceinline__ void load_part(u32 to, const TensorMap& map, int x, int y, u32 barrier, int rank) {
     if constexpr (CLUSTER == 1) {
@@ -105,7 +108,7 @@ __device__ __forceinline__ void multiply(
     // Of the second half, behind the first; where a tile is short its halves may be a whole tile apart, and the barrier
     // would not know which tile it is told of.
     const bool staggered = HEAD_START > 0 && steps > STAGES;
-    if (staggered && half == 1) named_sync(1, 2 * WARPGROUP);
+    if (staggered && half == 1) wait_for_first_half();
     u32 last = ring.stage;
     for (int step = 0; step < steps; ++step) {
         barrier_wait(pipe.full(ring.stage), ring.parity);
@@ -120,7 +123,7 @@ __device__ __forceinline__ void multiply(
             wgmma_wait<1>();
             pipe.release(last);
         }
-        if (staggered && half == 0 && step == HEAD_START - 1) named_arrive(1, 2 * WARPGROUP);
+        if (staggered && half == 0 && step == HEAD_START - 1) tell_second_half();
         last = ring.stage;
         ring.next();
     }

@@ -32,9 +32,10 @@ struct Unit {
 
 /// The loading thread: boxes of e and c, in the order in which they are multiplied.
 __device__ __forceinline__ void load(
-    const TensorMap& e, const TensorMap& c, const Pipeline& pipe, const Arguments& x, int blocks) {
+    const TensorMap& e, const TensorMap& c, const Arguments& x, int blocks) {
     const int rank = cluster_rank();
     const int steps = (x.D + DEPTH - 1) / DEPTH;
+    const Pipeline pipe;
     Ring ring;
     for (int unit = blockIdx.x / CLUSTER; unit < blocks * x.S; unit += gridDim.x / CLUSTER) {
         const Unit u(unit, blocks, x);
@@ -51,7 +52,8 @@ __device__ __forceinline__ void load(
 }
 
 /// The multiplying warps.
-__device__ __forceinline__ void compute(const Pipeline& pipe, const Arguments& x, int blocks) {
+__device__ __forceinline__ void compute(const Arguments& x, int blocks) {
+    const Pipeline pipe;
     const int half = threadIdx.x / WARPGROUP - 1;
     const int warp_row = cluster_rank() * TILE_N + static_cast<int>(threadIdx.x - WARPGROUP) / 32 * 16;
     const int steps = (x.D + DEPTH - 1) / DEPTH;
@@ -89,15 +91,14 @@ __device__ __forceinline__ void compute(const Pipeline& pipe, const Arguments& x
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) statistics_sm90(
     const __grid_constant__ TensorMap e, const __grid_constant__ TensorMap c, const __grid_constant__ Arguments x) {
-    const Pipeline pipe{aligned_shared()};
-    pipe.start();
+    Pipeline().start();
     const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) load(e, c, pipe, x, blocks);
+        if (threadIdx.x < 32 && elected()) load(e, c, x, blocks);
     } else {
         more_registers<CONSUMER_REGISTERS>();
-        compute(pipe, x, blocks);
+        compute(x, blocks);
     }
     cluster_sync();  // nobody leaves while another block may still write to its memory
 }
