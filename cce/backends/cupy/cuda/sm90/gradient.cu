@@ -96,7 +96,8 @@ __device__ __forceinline__ void compute(const Arguments& x, int blocks, int tile
         }
         // Store.
         const int room = x.V - column0;
-        store_rows<32>(z, 0, x.dz + row0 * x.pitch + column0, x.pitch, room, inside);
+        element* const dz = x.dz + (row0 + lane_row(0)) * x.pitch + column0;
+        store_rows<32>(z, 0, {dz, dz + 8 * x.pitch}, room, inside);
         if constexpr (DBIAS) {
             const int block = row0 / 64;
             if (block * 64 < x.N) store_sums(z, sums, half, x.column_sums + static_cast<i64>(block) * x.V + column0, room);

@@ -34,14 +34,11 @@ __device__ __forceinline__ void store_eight(element* to, const u32 (&word)[4], i
     }
 }
 
-/// Columns 8 j0 to 8 (j0 + JB) of both rows, the first of them at ``to`` + x * 8 ``pitch`` for lane 0; ``room`` columns
-/// are stored, and row x where ``inside[x]``.
+/// Columns 8 j0 to 8 (j0 + JB) of the lane's two rows, from ``to[x]`` on where ``inside[x]``; ``room`` of them at the most.
 template <int JB>
 __device__ __forceinline__ void store_rows(
-    const float (&z)[32][4], int j0, element* to, i64 pitch, int room, const bool (&inside)[2]) {
-    const int lane = lane_of_warp();
-    to += (lane / 4) * pitch + 8 * (lane % 4);
-    room -= 8 * (lane % 4);
+    const float (&z)[32][4], int j0, element* const (&to)[2], int room, const bool (&inside)[2]) {
+    const int mine = 8 * (lane_of_warp() % 4);
 #pragma unroll
     for (int j = 0; j < JB; j += 4) {
 #pragma unroll
@@ -50,7 +47,7 @@ __device__ __forceinline__ void store_rows(
 #pragma unroll
             for (int i = 0; i < 4; ++i) word[i] = pack(z[j0 + j + i][2 * x], z[j0 + j + i][2 * x + 1]);
             transpose_quad(word);
-            if (inside[x]) store_eight(to + x * 8 * pitch + 8 * j, word, room - 8 * j);
+            if (inside[x]) store_eight(to[x] + 8 * j + mine, word, room - 8 * j - mine);
         }
     }
 }
