@@ -1,7 +1,7 @@
 // Numbers of a tile's columns (bias, weights) as the epilogue wants them: in shared memory, one copy for each warp.
 #pragma once
 
-#include "pipeline.cuh"
+#include "sm90/pipeline.cuh"
 
 /// Eight columns of the tile in each lane: read before the product, which hides the wait, and put down behind it.
 struct Columns {
@@ -25,9 +25,13 @@ struct Columns {
     }
 };
 
+/// Numbers in shared memory behind the pipeline's; ``offset`` of them come before.
+__device__ __forceinline__ float* more_shared(const Pipeline& pipe, int offset) {
+    extern __shared__ char memory[];
+    return reinterpret_cast<float*>(memory + (pipe.rest() - shared_address(memory))) + offset;
+}
+
 /// The warp's place for its nth array of columns; warps of the multipliers only.
 __device__ __forceinline__ float* warp_columns(const Pipeline& pipe, int nth) {
-    extern __shared__ char memory[];
-    const u32 offset = pipe.rest() - shared_address(memory);
-    return reinterpret_cast<float*>(memory + offset) + (nth * 8 + threadIdx.x / 32 - 4) * TILE_V;
+    return more_shared(pipe, (nth * 8 + threadIdx.x / 32 - 4) * TILE_V);
 }

@@ -1,10 +1,11 @@
 // The gradient of the logits of a window of the vocabulary, all rows, into scratch memory (docs/algorithm.md, step 4).
 //
 // Clusters take tiles of CLUSTER x 128 rows and 256 columns in turn, GROUP of them side by side along the rows.
-#include "columns.cuh"
-#include "rows16.cuh"
+#include "sm90/columns.cuh"
+#include "sm90/rows16.cuh"
 
 struct Arguments {
+    TensorMap e_map, c_map;  // boxes of 64 columns and 128, TILE_V / CLUSTER rows
     const float *bias, *weight;  // (V,)
     Rows rows;
     element* dz;         // (N, V), pitch
@@ -28,8 +29,7 @@ struct Turn {
 };
 
 /// The loading thread: boxes of e and c, in the order in which they are multiplied.
-__device__ __forceinline__ void load(
-    const TensorMap& e, const TensorMap& c, const Arguments& x, int blocks, int tiles) {
+__device__ __forceinline__ void load(const Arguments& x, int blocks, int tiles) {
     const int rank = cluster_rank();
     const int steps = (x.D + DEPTH - 1) / DEPTH;
     const Pipeline pipe;
@@ -39,8 +39,8 @@ __device__ __forceinline__ void load(
         const int row0 = (at.row_block * CLUSTER + rank) * TILE_N;
         for (int step = 0; step < steps; ++step) {
             const u32 full = pipe.claim(ring);
-            load_box(pipe.a(ring.stage), e, step * DEPTH, row0, full);
-            load_part(pipe.b(ring.stage), c, step * DEPTH, at.tile * TILE_V, full, rank);
+            load_box(pipe.a(ring.stage), x.e_map, step * DEPTH, row0, full);
+            load_part(pipe.b(ring.stage), x.c_map, step * DEPTH, at.tile * TILE_V, full, rank);
             ring.next();
         }
     }
@@ -105,14 +105,13 @@ __device__ __forceinline__ void compute(const Arguments& x, int blocks, int tile
     }
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gradient_sm90(
-    const __grid_constant__ TensorMap e, const __grid_constant__ TensorMap c, const __grid_constant__ Arguments x) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gradient_sm90(const __grid_constant__ Arguments x) {
     Pipeline().start();
     const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     const int tiles = (x.V + TILE_V - 1) / TILE_V;
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) load(e, c, x, blocks, tiles);
+        if (threadIdx.x < 32 && elected()) load(x, blocks, tiles);
     } else {
         more_registers<CONSUMER_REGISTERS>();
         compute(x, blocks, tiles);

@@ -2,34 +2,91 @@
 //
 // Blocks take items, and then tiles of the products, in turn; between the two, and before the next chunk reuses the
 // slots, all wait for all. phases: 1 dx only, 2 the products only (no waiting), 3 both.
-#include "live.cuh"
+#include "sm90/live.cuh"
 
-struct Maps {
-    TensorMap e, c, dz;  // boxes of 64 x 64
-};
-
-/// The loading thread.
+/// What loads: one thread, or, where rows of c are gathered, all of its warpgroup.
 struct Loader {
-    const Maps& maps;
     const Arguments& x;
     Pipeline pipe;
     Ring ring;
+    int thread = threadIdx.x;
+    int work = 0;  // the tile at hand: told with every stage
+    u32 turn = 0;
 
-    /// One stage: a of two boxes, b of four; each box is at a column and a row of its matrix.
+    /// One stage: boxes of a and of b, each at a column and a row of its matrix.
     template <typename A, typename B>
-    __device__ __forceinline__ void stage(const TensorMap& a, A&& of_a, const TensorMap& b, B&& of_b) {
-        const u32 full = pipe.claim(ring);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int2 at = of_a(i);
-            load_box(pipe.a(ring.stage) + i * BOX, a, at.x, at.y, full);
+    __device__ __forceinline__ void stage(const TensorMap& a, const TensorMap& b, A&& of_a, B&& of_b) {
+        if constexpr (GATHER) barrier_wait(pipe.empty(ring.stage), ring.parity ^ 1);
+        if (!GATHER || thread == 0) {
+            barrier_wait(pipe.empty(ring.stage), ring.parity ^ 1);
+            const u32 full = pipe.full(ring.stage);
+            store_shared(pipe.message(ring.stage), work);
+            barrier_expect(full, STAGE_BYTES);
+            boxes<2>(pipe.a(ring.stage), a, full, of_a);
+            boxes<4>(pipe.b(ring.stage), b, full, of_b);
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int2 at = of_b(i);
-            load_box(pipe.b(ring.stage) + i * BOX, b, at.x, at.y, full);
-        }
+        if constexpr (GATHER) barrier_arrive(pipe.full(ring.stage));
         ring.next();
+    }
+
+    /// One stage: boxes of a, and rows of c as this thread copies them: ``copy`` takes the address of b.
+    template <typename A, typename C>
+    __device__ __forceinline__ void gathered_stage(const TensorMap& a, A&& of_a, C&& copy) {
+        barrier_wait(pipe.empty(ring.stage), ring.parity ^ 1);
+        const u32 full = pipe.full(ring.stage);
+        if (thread == 0) {
+            store_shared(pipe.message(ring.stage), work);
+            barrier_expect(full, A_BYTES);
+            boxes<2>(pipe.a(ring.stage), a, full, of_a);
+        }
+        copy(pipe.b(ring.stage));
+        barrier_arrive_copied(full);
+        ring.next();
+    }
+
+    /// A stage with nothing but its message.
+    __device__ __forceinline__ void empty_stage() {
+        barrier_wait(pipe.empty(ring.stage), ring.parity ^ 1);
+        if (!GATHER || thread == 0) {
+            store_shared(pipe.message(ring.stage), work);
+            barrier_arrive(pipe.full(ring.stage));
+        }
+        if constexpr (GATHER) barrier_arrive(pipe.full(ring.stage));
+        ring.next();
+    }
+
+    /// The number of the tile that thread 0 has drawn, for all who load.
+    __device__ __forceinline__ int share(int drawn) {
+        if constexpr (!GATHER) return drawn;
+        const u32 word = pipe.message(STAGES + turn);  // two in turn: nobody writes one that is still read
+        turn ^= 1;
+        if (thread == 0) store_shared(word, drawn);
+        asm volatile("bar.sync 5, 128;" ::: "memory");
+        return load_shared(word);
+    }
+
+    template <int COUNT, typename At>
+    __device__ __forceinline__ void boxes(u32 to, const TensorMap& map, u32 full, At&& at) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const int2 place = at(i);
+            load_box(to + i * BOX, map, place.x, place.y, full);
+        }
+    }
+
+    static constexpr u32 NOWHERE = ~0u;
+
+    /// Where in c the row at a place of the vocabulary order begins, in pieces of 16 bytes; NOWHERE behind the last.
+    __device__ __forceinline__ u32 piece_at(int place) const {
+        return place < x.V ? static_cast<u32>(__ldg(x.order + place)) * x.c_pieces : NOWHERE;
+    }
+
+    /// 16 bytes of a row of c that begins at ``start``, from column d on, as piece ``piece`` of row ``row`` of a box.
+    __device__ __forceinline__ void copy_piece(u32 box, int row, int piece, u32 start, const char* c_at_d, int d) const {
+        const char* from;
+        // Volatile: computed where it is used. All rows' addresses at once would not fit into the registers.
+        asm volatile("mad.wide.u32 %0, %1, 16, %2;" : "=l"(from) : "r"(start == NOWHERE ? 0 : start), "l"(c_at_d));
+        copy_16(box + row * 128 + ((piece ^ (row & 7)) << 4), from, start != NOWHERE && d < x.D);
     }
 
     /// z = e c^T of the chunk's items.
@@ -37,36 +94,137 @@ struct Loader {
         const int all = __ldg(x.plan.items + chunk);
         for (int nth = blockIdx.x; nth < all; nth += gridDim.x) {
             const Item item(x, chunk, nth);
-            for (int k = 0; k < x.D; k += DEPTH) {
+            if constexpr (GATHER)
+                gathered_item(item);
+            else
+                boxed_item(item);
+        }
+    }
+
+    __device__ __forceinline__ void boxed_item(const Item& item) {
+        for (int k = 0; k < x.D; k += DEPTH) {
+            stage(
+                x.e_map, x.c_map, [&](int i) { return make_int2(k, item.block * BLOCK_N + 64 * i); },
+                [&](int i) { return make_int2(k, item.tile[i / 2] * BLOCK_V + 64 * (i % 2)); });
+        }
+    }
+
+    /// Eight threads copy a row's 128 bytes; each has its part of 16 rows.
+    __device__ __forceinline__ void gathered_item(const Item& item) {
+        constexpr int ROWS = TILE_V / 16;
+        const int piece = thread % 8, row0 = thread / 8;
+        // The thread's own, in shared memory: registers are few.
+        u32* starts = reinterpret_cast<u32*>(more_shared(pipe, BIAS * 8 * TILE_V + thread));
+#pragma unroll 4
+        for (int i = 0; i < ROWS; ++i) {
+            starts[i * WARPGROUP] = piece_at((i < ROWS / 2 ? item.tile[0] : item.tile[1]) * BLOCK_V + 16 * (i % (ROWS / 2)) + row0);
+        }
+        for (int k = 0; k < x.D; k += DEPTH) {
+            const int d = k + 8 * piece;
+            gathered_stage(
+                x.e_map, [&](int i) { return make_int2(k, item.block * BLOCK_N + 64 * i); },
+                [&](u32 b) {
+#pragma unroll 4
+                    for (int i = 0; i < ROWS; ++i) copy_piece(b, 16 * i + row0, piece, starts[i * WARPGROUP], x.c_rows + 2 * d, d);
+                });
+        }
+    }
+
+    /// dE += dx c and dC = dx^T e. Tiles are drawn, the long ones first: their sums differ in length.
+    __device__ __forceinline__ void products(int chunk) {
+        const Products all(x, chunk);
+        u32* const next = x.counters + 3 * chunk + 2;
+        const bool draws = !GATHER || thread == 0;
+        int drawn = draws ? atomicAdd(next, 1) : 0;
+        for (;;) {
+            work = share(drawn);
+            if (work >= all.all) break;
+            if (draws) drawn = atomicAdd(next, 1);  // asked for now: nobody waits for it then
+            const Product p(x, all, chunk, work);
+            if (p.count == 0) {
+                empty_stage();
+            } else if (!p.of_e) {
+                of_c(p);
+            } else if constexpr (GATHER) {
+                gathered_of_e(p);
+            } else {
+                of_e(p);
+            }
+        }
+        work = -1;
+        empty_stage();
+    }
+
+    __device__ __forceinline__ void of_e(const Product& p) {
+        const int* tiles = x.plan.tile_list + p.list;
+        int next = __ldg(tiles);
+        for (int i = 0; i < p.count; ++i) {
+            const int tile = next;
+            next = __ldg(tiles + min(i + 1, p.count - 1));  // asked for now: nobody waits for it then
+            for (int k = 0; k < BLOCK_V; k += DEPTH) {
                 stage(
-                    maps.e, [&](int i) { return make_int2(k, item.block * BLOCK_N + 64 * i); }, maps.c,
-                    [&](int i) { return make_int2(k, item.tile[i / 2] * BLOCK_V + 64 * (i % 2)); });
+                    x.dz_map, x.c_map, [&](int j) { return make_int2(k, (p.slot + i) * BLOCK_N + 64 * j); },
+                    [&](int j) { return make_int2(p.column + 64 * j, tile * BLOCK_V + k); });
             }
         }
     }
 
-    /// dE += dx c and dC = dx^T e.
-    __device__ __forceinline__ void products(int chunk) {
-        const Products all(x, chunk);
-        for (int nth = blockIdx.x; nth < all.all; nth += gridDim.x) {
-            const Product p(x, all, chunk, nth);
-            const int* others = (p.of_e ? x.plan.tile_list : x.plan.block_list) + p.list;
-            const int* slots = x.plan.slot_list + p.list;
-            int next = p.count ? __ldg(others) : 0, next_slot = p.count && !p.of_e ? __ldg(slots) : p.slot;
-            for (int i = 0; i < p.count; ++i) {
-                const int other = next, slot = next_slot;
-                if (i + 1 < p.count) {  // asked for now: nobody waits for it then
-                    next = __ldg(others + i + 1);
-                    next_slot = p.of_e ? slot + 1 : __ldg(slots + i + 1);
-                }
-                for (int k = 0; k < 128; k += DEPTH) {
-                    const auto across = [&](int j) { return make_int2(p.column + 64 * j, other * 128 + k); };
-                    if (p.of_e)
-                        stage(maps.dz, [&](int j) { return make_int2(k, slot * BLOCK_N + 64 * j); }, maps.c, across);
-                    else
-                        stage(maps.dz, [&](int j) { return make_int2(64 * j, slot * BLOCK_N + k); }, maps.e, across);
-                }
+    /// A warp copies the 512 bytes of a row; each has every fourth row.
+    __device__ __forceinline__ void gathered_of_e(const Product& p) {
+        const int* tiles = x.plan.tile_list + p.list;
+        const int warp = thread / 32, lane = thread % 32, last = p.count - 1;
+        // A lane knows one of the warp's 32 entries of a tile: first those of the tile's first half.
+        const int mine = lane / 16 * DEPTH + lane % 16 * 4 + warp;
+        int next_tile = __ldg(tiles + min(1, last));
+        u32 next = piece_at(__ldg(tiles) * BLOCK_V + mine);
+        const int d = p.column + 8 * lane;
+        const char* c_at_d = x.c_rows + 2 * d;
+        for (int i = 0; i < p.count; ++i) {
+            const u32 starts = next;
+            next = piece_at(next_tile * BLOCK_V + mine);  // asked for now: nobody waits for it then
+            next_tile = __ldg(tiles + min(i + 2, last));
+            for (int k = 0; k < BLOCK_V; k += DEPTH) {
+                gathered_stage(
+                    x.dz_map, [&](int j) { return make_int2(k, (p.slot + i) * BLOCK_N + 64 * j); },
+                    [&](u32 b) {
+#pragma unroll 4
+                        for (int j = 0; j < 16; ++j) {
+                            const u32 start = __shfl_sync(~0u, starts, k / DEPTH * 16 + j);
+                            copy_piece(b + lane / 8 * BOX, 4 * j + warp, lane % 8, start, c_at_d, d);
+                        }
+                    });
             }
+        }
+    }
+
+    __device__ __forceinline__ void of_c(const Product& p) {
+        const int *blocks = x.plan.block_list + p.list, *slots = x.plan.slot_list + p.list;
+        int next_block = __ldg(blocks), next_slot = __ldg(slots);
+        for (int i = 0; i < p.count; ++i) {
+            const int block = next_block, slot = next_slot, after = min(i + 1, p.count - 1);
+            next_block = __ldg(blocks + after);
+            next_slot = __ldg(slots + after);
+            for (int k = 0; k < BLOCK_N; k += DEPTH) {
+                stage(
+                    x.dz_map, x.e_map, [&](int j) { return make_int2(64 * j, slot * BLOCK_N + k); },
+                    [&](int j) { return make_int2(p.column + 64 * j, block * BLOCK_N + k); });
+            }
+        }
+    }
+
+    /// Until all blocks have done their part.
+    __device__ __forceinline__ void wait(const u32* arrived) const {
+        if (thread == 0 || !GATHER) grid_wait(arrived);
+        if constexpr (GATHER) asm volatile("bar.sync 5, 128;" ::: "memory");
+    }
+
+    __device__ __forceinline__ void run() {
+        for (int chunk = x.first_chunk; chunk < x.last_chunk; ++chunk) {
+            if (is_empty(x, chunk)) continue;
+            if (x.phases & 1) items(chunk);
+            if (x.phases == 3) wait(x.counters + 3 * chunk);
+            if (x.phases & 2) products(chunk);
+            if (x.phases == 3) wait(x.counters + 3 * chunk + 1);
         }
     }
 };
@@ -93,9 +251,9 @@ struct Multiplier {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int sorted = item.block * BLOCK_N + warp_row + lane_row(i);
-                const i64 row = __ldg(x.row_order + min(sorted, x.N - 1));
-                counts[i] = sorted < x.N && x.keep[row];
-                values[i] = row_values(x.rows, static_cast<int>(row));
+                const int row = sorted < x.N ? __ldg(x.row_of + sorted) : -1;
+                counts[i] = row >= 0;
+                values[i] = row_values(x.rows, max(row, 0));
             }
             Columns biases;
             if constexpr (BIAS) read_bias(biases, item);
@@ -130,19 +288,29 @@ struct Multiplier {
         }
     }
 
-    /// Both products of the chunk.
+    /// Both products of the chunk: the tiles that the loading side has drawn.
     __device__ __forceinline__ void products(float (&sum)[32][4], int chunk) {
         const Products all(x, chunk);
-        for (int nth = blockIdx.x; nth < all.all; nth += gridDim.x) {
-            const Product p(x, all, chunk, nth);
-            if (p.of_e) {
+        for (int work; (work = pipe.read_message(ring)) >= 0;) {
+            const Product p(x, all, chunk, work);
+            if (p.count == 0) {
+                skip_stage();
+                if (!p.of_e) write_dead(p);
+            } else if (p.of_e) {
                 multiply<false, true>(sum, pipe, ring, half, 2 * p.count);
-                if (p.count) add_to_de(sum, p);
+                add_to_de(sum, p);
             } else {
                 multiply<true, true>(sum, pipe, ring, half, 2 * p.count);
                 write_dc(sum, p);
             }
         }
+        skip_stage();
+    }
+
+    __device__ __forceinline__ void skip_stage() {
+        __syncwarp();  // all have read the message
+        pipe.release(ring.stage);
+        ring.next();
     }
 
     /// de += sum, in float32: the same thread has the same numbers in every chunk.
@@ -172,10 +340,6 @@ struct Multiplier {
 
     /// Rows of dC, written once: the sum, what stands for the dead tiles, times norm.
     __device__ __forceinline__ void write_dc(float (&sum)[32][4], const Product& p) const {
-        if (p.count == 0) {
-#pragma unroll
-            for (int j = 0; j < 32; ++j) sum[j][0] = sum[j][1] = sum[j][2] = sum[j][3] = 0;
-        }
         const int place = p.index * BLOCK_V + warp_row + lane_row(0);
         if (x.mass_e) {
             const float share = 1.0f / min(BLOCK_V, x.V - p.index * BLOCK_V);
@@ -209,34 +373,47 @@ struct Multiplier {
         }
         store_rows<32>(sum, 0, to, x.width - p.column, inside);
     }
-};
 
-extern "C" __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(THREADS, 1)
-live_sm90(const __grid_constant__ Maps maps, const __grid_constant__ Arguments x) {
-    Pipeline().start();
-    u32 expected = 0;  // blocks that have come to the grid's barrier
-    if (threadIdx.x < WARPGROUP) {
-        fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) {
-            Loader loader{maps, x};
-            for (int chunk = x.first_chunk; chunk < x.last_chunk; ++chunk) {
-                if (is_empty(x, chunk)) continue;
-                if (x.phases & 1) loader.items(chunk);
-                if (x.phases == 3) grid_wait(x.arrived, expected += gridDim.x);
-                if (x.phases & 2) loader.products(chunk);
-                if (x.phases == 3) grid_wait(x.arrived, expected += gridDim.x);
+    /// Rows of dC of a block without live tiles, all the same: what stands for the dead ones, times norm.
+    __device__ __forceinline__ void write_dead(const Product& p) const {
+        const int d = p.column + 8 * lane_of_warp();
+        u32 word[4] = {};
+        if (x.mass_e && d < x.D) {
+            const float factor = (x.norm ? __ldg(x.norm) : 1.0f) / min(BLOCK_V, x.V - p.index * BLOCK_V);
+            const float2* mass = reinterpret_cast<const float2*>(x.mass_e + static_cast<i64>(p.index) * x.D + d);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 m = __ldg(mass + i);
+                word[i] = pack(m.x * factor, m.y * factor);
             }
         }
-    } else {
-        more_registers<CONSUMER_REGISTERS>();
+        const int place0 = p.index * BLOCK_V + warp_row, last = min(place0 + 16, x.V);
+#pragma unroll 1
+        for (int place = place0; place < last; ++place) {
+            const i64 entry = x.order ? __ldg(x.order + place) : place;
+            store_eight(x.dc + entry * x.width + d, word, x.width - d);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
         float acc[32][4];
-        Multiplier multiplier{x};
         for (int chunk = x.first_chunk; chunk < x.last_chunk; ++chunk) {
             if (is_empty(x, chunk)) continue;
-            if (x.phases & 1) multiplier.items(acc, chunk);
-            if (x.phases == 3) grid_arrive(x.arrived);
-            if (x.phases & 2) multiplier.products(acc, chunk);
-            if (x.phases == 3) grid_arrive(x.arrived);
+            if (x.phases & 1) items(acc, chunk);
+            if (x.phases == 3) grid_arrive(x.counters + 3 * chunk);
+            if (x.phases & 2) products(acc, chunk);
+            if (x.phases == 3) grid_arrive(x.counters + 3 * chunk + 1);
         }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) live_sm90(const __grid_constant__ Arguments x) {
+    Pipeline().start();
+    if (threadIdx.x < WARPGROUP) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (GATHER || (threadIdx.x < 32 && elected())) Loader{x}.run();
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        Multiplier{x}.run();
     }
 }

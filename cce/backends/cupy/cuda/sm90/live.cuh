@@ -1,9 +1,9 @@
 // A filtered backward's arguments, and what its three products have in common (docs/algorithm.md, step 4).
 #pragma once
 
-#include "columns.cuh"
-#include "grid.cuh"
-#include "rows16.cuh"
+#include "sm90/columns.cuh"
+#include "sm90/grid.cuh"
+#include "sm90/rows16.cuh"
 
 /// Tables of the plan; cce/backends/gpu/plan.py says what they hold. T vocabulary blocks, B row blocks.
 struct Plan {
@@ -14,16 +14,19 @@ struct Plan {
 };
 
 struct Arguments {
+    TensorMap e_map, c_map, dz_map;  // boxes of 64 x 64; e in the work list's order
     Plan plan;
     Rows rows;
-    const i64 *order, *row_order;
-    const bool* keep;
-    const float* bias;  // (V,), by entry
+    const i64* order;
+    const int* row_of;    // (N,) of a place in the work list the row, or -1: its dx is 0
+    const char* c_rows;   // c, where GATHER
+    u32 c_pieces;         // pieces of 16 bytes from row to row
+    const float* bias;    // (V,), by entry
     element* dz;        // (slots + 1, 128, 128)
     float* de;          // (N, D), or null
     element* dc;        // (V, width), or null
     const float *mass_e, *norm;
-    u32* arrived;  // blocks at the barrier, 0 before the launch
+    u32* counters;  // (chunks, 3): blocks at the grid's two barriers, tiles drawn; 0 before the launch
     Formula formula;
     int N, V, D, width, first_chunk, last_chunk, phases;
 };

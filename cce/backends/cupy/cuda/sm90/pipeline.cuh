@@ -8,10 +8,14 @@
 // after the first, and takes the matrix unit alone when the first is done.
 #pragma once
 
-#include "wgmma.cuh"
+#include "sm90/wgmma.cuh"
 
 #ifndef HEAD_START
 #define HEAD_START 2
+#endif
+// Rows of c are anywhere: all threads of the loading warpgroup copy them, not the copy engine.
+#ifndef GATHER
+#define GATHER 0
 #endif
 
 constexpr int THREADS = 3 * WARPGROUP;
@@ -22,9 +26,9 @@ constexpr u32 BOX = 64 * 128;  // bytes of 64 rows of a box
 constexpr u32 A_BYTES = 2 * BOX;
 constexpr u32 B_BYTES = 4 * BOX;
 constexpr u32 STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int PRODUCER_REGISTERS = 40;
-constexpr int CONSUMER_REGISTERS = 232;
-static_assert(16 * STAGES <= 128, "room for the barriers");
+constexpr int PRODUCER_REGISTERS = GATHER ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = GATHER ? 224 : 232;
+static_assert(20 * STAGES + 8 <= 128, "room for the barriers and messages");
 
 /// Position in the ring: a stage and the parity of its round.
 struct Ring {
@@ -56,13 +60,15 @@ struct Pipeline {
     __device__ __forceinline__ u32 b(u32 stage) const { return a(stage) + A_BYTES; }
     __device__ __forceinline__ u32 full(u32 stage) const { return base + STAGES * STAGE_BYTES + 8 * stage; }
     __device__ __forceinline__ u32 empty(u32 stage) const { return full(stage) + 8 * STAGES; }
+    /// What who loads tells who multiplies with a stage; behind those two more, for those who load.
+    __device__ __forceinline__ u32 message(u32 stage) const { return full(2 * STAGES) + 4 * stage; }
     __device__ __forceinline__ u32 rest() const { return full(0) + 128; }
 
     /// All threads of all blocks of the cluster.
-    __device__ __forceinline__ void start(u32 full_arrivals = 1) const {
+    __device__ __forceinline__ void start() const {
         if (threadIdx.x == 0) {
             for (int s = 0; s < STAGES; ++s) {
-                barrier_init(full(s), full_arrivals);
+                barrier_init(full(s), GATHER ? 1 + WARPGROUP : 1);
                 barrier_init(empty(s), CLUSTER * 8);  // every warp of the multipliers, of every block
             }
             barrier_init_fence();
@@ -75,6 +81,12 @@ struct Pipeline {
         barrier_wait(empty(ring.stage), ring.parity ^ 1);
         barrier_expect(full(ring.stage), STAGE_BYTES);
         return full(ring.stage);
+    }
+
+    /// By a warp of the multipliers: the message that comes with the stage, when it is there.
+    __device__ __forceinline__ int read_message(const Ring& ring) const {
+        barrier_wait(full(ring.stage), ring.parity);
+        return load_shared(message(ring.stage));
     }
 
     /// By a warp: its warpgroup has read the stage for the last time, here and what came from the other blocks.
@@ -112,6 +124,7 @@ __device__ __forceinline__ void multiply(
     u32 last = ring.stage;
     for (int step = 0; step < steps; ++step) {
         barrier_wait(pipe.full(ring.stage), ring.parity);
+        if constexpr (GATHER) fence_async_proxy_shared();
         const u64 a = descriptor(pipe.a(ring.stage) + half * BOX);
         const u64 b = descriptor(pipe.b(ring.stage), B_ACROSS ? BOX : 16);
         wgmma_fence();

@@ -28,6 +28,16 @@ __device__ __forceinline__ bool elected() {
     return is != 0;
 }
 
+__device__ __forceinline__ int load_shared(u32 from) {
+    int value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_shared(u32 to, int value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
 // ---- mbarrier ----
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
@@ -37,7 +47,6 @@ __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
 /// Barriers are seen by the copy engine and by the other blocks of the cluster; then a barrier of the threads.
 __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
@@ -90,7 +99,21 @@ __device__ __forceinline__ void cluster_sync() {
     }
 }
 
-// ---- bulk copies ----
+/// What ordinary instructions have written comes before what the copy engine and the matrix unit read.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- copies ----
+
+/// 16 bytes to shared memory; zeros unless ``inside``.
+__device__ __forceinline__ void copy_16(u32 to, const char* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+
+/// Arrives at the barrier when all copies that this thread has begun have ended.
+__device__ __forceinline__ void barrier_arrive_copied(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 
 /// The box of a matrix at column x, row y; what lies outside the matrix arrives as 0.
 __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, int x, int y, u32 barrier) {

@@ -3,10 +3,11 @@
 // A cluster owns CLUSTER x 128 rows and one of `splits` stretches of the vocabulary and walks along it, carrying each
 // row's maximum and sum; then it takes the next such unit. GROUP: clusters of rows side by side. Steps 1 and 2 of
 // docs/algorithm.md.
-#include "../statistics.cuh"
-#include "columns.cuh"
+#include "statistics.cuh"
+#include "sm90/columns.cuh"
 
 struct Arguments {
+    TensorMap e_map, c_map;  // boxes of 64 columns and 128, TILE_V / CLUSTER rows
     const float *bias, *weight;  // (V,)
     Splits splits;
     Tiles tiles;
@@ -31,8 +32,7 @@ struct Unit {
 };
 
 /// The loading thread: boxes of e and c, in the order in which they are multiplied.
-__device__ __forceinline__ void load(
-    const TensorMap& e, const TensorMap& c, const Arguments& x, int blocks) {
+__device__ __forceinline__ void load(const Arguments& x, int blocks) {
     const int rank = cluster_rank();
     const int steps = (x.D + DEPTH - 1) / DEPTH;
     const Pipeline pipe;
@@ -43,8 +43,8 @@ __device__ __forceinline__ void load(
         for (int t = u.begin; t < u.end; ++t) {
             for (int step = 0; step < steps; ++step) {
                 const u32 full = pipe.claim(ring);
-                load_box(pipe.a(ring.stage), e, step * DEPTH, row0, full);
-                load_part(pipe.b(ring.stage), c, step * DEPTH, t * TILE_V, full, rank);
+                load_box(pipe.a(ring.stage), x.e_map, step * DEPTH, row0, full);
+                load_part(pipe.b(ring.stage), x.c_map, step * DEPTH, t * TILE_V, full, rank);
                 ring.next();
             }
         }
@@ -89,13 +89,12 @@ __device__ __forceinline__ void compute(const Arguments& x, int blocks) {
     }
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) statistics_sm90(
-    const __grid_constant__ TensorMap e, const __grid_constant__ TensorMap c, const __grid_constant__ Arguments x) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) statistics_sm90(const __grid_constant__ Arguments x) {
     Pipeline().start();
     const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) load(e, c, x, blocks);
+        if (threadIdx.x < 32 && elected()) load(x, blocks);
     } else {
         more_registers<CONSUMER_REGISTERS>();
         compute(x, blocks);
