@@ -1,0 +1,120 @@
+// The gradient of the logits of a window of the vocabulary, all rows, into scratch memory (docs/algorithm.md, step 4).
+//
+// Clusters take tiles of CLUSTER x 128 rows and 256 columns in turn, GROUP of them side by side along the rows.
+#include "sm90/columns.cuh"
+#include "sm90/rows16.cuh"
+
+struct Arguments {
+    TensorMap e_map, c_map;  // boxes of 64 columns and 128, TILE_V / CLUSTER rows
+    const float *bias, *weight;  // (V,)
+    Rows rows;
+    element* dz;         // (N, V), pitch
+    float* column_sums;  // (blocks of 64 rows, V)
+    i64 pitch;
+    Formula formula;
+    int N, V, D, first;
+};
+
+/// Row block and tile of a turn.
+struct Turn {
+    int row_block, tile;
+
+    __device__ __forceinline__ Turn(int turn, int blocks, int tiles) {
+        const int group = turn / (GROUP * tiles);
+        const int inside = turn - group * GROUP * tiles;
+        const int size = min(blocks - group * GROUP, GROUP);
+        row_block = group * GROUP + inside % size;
+        tile = inside / size;
+    }
+};
+
+/// The loading thread: boxes of e and c, in the order in which they are multiplied.
+__device__ __forceinline__ void load(const Arguments& x, int blocks, int tiles) {
+    const int rank = cluster_rank();
+    const int steps = (x.D + DEPTH - 1) / DEPTH;
+    const Pipeline pipe;
+    Ring ring;
+    for (int turn = blockIdx.x / CLUSTER; turn < blocks * tiles; turn += gridDim.x / CLUSTER) {
+        const Turn at(turn, blocks, tiles);
+        const int row0 = (at.row_block * CLUSTER + rank) * TILE_N;
+        for (int step = 0; step < steps; ++step) {
+            const u32 full = pipe.claim(ring);
+            load_box(pipe.a(ring.stage), x.e_map, step * DEPTH, row0, full);
+            load_part(pipe.b(ring.stage), x.c_map, step * DEPTH, at.tile * TILE_V, full, rank);
+            ring.next();
+        }
+    }
+}
+
+/// Column sums over the warpgroup's 64 rows: by warp into shared memory, then in the order of the warps.
+__device__ __forceinline__ void store_sums(const float (&dx)[32][4], float* sums, int half, float* to, int room) {
+    warp_column_sums(dx, sums);
+    warpgroup_sync(half);
+    const float* all = sums - threadIdx.x % WARPGROUP / 32 * TILE_V;
+#pragma unroll
+    for (int i = 0; i < TILE_V / WARPGROUP; ++i) {
+        const int column = i * WARPGROUP + threadIdx.x % WARPGROUP;
+        const float total = (all[column] + all[TILE_V + column]) + (all[2 * TILE_V + column] + all[3 * TILE_V + column]);
+        if (column < room) to[column] = total;
+    }
+    warpgroup_sync(half);
+}
+
+/// The multiplying warps.
+__device__ __forceinline__ void compute(const Arguments& x, int blocks, int tiles) {
+    constexpr int PART = ENTROPY && !DBIAS ? 4 : 8;  // accumulators at a time: no more spill no registers
+    const Pipeline pipe;
+    const int half = threadIdx.x / WARPGROUP - 1;
+    const int warp_row = cluster_rank() * TILE_N + static_cast<int>(threadIdx.x - WARPGROUP) / 32 * 16;
+    const int steps = (x.D + DEPTH - 1) / DEPTH;
+    float* bias = warp_columns(pipe, 0);
+    float* weight = warp_columns(pipe, BIAS);
+    float* sums = warp_columns(pipe, BIAS + WEIGHTED);
+    Ring ring;
+    float z[32][4];
+    for (int turn = blockIdx.x / CLUSTER; turn < blocks * tiles; turn += gridDim.x / CLUSTER) {
+        // Tile origin, and what belongs to its rows and columns: read now, the product hides the wait.
+        const Turn at(turn, blocks, tiles);
+        const int row0 = at.row_block * CLUSTER * TILE_N + warp_row;
+        const int column0 = at.tile * TILE_V;
+        const bool inside[2] = {row0 + lane_row(0) < x.N, row0 + lane_row(1) < x.N};
+        const RowValues values[2] = {row_values(x.rows, min(row0 + lane_row(0), x.N - 1)),
+                                     row_values(x.rows, min(row0 + lane_row(1), x.N - 1))};
+        Columns biases, weights;
+        if constexpr (BIAS) biases.read(x.bias, column0, x.V);
+        if constexpr (WEIGHTED) weights.read(x.weight, column0, x.V);
+        // Logit tile, as in the forward.
+        multiply<false, false>(z, pipe, ring, half, steps);
+        if constexpr (BIAS) biases.put(bias);
+        if constexpr (WEIGHTED) weights.put(weight);
+        cap(z, bias, x.formula);
+        // Epilogue. Columns beyond the window are stored nowhere, so they need no mask.
+#pragma unroll
+        for (int j = 0; j < 32; j += PART) {
+            gradient_of_block<32, PART>(
+                z, j, x.first + column0 + 8 * j, values, inside, x.rows, weight + 8 * j, x.formula);
+        }
+        // Store.
+        const int room = x.V - column0;
+        element* const dz = x.dz + (row0 + lane_row(0)) * x.pitch + column0;
+        store_rows<32>(z, 0, {dz, dz + 8 * x.pitch}, room, inside);
+        if constexpr (DBIAS) {
+            const int block = row0 / 64;
+            if (block * 64 < x.N) store_sums(z, sums, half, x.column_sums + static_cast<i64>(block) * x.V + column0, room);
+        }
+    }
+}
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gradient_sm90(const __grid_constant__ Arguments x) {
+    Pipeline().start();
+    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
+    const int tiles = (x.V + TILE_V - 1) / TILE_V;
+    if (threadIdx.x < WARPGROUP) {
+        fewer_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x < 32 && elected()) load(x, blocks, tiles);
+    } else {
+        more_registers<CONSUMER_REGISTERS>();
+        compute(x, blocks, tiles);
+    }
+    cluster_sync();  // nobody leaves while another block may still write to its memory
+}
