@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -39,11 +39,14 @@ class CupyBackend(KernelBackend):
         return reasons
 
     def kernels(self) -> Kernels:
-        return self._kernels
+        """Those of the current device."""
+        fast = not self._portable and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        return _kernels(fast)
 
-    @cached_property
-    def _kernels(self) -> Kernels:
-        from cce.backends.cupy.kernels import CupyKernels
-        from cce.backends.cupy.portable import PortableKernels
 
-        return PortableKernels() if self._portable else CupyKernels()
+@cache
+def _kernels(sm90: bool) -> Kernels:
+    from cce.backends.cupy.portable import PortableKernels
+    from cce.backends.cupy.sm90 import Sm90Kernels
+
+    return Sm90Kernels() if sm90 else PortableKernels()

@@ -90,7 +90,7 @@ class PortableKernels(Kernels):
         Launch(variant, _cdiv(len(e), TILE_N) * _cdiv(len(c), TILE_V), THREADS, arguments)()
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
-        launches = live_launches(problem, spec, live)
+        launches = _launches(problem, spec, live, self.sizes(problem, spec).pack)
 
         def chunk(number: int) -> None:
             for launch in launches:
@@ -100,17 +100,17 @@ class PortableKernels(Kernels):
         return chunk
 
 
-def live_launches(problem: Problem, spec: Spec, live: Live) -> list[Launch]:
+def _launches(problem: Problem, spec: Spec, live: Live, pack: int) -> list[Launch]:
     """The launches of a chunk: dx of its live tiles, both products, dbias."""
     # Of a place in the work list the row, or -1: one look instead of two, read ahead of the product that needs it.
     row_of = torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
-    launches = [_dx(problem, spec, live, row_of)]
+    launches = [_dx(problem, spec, live, row_of, pack)]
     if live.de is not None or live.dc is not None or live.dbias is not None:
         launches += _products(problem, spec, live, row_of)
     return launches
 
 
-def _dx(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> Launch:
+def _dx(problem: Problem, spec: Spec, live: Live, row_of: Tensor, pack: int) -> Launch:
     gpu, plan = Gpu.current(), live.plan
     arguments = structs.LiveArguments(
         e=structs.Matrix.of(live.e), c=structs.Matrix.of(live.c), order=live.order, bias=live.formula.bias,
@@ -120,7 +120,7 @@ def _dx(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> Launch:
         T=plan.tile_list.shape[1], max_items=plan.item_block.shape[1],
     )  # fmt: skip
     grid = min(plan.max_items, 2 * gpu.processors)
-    return Launch(live_variant(gpu, spec, live), grid, THREADS, arguments, [row_of])
+    return Launch(live_variant(gpu, spec, live, pack), grid, THREADS, arguments, [row_of])
 
 
 def _products(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> list[Launch]:

@@ -153,7 +153,7 @@ class Sm90Kernels(PortableKernels):
         Launch(variant, _grid(tiles, cluster), THREADS, arguments)()
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
-        if not _live_is_served(problem, spec):
+        if not _live_is_served(problem, spec) or not live.sorted_rows:
             return super().live(problem, spec, live)
         counters = torch.zeros(live.plan.chunks, 3, dtype=torch.int32, device=live.e.device)
         launch = _live_launch(problem, live, counters)

@@ -17,14 +17,14 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula) -> Variant:
     """Of target_logits; ``e`` and ``c`` of these dtypes."""
-    return _variant(gpu, "targets", {"E_TYPE": _DTYPES[e], "C_TYPE": _DTYPES[c], **_formula(formula)})
+    return _variant(gpu, "targets", {"E_TYPE": _DTYPES[e], "C_TYPE": _DTYPES[c], **formula_macros(formula)})
 
 
 def statistics_variant(
     gpu: Gpu, dtype: torch.dtype, formula: Formula, spec: Spec, splits: Splits, tiles: Tiles | None, columns: int
 ) -> Variant:
     """Of statistics, in tiles of so many columns."""
-    macros = _formula(formula) | _dtype(dtype, formula)
+    macros = formula_macros(formula) | dtype_macros(dtype, formula)
     macros |= {
         "ENTROPY": splits.gap is not None, "WEIGHTED": splits.weighted is not None,
         "PREDICTION": splits.best is not None,
@@ -41,20 +41,25 @@ def gradient_variant(
     gpu: Gpu, dtype: torch.dtype, formula: Formula, rows: Rows, weighted: bool, dbias: bool
 ) -> Variant:
     """Of gradient."""
-    macros = _formula(formula) | _dtype(dtype, formula) | _rows(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
+    macros = (
+        formula_macros(formula)
+        | dtype_macros(dtype, formula)
+        | rows_macros(rows)
+        | {"DBIAS": dbias, "WEIGHTED": weighted}
+    )
     return _of_tiles(gpu, "gradient", macros, TILE_N, TILE_V)
 
 
-def live_variant(gpu: Gpu, spec: Spec, live: Live) -> Variant:
-    """Of dx of live tiles."""
-    macros = _formula(live.formula) | _dtype(live.e.dtype, live.formula) | _rows(live.rows)
+def live_variant(gpu: Gpu, spec: Spec, live: Live, pack: int) -> Variant:
+    """Of dx of live tiles, at most ``pack`` of a row block at a time."""
+    macros = formula_macros(live.formula) | dtype_macros(live.e.dtype, live.formula) | rows_macros(live.rows)
     macros |= {"SORTED": live.sorted_rows, "DBIAS": live.column_sums is not None} | _blocks(spec)
-    return _of_tiles(gpu, "live", macros, macros["BLOCK_N"], max(TILE_V, macros["BLOCK_V"]))
+    return _of_tiles(gpu, "live", macros, macros["BLOCK_N"], pack * macros["BLOCK_V"])
 
 
 def products_variants(gpu: Gpu, spec: Spec, live: Live) -> tuple[Variant, Variant]:
     """Of both products, and of dbias."""
-    macros = _dtype(live.e.dtype, live.formula) | {"SORTED": live.sorted_rows} | _blocks(spec)
+    macros = dtype_macros(live.e.dtype, live.formula) | {"SORTED": live.sorted_rows} | _blocks(spec)
     if live.dc is not None:
         macros["DC_TYPE"] = _DTYPES[live.dc.dtype]
     block_n, block_v, size = macros["BLOCK_N"], macros["BLOCK_V"], live.e.element_size()
@@ -81,9 +86,8 @@ def _of_tiles(gpu: Gpu, name: str, macros: dict[str, int], rows: int, columns: i
     stage = (rows + columns) * _ROW_BYTES
     more = (bool(macros.get("BIAS")) + bool(macros.get("WEIGHTED"))) * columns * 4
     stages = gpu.stages(stage, more, blocks)
-    if name != "live":
-        macros = macros | {"TILE_N": rows, "TILE_V": columns}
-    return _variant(gpu, name, macros | {"STAGES": stages, "BLOCKS_AT_ONCE": blocks}, stages * stage + more)
+    macros = macros | {"TILE_N": rows, "TILE_V": columns, "STAGES": stages, "BLOCKS_AT_ONCE": blocks}
+    return _variant(gpu, name, macros, stages * stage + more)
 
 
 def _across(columns: int, step: int, size: int) -> int:
@@ -91,18 +95,21 @@ def _across(columns: int, step: int, size: int) -> int:
     return -(-columns * size // _ROW_BYTES) * step * _ROW_BYTES
 
 
-def _formula(formula: Formula) -> dict[str, int]:
+def formula_macros(formula: Formula) -> dict[str, int]:
+    """Of a logit's formula."""
     return {
         "BIAS": formula.bias is not None, "SOFTCAP": formula.softcap is not None,
         "SCALE": formula.softcap is None and formula.scale != 1,
     }  # fmt: skip
 
 
-def _dtype(dtype: torch.dtype, formula: Formula) -> dict[str, int]:
+def dtype_macros(dtype: torch.dtype, formula: Formula) -> dict[str, int]:
+    """Of the products."""
     return {"DTYPE": _DTYPES[dtype], "IEEE": dtype == torch.float32 and formula.ieee}
 
 
-def _rows(rows: Rows) -> dict[str, int]:
+def rows_macros(rows: Rows) -> dict[str, int]:
+    """Of the gradient's terms."""
     return {"ENTROPY": rows.h is not None, "SEVERAL_TARGETS": rows.targets.shape[1] > 1}
 
 

@@ -1,10 +1,4 @@
 // dx of a chunk's live tiles, into slots of [BLOCK_N, BLOCK_V] (docs/algorithm.md, step 4).
-#define TILE_N BLOCK_N
-#if BLOCK_V > 128
-#define TILE_V BLOCK_V
-#else
-#define TILE_V 128
-#endif
 #include "gradient.cuh"
 #include "tile.cuh"
 
@@ -26,6 +20,7 @@ struct LiveArguments {
     int N, V, T, max_items, chunk;
 };
 
+static_assert(TILE_N == BLOCK_N && TILE_V % BLOCK_V == 0, "a tile is whole blocks of the filter");
 constexpr int JB = least(J, BLOCK_V / 8);  // accumulators of a warp that belong to one vocabulary block
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) live_kernel(const __grid_constant__ LiveArguments p) {
