@@ -1,7 +1,7 @@
 // Numbers of a tile's columns (bias, weights) as the epilogue wants them: in shared memory, one copy for each warp.
 #pragma once
 
-#include "sm90/pipeline.cuh"
+#include "pipeline.cuh"
 
 /// Eight columns of the tile in each lane: read before the product, which hides the wait, and put down behind it.
 struct Columns {

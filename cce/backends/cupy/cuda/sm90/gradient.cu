@@ -1,8 +1,8 @@
 // The gradient of the logits of a window of the vocabulary, all rows, into scratch memory (docs/algorithm.md, step 4).
 //
 // Clusters take tiles of CLUSTER x 128 rows and 256 columns in turn, GROUP of them side by side along the rows.
-#include "sm90/columns.cuh"
-#include "sm90/rows16.cuh"
+#include "columns.cuh"
+#include "rows16.cuh"
 
 struct Arguments {
     TensorMap e_map, c_map;  // boxes of 64 columns and 128, TILE_V / CLUSTER rows
@@ -29,8 +29,10 @@ struct Turn {
 };
 
 /// The loading thread: boxes of e and c, in the order in which they are multiplied.
-__device__ __forceinline__ void load(const Arguments& x, int blocks, int tiles) {
+__device__ __forceinline__ void load(const Arguments& x) {
     const int rank = cluster_rank();
+    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
+    const int tiles = (x.V + TILE_V - 1) / TILE_V;
     const int steps = (x.D + DEPTH - 1) / DEPTH;
     const Pipeline pipe;
     Ring ring;
@@ -61,10 +63,12 @@ __device__ __forceinline__ void store_sums(const float (&dx)[32][4], float* sums
 }
 
 /// The multiplying warps.
-__device__ __forceinline__ void compute(const Arguments& x, int blocks, int tiles) {
+__device__ __forceinline__ void compute(const Arguments& x) {
     constexpr int PART = ENTROPY && !DBIAS ? 4 : 8;  // accumulators at a time: no more spill no registers
     const Pipeline pipe;
     const int half = threadIdx.x / WARPGROUP - 1;
+    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
+    const int tiles = (x.V + TILE_V - 1) / TILE_V;
     const int warp_row = cluster_rank() * TILE_N + static_cast<int>(threadIdx.x - WARPGROUP) / 32 * 16;
     const int steps = (x.D + DEPTH - 1) / DEPTH;
     float* bias = warp_columns(pipe, 0);
@@ -107,14 +111,12 @@ __device__ __forceinline__ void compute(const Arguments& x, int blocks, int tile
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gradient_sm90(const __grid_constant__ Arguments x) {
     Pipeline().start();
-    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
-    const int tiles = (x.V + TILE_V - 1) / TILE_V;
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) load(x, blocks, tiles);
+        if (threadIdx.x < 32 && elected()) load(x);
     } else {
         more_registers<CONSUMER_REGISTERS>();
-        compute(x, blocks, tiles);
+        compute(x);
     }
     cluster_sync();  // nobody leaves while another block may still write to its memory
 }

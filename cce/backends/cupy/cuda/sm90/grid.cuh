@@ -1,7 +1,7 @@
 // A barrier of all blocks of a launch, all of which run at the same time: what one wrote, the others' copies may read.
 #pragma once
 
-#include "sm90/pipeline.cuh"
+#include "pipeline.cuh"
 
 /// By every thread of the multipliers, when the block's part is done. They do not wait: a block without work may come to
 /// later barriers at once, so each has a counter of its own, 0 before the launch.

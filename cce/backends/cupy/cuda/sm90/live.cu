@@ -2,7 +2,7 @@
 //
 // Blocks take items, and then tiles of the products, in turn; between the two, and before the next chunk reuses the
 // slots, all wait for all. phases: 1 dx only, 2 the products only (no waiting), 3 both.
-#include "sm90/live.cuh"
+#include "live.cuh"
 
 /// What loads: one thread, or, where rows of c are gathered, all of its warpgroup.
 struct Loader {

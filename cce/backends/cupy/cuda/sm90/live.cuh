@@ -1,9 +1,9 @@
 // A filtered backward's arguments, and what its three products have in common (docs/algorithm.md, step 4).
 #pragma once
 
-#include "sm90/columns.cuh"
-#include "sm90/grid.cuh"
-#include "sm90/rows16.cuh"
+#include "columns.cuh"
+#include "grid.cuh"
+#include "rows16.cuh"
 
 /// Tables of the plan; cce/backends/gpu/plan.py says what they hold. T vocabulary blocks, B row blocks.
 struct Plan {

@@ -8,7 +8,7 @@
 // after the first, and takes the matrix unit alone when the first is done.
 #pragma once
 
-#include "sm90/wgmma.cuh"
+#include "wgmma.cuh"
 
 #ifndef HEAD_START
 #define HEAD_START 2

@@ -1,8 +1,8 @@
 // A warp's 16 x 256 accumulator to memory in 16 bits, in whole pieces of 16 bytes a thread.
 #pragma once
 
-#include "gradient.cuh"
-#include "sm90/ptx.cuh"
+#include "../gradient.cuh"
+#include "ptx.cuh"
 
 /// Among four lanes: lane q's nth word becomes lane n's qth.
 __device__ __forceinline__ void transpose_quad(u32 (&word)[4]) {

@@ -3,8 +3,8 @@
 // A cluster owns CLUSTER x 128 rows and one of `splits` stretches of the vocabulary and walks along it, carrying each
 // row's maximum and sum; then it takes the next such unit. GROUP: clusters of rows side by side. Steps 1 and 2 of
 // docs/algorithm.md.
-#include "statistics.cuh"
-#include "sm90/columns.cuh"
+#include "../statistics.cuh"
+#include "columns.cuh"
 
 struct Arguments {
     TensorMap e_map, c_map;  // boxes of 64 columns and 128, TILE_V / CLUSTER rows
@@ -32,8 +32,9 @@ struct Unit {
 };
 
 /// The loading thread: boxes of e and c, in the order in which they are multiplied.
-__device__ __forceinline__ void load(const Arguments& x, int blocks) {
+__device__ __forceinline__ void load(const Arguments& x) {
     const int rank = cluster_rank();
+    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     const int steps = (x.D + DEPTH - 1) / DEPTH;
     const Pipeline pipe;
     Ring ring;
@@ -52,9 +53,10 @@ __device__ __forceinline__ void load(const Arguments& x, int blocks) {
 }
 
 /// The multiplying warps.
-__device__ __forceinline__ void compute(const Arguments& x, int blocks) {
+__device__ __forceinline__ void compute(const Arguments& x) {
     const Pipeline pipe;
     const int half = threadIdx.x / WARPGROUP - 1;
+    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     const int warp_row = cluster_rank() * TILE_N + static_cast<int>(threadIdx.x - WARPGROUP) / 32 * 16;
     const int steps = (x.D + DEPTH - 1) / DEPTH;
     float* bias = warp_columns(pipe, 0);
@@ -91,13 +93,12 @@ __device__ __forceinline__ void compute(const Arguments& x, int blocks) {
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) statistics_sm90(const __grid_constant__ Arguments x) {
     Pipeline().start();
-    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) load(x, blocks);
+        if (threadIdx.x < 32 && elected()) load(x);
     } else {
         more_registers<CONSUMER_REGISTERS>();
-        compute(x, blocks);
+        compute(x);
     }
     cluster_sync();  // nobody leaves while another block may still write to its memory
 }

@@ -5,9 +5,9 @@
 // A factor is "along k" where a row of its boxes runs along the summation, "across" where a row is one k.
 #pragma once
 
-#include "sm90/ptx.cuh"
+#include "ptx.cuh"
 
-#include "options.cuh"
+#include "../options.cuh"
 
 #if DTYPE == FLOAT16
 #define OPERAND "f16"
