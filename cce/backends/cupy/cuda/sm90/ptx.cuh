@@ -38,6 +38,17 @@ __device__ __forceinline__ void store_shared(u32 to, int value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void load_shared(u32 from, u32 (&to)[4]) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 to, const u32 (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // ---- mbarrier ----
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
@@ -105,9 +116,14 @@ __device__ __forceinline__ void fence_async_proxy_shared() { asm volatile("fence
 
 // ---- copies ----
 
-/// 16 bytes to shared memory; zeros unless ``inside``.
-__device__ __forceinline__ void copy_16(u32 to, const char* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+/// 16 bytes to shared memory, the first ``bytes`` of them from memory, the others 0.
+__device__ __forceinline__ void copy_16(u32 to, const char* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+/// to[0] += x and to[1] += y; the sum is made where the memory is.
+__device__ __forceinline__ void add_two(float* to, float x, float y) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
 }
 
 /// Arrives at the barrier when all copies that this thread has begun have ended.
