@@ -30,7 +30,7 @@ STAGES = 4
 _STAGE = 48 * 1024
 _COLUMNS = 8 * TILE_V * 4  # an array of a tile's columns, one copy for each multiplying warp
 _SMALL = 128 + 1024  # barriers, and what aligns the stages
-_GROUP = 32  # row blocks of all clusters at work side by side, in units of TILE_N
+_GROUP = 16  # row blocks at work side by side, which share what they read of c
 
 
 class StatisticsArguments(Arguments):
@@ -121,7 +121,7 @@ class Sm90Kernels(PortableKernels):
                 "MAPS": True, "ELEMENT": tiles.max is not None, "TILE_ENTROPY": tiles.entropy is not None,
                 "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
             }  # fmt: skip
-        variant = _variant("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
+        variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
         Launch(variant, _grid(_cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
 
     def gradient(
@@ -148,12 +148,12 @@ class Sm90Kernels(PortableKernels):
         )  # fmt: skip
         dbias, weighted = column_sums is not None, weight is not None
         macros = rows_macros(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
-        variant = _variant("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
+        variant = variant_of("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
         tiles = _cdiv(len(e), cluster * TILE_N) * _cdiv(len(c), TILE_V)
         Launch(variant, _grid(tiles, cluster), THREADS, arguments)()
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
-        if not _live_is_served(problem, spec):
+        if not _live_is_served(problem, spec) or not live.sorted_rows:
             return super().live(problem, spec, live)
         counters = torch.zeros(live.plan.chunks, 3, dtype=torch.int32, device=live.e.device)
         launch = _live_launch(problem, live, counters)
@@ -181,7 +181,7 @@ def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
         N=problem.n, V=problem.v, D=live.e.shape[1], width=0 if live.dc is None else live.dc.shape[1], first_chunk=0,
         last_chunk=plan.chunks, phases=1 if live.de is None and live.dc is None else 3,
     )  # fmt: skip
-    variant = _variant(
+    variant = variant_of(
         "live", 1, live.e.dtype, live.formula, rows_macros(live.rows) | {"GATHER": gathered}, int(gathered)
     )
     return Launch(variant, Gpu.current().processors, THREADS, arguments, (row_of, counters), cooperative=True)
@@ -204,7 +204,7 @@ def _cluster(rows: int) -> int:
     return 2 if rows > TILE_N else 1
 
 
-def _variant(
+def variant_of(
     name: str, cluster: int, dtype: torch.dtype, formula: Formula, macros: dict[str, int], columns: int
 ) -> Variant:
     """``columns``: arrays of a tile's columns in shared memory beside the bias."""

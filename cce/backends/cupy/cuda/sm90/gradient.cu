@@ -77,7 +77,7 @@ __device__ __forceinline__ void store_sums(const float* first, int half, float* 
 
 /// The multiplying warps.
 __device__ __forceinline__ void compute(const Arguments& x) {
-    constexpr int PART = ENTROPY && !DBIAS ? 4 : 8;  // accumulators at a time: no more spill no registers
+    constexpr int PART = ENTROPY && !DBIAS ? 4 : 8;  // accumulators at a time: what fits into registers
     const Pipeline pipe;
     const int half = threadIdx.x / WARPGROUP - 1;
     const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);

@@ -251,7 +251,7 @@ struct Multiplier {
 
     /// dx of the chunk's items, into their slots.
     __device__ __forceinline__ void items(float (&z)[32][4], int chunk) {
-        constexpr int PART = SOFTCAP ? 4 : 8;  // accumulators at a time: no more spill no registers
+        constexpr int PART = 8;  // accumulators at a time: what belongs to all of them would not fit into registers
         const int steps = (x.D + DEPTH - 1) / DEPTH;
         const int all = __ldg(x.plan.items + chunk);
         for (int nth = blockIdx.x; nth < all; nth += gridDim.x) {

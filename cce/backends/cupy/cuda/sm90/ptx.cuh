@@ -89,10 +89,6 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 
 // ---- barriers of threads ----
 
-/// The second half of the multipliers waits at the first; the first goes on.
-__device__ __forceinline__ void wait_for_first_half() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-__device__ __forceinline__ void tell_second_half() { asm volatile("bar.arrive 1, 256;" ::: "memory"); }
-
 /// The 128 threads of warpgroup ``half`` (0 or 1) of the multipliers.
 __device__ __forceinline__ void warpgroup_sync(int half) {
     if (half == 0) asm volatile("bar.sync 2, 128;" ::: "memory");

@@ -44,6 +44,7 @@ __device__ __forceinline__ void store_some(element* to, const u32 (&word)[4], in
 template <int JB, bool WHOLE>
 __device__ __forceinline__ void store_rows(
     const float (&z)[32][4], int j0, element* const (&to)[2], int room, const bool (&inside)[2]) {
+    static_assert(JB % 4 == 0, "a lane gets eight columns of four accumulators");
     const int mine = 8 * (lane_of_warp() % 4);
 #pragma unroll
     for (int j = j0; j < j0 + JB; j += 4) {
