@@ -1,0 +1,231 @@
+"""The cases of the kernels' contract: as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.kernels import Sizes
+from cce.problem import Problem
+from cce.spec import Spec
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, or the calls of one pass, of a kernel.
+
+    Attributes:
+        name: begins with the method's. method: of :class:`Kernels`.
+        n, v, d, k: sizes; D is padded. dtype: of both operands, if e_dtype and c_dtype do not say otherwise.
+        bias: "", "random", "large" or "masked" (-inf, whole tiles too).
+        integers: operands in {-1, 0, 1}: products are exact, and the largest logits tie.
+        outputs: "entropy" (a gap; a gradient h), "weighted_logit" (a gradient s), "prediction".
+        filter: of :meth:`statistics`: what maps are there. windows, splits: of the vocabulary.
+        view: of operands of ``target_logits``: "", "transposed" or "sliced".
+        nan_rows: some rows do not count, and hold NaN.
+        density: of live tiles. slots: of the scratch, 0: few. wanted: gradients.
+    """
+
+    name: str
+    n: int = 70
+    v: int = 1100
+    d: int = 72
+    k: int = 1
+    dtype: torch.dtype = BF16
+    e_dtype: torch.dtype | None = None
+    c_dtype: torch.dtype | None = None
+    bias: str = ""
+    softcap: float | None = None
+    scale: float = 1.0
+    ieee: bool = True
+    integers: bool = False
+    outputs: tuple[str, ...] = ()
+    filter: str = "none"
+    accumulation: str = "tile"
+    block_n: int = 16
+    block_v: int = 32
+    windows: int = 1
+    splits: int = 3
+    view: str = ""
+    nan_rows: bool = False
+    dbias: bool = True
+    density: float = 0.4
+    slots: int = 0
+    sorted_rows: bool = False
+    ordered: bool = False
+    compensate: bool = True
+    norm: bool = False
+    wanted: tuple[str, ...] = ("de", "dc", "dbias")
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def method(self) -> str:
+        return self.name.split(" ")[0]
+
+    def problem(self, device: str) -> Problem:
+        live = self.method == "live"
+        return Problem(
+            n=self.n, v=self.v, d=self.d, k=self.k, e_dtype=self.e_dtype or self.dtype,
+            c_dtype=self.c_dtype or self.dtype, device=device, bias=bool(self.bias), softcap=self.softcap,
+            logit_scale=self.scale, outputs=frozenset(self.outputs), grad_e=not live or "de" in self.wanted,
+            grad_c=not live or "dc" in self.wanted,
+            grad_bias=bool(self.bias) and (self.dbias if not live else "dbias" in self.wanted),
+        )  # fmt: skip
+
+    def spec(self) -> Spec:
+        spec = Spec(
+            filter="element" if self.method == "live" else self.filter, threshold=2.0**-9, block_n=self.block_n,
+            block_v=self.block_v, lse_accumulation=self.accumulation, vocab_order="natural",
+        )  # fmt: skip
+        return spec.resolve(self.problem("cpu"))
+
+    def shrunk(self, sizes: Sizes) -> Case:
+        """The same with fewer rows and columns, but of more than one tile."""
+        columns = sizes.forward_columns if self.method == "statistics" else sizes.gradient_columns
+        if self.method == "live":
+            return replace(self, n=min(self.n, 2 * self.block_n + 3), v=min(self.v, 5 * self.block_v + 3), d=12)
+        return replace(self, n=min(self.n, 20), v=min(self.v, max(48, 3 * columns + 5)), d=12)
+
+    def strided(self, x: Tensor) -> Tensor:
+        if self.view == "transposed":
+            return x.T.contiguous().T
+        if self.view == "sliced":
+            wide = x.new_full((len(x), 2 * x.shape[1] + 1), torch.nan)
+            wide[:, 1::2] = x
+            return wide[:, 1::2]
+        return x
+
+
+def _targets() -> list[Case]:
+    plain = Case("target_logits", n=37, v=301, d=75)
+    return [
+        plain,
+        replace(plain, name="target_logits k3 bias softcap", k=3, bias="random", softcap=2.0, scale=1.5),
+        replace(plain, name="target_logits transposed scale", view="transposed", scale=0.5),
+        replace(plain, name="target_logits sliced float16", view="sliced", dtype=F16, bias="random"),
+        replace(plain, name="target_logits float32 nan rows", dtype=F32, nan_rows=True),
+        replace(plain, name="target_logits bf16 and float32", e_dtype=BF16, c_dtype=F32, k=2),
+        replace(plain, name="target_logits float16 and bf16", e_dtype=F16, c_dtype=BF16),
+        replace(plain, name="target_logits wide", d=2500, n=5),
+        replace(plain, name="target_logits one column", d=1, n=3, v=2),
+    ]
+
+
+def _statistics() -> list[Case]:
+    plain = Case("statistics")
+    every = ("entropy", "weighted_logit", "prediction")
+    mapped = replace(plain, filter="element")
+    return [
+        plain,
+        replace(plain, name="statistics one row", n=1, v=7, d=8, splits=1),
+        replace(plain, name="statistics one class", n=5, v=1, d=3, splits=1),
+        replace(plain, name="statistics aligned sizes", n=128, v=1024, d=128, splits=2),
+        replace(plain, name="statistics many rows", n=300, v=600, d=40, splits=2),
+        replace(plain, name="statistics float16", dtype=F16, bias="random"),
+        replace(plain, name="statistics float32", dtype=F32, d=33, outputs=("entropy",)),
+        replace(plain, name="statistics tf32", dtype=F32, d=33, ieee=False, outputs=("entropy",)),
+        replace(plain, name="statistics online", accumulation="online", outputs=("entropy",), bias="large"),
+        replace(plain, name="statistics large bias", bias="large", outputs=("entropy",)),
+        replace(plain, name="statistics masked", bias="masked", outputs=("entropy", "prediction")),
+        replace(plain, name="statistics softcap scale", softcap=2.0, scale=1.5, bias="random"),
+        replace(plain, name="statistics prediction", outputs=("prediction",)),
+        replace(plain, name="statistics ties", outputs=("prediction",), integers=True, d=16, windows=2),
+        replace(plain, name="statistics everything", outputs=every, softcap=3.0, scale=0.5, bias="random"),
+        replace(plain, name="statistics windows", outputs=every, softcap=3.0, bias="random", windows=2),
+        replace(plain, name="statistics windows masked", outputs=("entropy",), bias="masked", windows=3, splits=2),
+        replace(plain, name="statistics windows online", accumulation="online", outputs=every, softcap=9.0, windows=2),
+        replace(plain, name="statistics nan rows", nan_rows=True, outputs=("entropy", "prediction")),
+        replace(plain, name="statistics wide d", n=20, v=300, d=1030, splits=1),
+        replace(plain, name="statistics narrow d", n=20, v=300, d=1, splits=1),
+        replace(mapped, name="statistics maps element"),
+        replace(mapped, name="statistics maps tile", filter="tile"),
+        replace(mapped, name="statistics maps entropy", outputs=("entropy",), bias="random"),
+        replace(mapped, name="statistics maps online", outputs=("entropy",), accumulation="online"),
+        replace(mapped, name="statistics maps masked", outputs=("entropy",), bias="masked"),
+        replace(
+            mapped, name="statistics maps masked online", outputs=("entropy",), bias="masked", accumulation="online"
+        ),
+        replace(mapped, name="statistics maps windows", windows=2, outputs=("entropy", "prediction"), nan_rows=True),
+        replace(mapped, name="statistics maps softcap", softcap=4.0, filter="tile", dtype=F16),
+        replace(mapped, name="statistics maps float32", dtype=F32),
+        *(
+            replace(mapped, name=f"statistics maps block_v={block_v}", block_v=block_v, outputs=("entropy",), n=40)
+            for block_v in (16, 64, 128, 256)
+        ),
+    ]
+
+
+def _gradient() -> list[Case]:
+    plain = Case("gradient", v=700)
+    every = {"outputs": ("entropy", "weighted_logit"), "softcap": 3.0, "bias": "random"}
+    return [
+        plain,
+        replace(plain, name="gradient one row", n=1, v=60, d=8),
+        replace(plain, name="gradient aligned sizes", n=256, v=773, d=128),
+        replace(plain, name="gradient many rows", n=300, v=100, d=40),
+        replace(plain, name="gradient float16 k3", dtype=F16, k=3, bias="random"),
+        replace(plain, name="gradient float32", dtype=F32, d=33, k=2),
+        replace(plain, name="gradient tf32", dtype=F32, d=33, ieee=False),
+        replace(plain, name="gradient without sums", dbias=False, scale=0.5),
+        replace(plain, name="gradient entropy", outputs=("entropy",), bias="masked"),
+        replace(plain, name="gradient softcap", softcap=2.0, bias="large", scale=0.1),
+        replace(plain, name="gradient entropy softcap", outputs=("entropy",), softcap=2.0, scale=1.5, k=3),
+        replace(plain, name="gradient masked k3", bias="masked", k=3),
+        replace(plain, name="gradient weighted", outputs=("weighted_logit",), softcap=2.0),
+        replace(plain, name="gradient everything", k=3, scale=1.5, **every),
+        replace(plain, name="gradient everything float16", k=2, dtype=F16, **every),
+        replace(plain, name="gradient nan rows", nan_rows=True, dbias=False),
+        replace(plain, name="gradient wide d", n=20, v=100, d=1030),
+    ]
+
+
+def _live() -> list[Case]:
+    plain = Case("live", v=600)
+    options = {"k": 3, "scale": 1.5, "bias": "random", "softcap": 5.0, "outputs": ("entropy",), "ordered": True}
+    shapes = ((16, 16), (16, 32), (32, 64), (64, 32), (64, 128), (128, 16), (128, 128), (128, 256), (16, 256))
+    return [
+        plain,
+        replace(plain, name="live sorted", sorted_rows=True),
+        replace(plain, name="live ordered", ordered=True),
+        replace(plain, name="live sorted ordered", sorted_rows=True, ordered=True, bias="random"),
+        replace(plain, name="live nan rows", nan_rows=True, ordered=True, k=3),
+        replace(plain, name="live nan rows sorted", nan_rows=True, sorted_rows=True),
+        replace(plain, name="live dead", density=0.0),
+        replace(plain, name="live dense one chunk", density=1.0, slots=10_000),
+        replace(plain, name="live sparse", density=0.05),
+        replace(plain, name="live uncompensated", compensate=False),
+        replace(plain, name="live float16 norm", dtype=F16, norm=True),
+        replace(plain, name="live float32", dtype=F32, d=33),
+        replace(plain, name="live tf32", dtype=F32, d=33, ieee=False),
+        replace(plain, name="live mixed", e_dtype=F32, c_dtype=BF16, dtype=F32, d=33),
+        replace(plain, name="live masked", bias="masked", k=3),
+        replace(plain, name="live only de", wanted=("de",)),
+        replace(plain, name="live only dc", wanted=("dc",), d=75),
+        replace(plain, name="live only dbias", wanted=("dbias",), bias="random"),
+        replace(plain, name="live odd d", d=75, ordered=True),
+        replace(plain, name="live odd d sorted", d=75, sorted_rows=True, dtype=F16),
+        replace(plain, name="live wide d", n=40, v=200, d=1030),
+        replace(plain, name="live everything", **options),
+        replace(plain, name="live everything sorted", sorted_rows=True, **options),
+        replace(plain, name="live everything float16", dtype=F16, norm=True, nan_rows=True, **options),
+        *(
+            replace(plain, name=f"live blocks {n} x {v}", block_n=n, block_v=v, n=2 * n + 17, v=4 * v + 21, **options)
+            for n, v in shapes
+        ),
+        *(
+            replace(
+                plain, name=f"live blocks {n} x {v} plain", block_n=n, block_v=v, n=3 * n + 5, v=6 * v + 9,
+                sorted_rows=True, d=128,
+            )
+            for n, v in ((128, 128), (64, 128), (128, 256))
+        ),
+    ]  # fmt: skip
+
+
+CASES: tuple[Case, ...] = (*_targets(), *_statistics(), *_gradient(), *_live())

@@ -1,0 +1,61 @@
+"""What kernels write, with guards around it, and how it is compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+_MARGIN = 64  # elements around a result
+_POISON = -7_777_777  # of integers; NaN of others
+
+
+@dataclass
+class Results:
+    """What a kernel writes: views of larger memory."""
+
+    device: str
+    whole: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, pitch: int = 0) -> Tensor:
+        """Poisoned; a matrix may have a ``pitch`` beyond its columns."""
+        poison = math.nan if dtype.is_floating_point else _POISON
+        columns = pitch or shape[-1]
+        size = math.prod(shape[:-1]) * columns
+        memory = torch.full((size + 2 * _MARGIN,), poison, dtype=dtype, device=self.device)
+        view = memory[_MARGIN : _MARGIN + size].view(*shape[:-1], columns)[..., : shape[-1]]
+        self.whole[name] = (memory, view)
+        return view
+
+    def overruns(self) -> list[str]:
+        """Results around which something was written."""
+        found = []
+        for name, (memory, view) in self.whole.items():
+            rest = memory.clone()
+            rest.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(memory[0].item())
+            clean = rest.isnan() if rest.is_floating_point() else rest == _POISON
+            if not bool(clean.all()):
+                found.append(f"{name}: written outside, {int((~clean).sum())} elements")
+        return found
+
+
+def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> list[str]:
+    """What is wrong, if the relative norm of the difference exceeds the tolerance."""
+    found, expected = found.double().cpu(), expected.double().cpu()
+    odd = ~torch.isfinite(expected)
+    if bool(odd.any()) and not torch.equal(found[odd], expected[odd]):
+        return [f"{name}: where {expected[odd][0]} was expected, {int((found[odd] != expected[odd]).sum())} differ"]
+    found, expected = torch.where(odd, 0, found), torch.where(odd, 0, expected)
+    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    if error <= tolerance:
+        return []
+    gap = (found - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+    worst = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+    wrong = float((gap > 4 * tolerance * (expected.abs() + expected.abs().mean())).double().mean())
+    strange = int((~torch.isfinite(found)).sum())
+    return [
+        f"{name}: relative error {error:.2g} > {tolerance:.1g}; {wrong:.0%} wrong, {strange} not finite, "
+        f"worst at {worst} of {tuple(gap.shape)}: {found[worst]:.5g}, expected {expected[worst]:.5g}"
+    ]

@@ -1,0 +1,254 @@
+"""The kernels' contract (cce/backends/gpu/kernels.py), word by word in PyTorch: slow, float64 inside, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.problem import Problem
+from cce.spec import Spec
+
+SIZES = Sizes(forward_rows=32, forward_columns=64, gradient_rows=32, gradient_columns=64, pack=2, programs=4)
+
+
+class PlainKernels(Kernels):
+    """The oracle of all other kernels.
+
+    Args:
+        sizes: of its tiles; by default those of :data:`SIZES`, wider where a block is.
+    """
+
+    def __init__(self, sizes: Sizes | None = None) -> None:
+        self._sizes = sizes
+
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        return []
+
+    def sizes(self, problem: Problem, spec: Spec) -> Sizes:
+        if self._sizes is not None:
+            return self._sizes
+        columns = max(SIZES.forward_columns, spec.block_v or 0) if problem.maps(spec) else SIZES.forward_columns
+        return Sizes(SIZES.forward_rows, columns, SIZES.gradient_rows, SIZES.gradient_columns, SIZES.pack, 4)
+
+    def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
+        for k in range(targets.shape[1]):
+            target = targets[:, k].clamp(min=0)
+            x = (e.double() * c[target].double()).sum(1)
+            if formula.bias is not None:
+                x = x + formula.bias[target].double()
+            out[:, k] = torch.where(targets[:, k] < 0, 0.0, capped(x, formula))
+
+    def statistics(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+    ) -> None:
+        width = self.sizes(problem, spec).forward_columns
+        count, number = -(-len(c) // width), len(splits.max)
+        z = logits(e, c, formula)
+        for s in range(number):
+            v0, v1 = s * count // number * width, min(len(c), (s + 1) * count // number * width)
+            u = None if weight is None else weight[v0:v1]
+            join(splits, s, z[:, v0:v1], u, first + v0, carry=first > 0)
+        if tiles is None:
+            return
+        assert spec.block_v is not None
+        for v0 in range(0, len(c), spec.block_v):
+            describe(tiles, (first + v0) // spec.block_v, z[:, v0 : v0 + spec.block_v])
+
+    def gradient(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        rows: Rows,
+        weight: Tensor | None,
+        first: int,
+        dz: Tensor,
+        column_sums: Tensor | None,
+    ) -> None:
+        z = logits(e, c, formula)
+        everyone = torch.arange(len(e), device=e.device)
+        dx = dx_of(z, rows, everyone, first + torch.arange(len(c), device=c.device), formula.softcap, weight)
+        dz.copy_(dx)
+        if column_sums is not None:
+            for i, block in enumerate(dx.split(self.sizes(problem, spec).gradient_rows)):
+                column_sums[i] = block.sum(0)
+
+    def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
+        return LiveTiles(problem, spec, live).chunk
+
+
+def capped(x: Tensor, formula: Formula) -> Tensor:
+    """A logit from e c^T + bias."""
+    x = x * formula.scale
+    return x if formula.softcap is None else formula.softcap * torch.tanh(x / formula.softcap)
+
+
+def logits(e: Tensor, c: Tensor, formula: Formula) -> Tensor:
+    """(rows, columns) float64."""
+    x = e.double() @ c.double().T
+    return capped(x if formula.bias is None else x + formula.bias.double(), formula)
+
+
+def finite(m: Tensor) -> Tensor:
+    return torch.where(m == -torch.inf, 0.0, m)
+
+
+def sums_about(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """sum exp(z - m) and sum exp(z - m) (m - z) of each row."""
+    p = torch.exp(z - finite(m)[:, None])
+    return p.sum(1), torch.where(p > 0, p * (finite(m)[:, None] - z), 0.0).sum(1)
+
+
+def join(splits: Splits, s: int, z: Tensor, u: Tensor | None, first: int, carry: bool) -> None:
+    """Split s takes in some logits, whose first column has the place ``first``."""
+    n = len(z)
+    m0 = splits.max[s].double() if carry else z.new_full((n,), -torch.inf)
+    s0 = splits.sum[s].double() if carry else z.new_zeros(n)
+    m1 = z.amax(1) if z.shape[1] else z.new_full((n,), -torch.inf)
+    m = torch.maximum(m0, m1)
+    s1, gap1 = sums_about(z, m)
+    factor = torch.exp(m0 - finite(m))
+    splits.max[s] = m
+    splits.sum[s] = s1 + s0 * factor
+    if splits.gap is not None:
+        gap0 = splits.gap[s].double() if carry else z.new_zeros(n)
+        splits.gap[s] = gap1 + torch.where(s0 > 0, factor * (gap0 + s0 * (finite(m) - m0)), 0.0)
+    if splits.weighted is not None:
+        assert u is not None
+        before = splits.weighted[s].double() if carry else z.new_zeros(n)
+        splits.weighted[s] = before + torch.where(u == 0, 0.0, z * u).sum(1)
+    if splits.best is not None:
+        before = splits.best[s] if carry else torch.zeros_like(splits.best[s])
+        place = first + z.argmax(1) if z.shape[1] else before
+        splits.best[s] = torch.where(m1 > m0, place, before).to(torch.int32)
+
+
+def describe(tiles: Tiles, t: int, z: Tensor) -> None:
+    """Vocabulary block t, whose logits are ``z``."""
+    m = z.amax(1)
+    s, gap = sums_about(z, m)
+    tiles.lse[t] = finite(m) + s.log()
+    if tiles.max is not None:
+        tiles.max[t] = m
+    if tiles.entropy is not None:
+        tiles.entropy[t] = torch.where(s > 0, s.log() + gap / s, 0.0)
+
+
+def dx_of(
+    z: Tensor, rows: Rows, index: Tensor, place: Tensor, softcap: float | None, weight: Tensor | None = None
+) -> Tensor:
+    """(rows, columns) float64: dx of the rows ``index`` and the columns at ``place``; all as :class:`Rows` has it."""
+
+    def of(x: Tensor) -> Tensor:
+        return x[index].double()[:, None]
+
+    masked = z == -torch.inf
+    p = torch.where(masked, 0.0, torch.exp(z - of(rows.lse)))
+    dx = p * of(rows.a)
+    if rows.h is not None:
+        assert rows.entropy is not None
+        dx = dx + p * of(rows.h) * (of(rows.lse) - of(rows.entropy) - torch.where(masked, 0.0, z))
+    for k in range(rows.targets.shape[1]):
+        dx = dx - torch.where(place == rows.targets[index, k][:, None], of(rows.g[:, k]), 0.0)
+    if rows.s is not None and weight is not None:
+        dx = dx + of(rows.s) * weight
+    if softcap is not None:
+        dx = dx * (1 - (z / softcap).square())
+    return torch.where(masked, 0.0, dx)
+
+
+class LiveTiles:
+    """A filtered backward: reads the plan as the kernels would, each table for what it is there for."""
+
+    def __init__(self, problem: Problem, spec: Spec, live: Live) -> None:
+        assert spec.block_n is not None and spec.block_v is not None
+        self.problem, self.live = problem, live
+        self.block_n, self.block_v = spec.block_n, spec.block_v
+        tables = {name: x for name, x in vars(live.plan).items() if isinstance(x, Tensor)}
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in tables.values())
+        self.plan = {name: x.tolist() for name, x in tables.items()}
+
+    def chunk(self, k: int) -> None:
+        for item in range(self.plan["items"][k]):
+            block, first, slot, count = (
+                self.plan[f"item_{name}"][k][item] for name in ("block", "first", "slot", "tiles")
+            )
+            for nth in range(count):
+                self._dx(block, self.plan["tile_list"][block][first + nth], slot + nth)
+        if self.live.de is not None:
+            for block in range(len(self.plan["tile_list"])):
+                self._de(k, block)
+        for t in range(self.plan["chunk_start"][k], self.plan["chunk_start"][k + 1]):
+            self._entries(t)
+
+    def _places(self, t: int) -> Tensor:
+        v1 = min(self.problem.v, (t + 1) * self.block_v)
+        return torch.arange(t * self.block_v, v1, device=self.live.e.device)
+
+    def _entries_of(self, t: int) -> Tensor:
+        place = self._places(t)
+        return place if self.live.order is None else self.live.order[place]
+
+    def _rows_of(self, block: int) -> tuple[Tensor, Tensor]:
+        """Indices of a block's rows, and these rows of ``e``, 0 where nothing is wanted."""
+        mine = slice(block * self.block_n, min(self.problem.n, (block + 1) * self.block_n))
+        index = self.live.row_order[mine]
+        e = self.live.e[mine] if self.live.sorted_rows else self.live.e[index]
+        return index, torch.where(self.live.keep[index][:, None], e.double(), 0.0)
+
+    def _dx(self, block: int, t: int, slot: int) -> None:
+        live = self.live
+        (index, e), entries = self._rows_of(block), self._entries_of(t)
+        bias = None if live.formula.bias is None else live.formula.bias[entries]
+        z = logits(e, live.c[entries], Formula(bias, live.formula.scale, live.formula.softcap, live.formula.ieee))
+        dx = dx_of(z, live.rows, index, self._places(t), live.formula.softcap)
+        dx = torch.where(live.keep[index][:, None], dx, 0.0)
+        live.dz[slot].zero_()
+        live.dz[slot, : len(index), : len(entries)] = dx.to(live.dz.dtype)
+        if live.column_sums is not None:
+            live.column_sums[slot, : len(entries)] = dx.sum(0)
+
+    def _de(self, k: int, block: int) -> None:
+        assert self.live.de is not None
+        first, slot = self.plan["block_first"][k][block], self.plan["block_slot"][k][block]
+        index, _ = self._rows_of(block)
+        total = self.live.de[block * self.block_n :][: len(index)]
+        for nth in range(self.plan["block_tiles"][k][block]):
+            entries = self._entries_of(self.plan["tile_list"][block][first + nth])
+            dx = self.live.dz[slot + nth, : len(index), : len(entries)].double()
+            total += dx @ self.live.c[entries].double()
+
+    def _entries(self, t: int) -> None:
+        """Rows of dC and of dbias."""
+        live, entries = self.live, self._entries_of(t)
+        norm = 1.0 if live.norm is None else live.norm.double()
+        dc = torch.zeros(len(entries), live.e.shape[1], dtype=torch.float64, device=live.e.device)
+        dbias = torch.zeros(len(entries), dtype=torch.float64, device=live.e.device)
+        for nth in range(self.plan["live_count"][t]):
+            block, slot = self.plan["block_list"][t][nth], self.plan["slot_list"][t][nth]
+            index, e = self._rows_of(block)
+            dc += live.dz[slot, : len(index), : len(entries)].double().T @ e
+            if live.column_sums is not None:
+                dbias += live.column_sums[slot, : len(entries)]
+        if live.dc is not None:
+            if live.mass_e is not None:
+                dc += live.mass_e[t].double() / len(entries)
+            live.dc[entries] = (norm * dc[:, : live.dc.shape[1]]).to(live.dc.dtype)
+        if live.dbias is not None:
+            if live.mass is not None:
+                dbias += live.mass[t].double() / len(entries)
+            live.dbias[entries] = (norm * dbias).float()
