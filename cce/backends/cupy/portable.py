@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy import arguments as structs
+from cce.backends.cupy import compensation
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Launch
 from cce.backends.cupy.variants import (
@@ -21,12 +22,15 @@ from cce.backends.cupy.variants import (
     targets_variant,
 )
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
-from cce.problem import Problem
+from cce.problem import Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
+from cce.worklist import WorkList
 
 
 class PortableKernels(Kernels):
     """Tiles of 128 x 128; 256 columns where a vocabulary block has as many."""
+
+    mass_bytes = 4
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         return []
@@ -98,6 +102,21 @@ class PortableKernels(Kernels):
                 launch()
 
         return chunk
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        work: WorkList,
+        forward: tuple[Outputs[Tensor], Maps[Tensor], Upstream[Tensor]],
+        norm: Tensor | None,
+        t0: int,
+        t1: int,
+    ) -> Tensor:
+        return compensation.dead_mass(problem, spec, work, forward, norm, t0, t1)
+
+    def mean_rows(self, c: Tensor, order: Tensor | None, block_v: int, t0: int, t1: int) -> Tensor:
+        return compensation.mean_rows(c, order, block_v, t0, t1)
 
 
 def _launches(problem: Problem, spec: Spec, live: Live, pack: int) -> list[Launch]:

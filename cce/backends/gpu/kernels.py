@@ -23,9 +23,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cce.backends.gpu import dead_tiles
 from cce.backends.gpu.plan import Plan
-from cce.problem import Problem
+from cce.problem import Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
+from cce.worklist import WorkList
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,13 @@ class Live:
 
 
 class Kernels(ABC):
-    """What a backend implements; ``problem`` and the resolved ``spec`` are those of the call."""
+    """What a backend implements; ``problem`` and the resolved ``spec`` are those of the call.
+
+    Attributes:
+        mass_bytes: memory that a number of :meth:`dead_mass` takes while it is made.
+    """
+
+    mass_bytes = dead_tiles.MASS_BYTES
 
     @abstractmethod
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
@@ -239,3 +247,31 @@ class Kernels(ABC):
         It is called for every chunk of the plan, in ascending order; most find nothing to do. What costs time on the
         host is to be done once, here.
         """
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        work: WorkList,
+        forward: tuple[Outputs[Tensor], Maps[Tensor], Upstream[Tensor]],
+        norm: Tensor | None,
+        t0: int,
+        t1: int,
+    ) -> Tensor:
+        """(t1 - t0, N) in the products' dtype: sums of dx over the columns of dead tiles, 0 of live ones.
+
+        Unless a backend has something better, the library's operations.
+
+        Args:
+            work: the live tiles; columns are rows of the problem in its order.
+            forward: its outputs, its maps, and the outputs' gradients, which are to be divided by ``norm``.
+            t0, t1: the vocabulary blocks wanted.
+        """
+        return dead_tiles.dead_mass_of(problem, spec, work, forward, norm, t0, t1)
+
+    def mean_rows(self, c: Tensor, order: Tensor | None, block_v: int, t0: int, t1: int) -> Tensor:
+        """(t1 - t0, D) the mean row of ``c`` (V, D), aligned, of some vocabulary blocks, in its dtype.
+
+        Unless a backend has something better, the library's operation. ``order`` (V,) int64: entries by place, or None.
+        """
+        return dead_tiles.mean_rows_of(c, order, block_v, t0, t1)
