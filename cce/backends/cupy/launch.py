@@ -30,7 +30,7 @@ class Launch:
     def __init__(
         self,
         variant: Variant,
-        grid: int,
+        grid: int | tuple[int, int],
         threads: int,
         arguments: ctypes.Structure | Sequence[ctypes.Structure],
         tensors: Sequence[Tensor | None] = (),
@@ -40,7 +40,8 @@ class Launch:
 
         given = (arguments,) if isinstance(arguments, ctypes.Structure) else tuple(arguments)
         self.arguments, self._tensors = given[-1], (given, tuple(tensors))
-        self._shape = (function(variant), grid, 1, 1, threads, 1, 1, variant.shared)
+        x, y = grid if isinstance(grid, tuple) else (grid, 1)
+        self._shape = (function(variant), x, y, 1, threads, 1, 1, variant.shared)
         self._pointers = (ctypes.c_void_p * len(given))(*map(ctypes.addressof, given))
         self._address = ctypes.addressof(self._pointers)
         self._launch = driver.launchCooperativeKernel if cooperative else driver.launchKernel

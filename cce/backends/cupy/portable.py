@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy import arguments as structs
+from cce.backends.cupy import compensation
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Launch
 from cce.backends.cupy.variants import (
@@ -21,7 +22,7 @@ from cce.backends.cupy.variants import (
     targets_variant,
 )
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
-from cce.problem import Problem
+from cce.problem import Maps, Problem
 from cce.spec import Spec
 
 
@@ -98,6 +99,23 @@ class PortableKernels(Kernels):
                 launch()
 
         return chunk
+
+    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
+        compensation.mean_rows(spec, c, order, out)
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        row_order: Tensor,
+        live: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> bool:
+        compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
+        return True
 
 
 def _launches(problem: Problem, spec: Spec, live: Live, pack: int) -> list[Launch]:

@@ -20,6 +20,7 @@ from cce.backends.cupy.portable import PortableKernels
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.sizes import rows_are_copied
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -30,7 +31,7 @@ STAGES = 4
 _STAGE = 48 * 1024
 _COLUMNS = 8 * TILE_V * 4  # an array of a tile's columns, one copy for each multiplying warp
 _SMALL = 128 + 1024  # barriers, and what aligns the stages
-_GROUP = 32  # row blocks of all clusters at work side by side, in units of TILE_N
+_GROUP = 16  # row blocks at work side by side, which share what they read of c
 
 
 class StatisticsArguments(Arguments):
@@ -121,7 +122,7 @@ class Sm90Kernels(PortableKernels):
                 "MAPS": True, "ELEMENT": tiles.max is not None, "TILE_ENTROPY": tiles.entropy is not None,
                 "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
             }  # fmt: skip
-        variant = _variant("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
+        variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
         Launch(variant, _grid(_cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
 
     def gradient(
@@ -148,7 +149,7 @@ class Sm90Kernels(PortableKernels):
         )  # fmt: skip
         dbias, weighted = column_sums is not None, weight is not None
         macros = rows_macros(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
-        variant = _variant("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
+        variant = variant_of("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
         tiles = _cdiv(len(e), cluster * TILE_N) * _cdiv(len(c), TILE_V)
         Launch(variant, _grid(tiles, cluster), THREADS, arguments)()
 
@@ -181,7 +182,7 @@ def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
         N=problem.n, V=problem.v, D=live.e.shape[1], width=0 if live.dc is None else live.dc.shape[1], first_chunk=0,
         last_chunk=plan.chunks, phases=1 if live.de is None and live.dc is None else 3,
     )  # fmt: skip
-    variant = _variant(
+    variant = variant_of(
         "live", 1, live.e.dtype, live.formula, rows_macros(live.rows) | {"GATHER": gathered}, int(gathered)
     )
     return Launch(variant, Gpu.current().processors, THREADS, arguments, (row_of, counters), cooperative=True)
@@ -195,7 +196,7 @@ def _live_is_served(problem: Problem, spec: Spec) -> bool:
     """The filtered backward, from metadata alone."""
     blocks = spec.block_n == BLOCK and spec.block_v == BLOCK
     pieces = problem.d % 8 == 0  # whole pieces of 16 bytes in the rows of dC
-    copied = 3 * problem.n * problem.d * problem.dtype.itemsize <= spec.scratch_bytes
+    copied = rows_are_copied(problem, spec)
     return _is_served(problem.dtype) and blocks and pieces and copied and not problem.grad_bias
 
 
@@ -204,7 +205,7 @@ def _cluster(rows: int) -> int:
     return 2 if rows > TILE_N else 1
 
 
-def _variant(
+def variant_of(
     name: str, cluster: int, dtype: torch.dtype, formula: Formula, macros: dict[str, int], columns: int
 ) -> Variant:
     """``columns``: arrays of a tile's columns in shared memory beside the bias."""

@@ -12,12 +12,12 @@ from cce.spec import Spec
 THREADS = 256
 TILE_N = TILE_V = TILE_D = 128
 _ROW_BYTES = 128  # of an operand in shared memory
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula) -> Variant:
     """Of target_logits; ``e`` and ``c`` of these dtypes."""
-    return _variant(gpu, "targets", {"E_TYPE": _DTYPES[e], "C_TYPE": _DTYPES[c], **formula_macros(formula)})
+    return _variant(gpu, "targets", {"E_TYPE": DTYPES[e], "C_TYPE": DTYPES[c], **formula_macros(formula)})
 
 
 def statistics_variant(
@@ -61,7 +61,7 @@ def products_variants(gpu: Gpu, spec: Spec, live: Live) -> tuple[Variant, Varian
     """Of both products, and of dbias."""
     macros = dtype_macros(live.e.dtype, live.formula) | {"SORTED": live.sorted_rows} | _blocks(spec)
     if live.dc is not None:
-        macros["DC_TYPE"] = _DTYPES[live.dc.dtype]
+        macros["DC_TYPE"] = DTYPES[live.dc.dtype]
     block_n, block_v, size = macros["BLOCK_N"], macros["BLOCK_V"], live.e.element_size()
     along = _ROW_BYTES // size  # the most of K that a step takes
     e_step, c_step = min(along, block_v), min(along, block_n)
@@ -108,7 +108,7 @@ def formula_macros(formula: Formula) -> dict[str, int]:
 
 def dtype_macros(dtype: torch.dtype, formula: Formula) -> dict[str, int]:
     """Of the products."""
-    return {"DTYPE": _DTYPES[dtype], "IEEE": dtype == torch.float32 and formula.ieee}
+    return {"DTYPE": DTYPES[dtype], "IEEE": dtype == torch.float32 and formula.ieee}
 
 
 def rows_macros(rows: Rows) -> dict[str, int]:

@@ -25,13 +25,10 @@ struct Columns {
     }
 };
 
-/// Numbers in shared memory behind the pipeline's; ``offset`` of them come before.
-__device__ __forceinline__ float* more_shared(const Pipeline& pipe, int offset) {
+/// The warp's place for its nth array of columns, behind what the pipeline has; warps of the multipliers only. Asked for
+/// where it is used: an address kept through the product would take a register.
+__device__ __forceinline__ float* warp_columns(int nth) {
     extern __shared__ char memory[];
-    return reinterpret_cast<float*>(memory + (pipe.rest() - shared_address(memory))) + offset;
-}
-
-/// The warp's place for its nth array of columns; warps of the multipliers only.
-__device__ __forceinline__ float* warp_columns(const Pipeline& pipe, int nth) {
-    return more_shared(pipe, (nth * 8 + threadIdx.x / 32 - 4) * TILE_V);
+    const u32 offset = Pipeline().rest() - shared_address(memory);
+    return reinterpret_cast<float*>(memory + offset) + (nth * 8 + threadIdx.x / 32 - 4) * TILE_V;
 }

@@ -48,32 +48,42 @@ __device__ __forceinline__ void load(const Arguments& x) {
     }
 }
 
-/// Column sums over the warpgroup's 64 rows: by warp into shared memory, then in the order of the warps.
-__device__ __forceinline__ void store_sums(const float (&dx)[32][4], float* sums, int half, float* to, int room) {
-    warp_column_sums(dx, sums);
+/// Of 8 JB columns from accumulator j0 on the sums over the warp's 16 rows, into shared memory.
+template <int JB>
+__device__ __forceinline__ void sum_columns(const float (&dx)[32][4], int j0, float* sums) {
+#pragma unroll
+    for (int j = j0; j < j0 + JB; ++j) {
+#pragma unroll
+        for (int y = 0; y < 2; ++y) {
+            float total = dx[j][y] + dx[j][2 + y];
+            total += __shfl_xor_sync(~0u, total, 4);
+            total += __shfl_xor_sync(~0u, total, 8);
+            total += __shfl_xor_sync(~0u, total, 16);
+            if (lane_of_warp() < 4) sums[8 * j + lane_column(y)] = total;
+        }
+    }
+}
+
+/// Those over the warpgroup's 64 rows, in the order of the warps; ``first`` has the first warp's.
+__device__ __forceinline__ void store_sums(const float* first, int half, float* to, int room) {
     warpgroup_sync(half);
-    const float* all = sums - threadIdx.x % WARPGROUP / 32 * TILE_V;
 #pragma unroll
     for (int i = 0; i < TILE_V / WARPGROUP; ++i) {
         const int column = i * WARPGROUP + threadIdx.x % WARPGROUP;
-        const float total = (all[column] + all[TILE_V + column]) + (all[2 * TILE_V + column] + all[3 * TILE_V + column]);
-        if (column < room) to[column] = total;
+        const float* all = first + column;
+        if (column < room) to[column] = (all[0] + all[TILE_V]) + (all[2 * TILE_V] + all[3 * TILE_V]);
     }
-    warpgroup_sync(half);
 }
 
 /// The multiplying warps.
 __device__ __forceinline__ void compute(const Arguments& x) {
-    constexpr int PART = ENTROPY && !DBIAS ? 4 : 8;  // accumulators at a time: no more spill no registers
+    constexpr int PART = ENTROPY && !DBIAS ? 4 : 8;  // accumulators at a time: what fits into registers
     const Pipeline pipe;
     const int half = threadIdx.x / WARPGROUP - 1;
     const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     const int tiles = (x.V + TILE_V - 1) / TILE_V;
     const int warp_row = cluster_rank() * TILE_N + static_cast<int>(threadIdx.x - WARPGROUP) / 32 * 16;
     const int steps = (x.D + DEPTH - 1) / DEPTH;
-    float* bias = warp_columns(pipe, 0);
-    float* weight = warp_columns(pipe, BIAS);
-    float* sums = warp_columns(pipe, BIAS + WEIGHTED);
     Ring ring;
     float z[32][4];
     for (int turn = blockIdx.x / CLUSTER; turn < blocks * tiles; turn += gridDim.x / CLUSTER) {
@@ -89,22 +99,32 @@ __device__ __forceinline__ void compute(const Arguments& x) {
         if constexpr (WEIGHTED) weights.read(x.weight, column0, x.V);
         // Logit tile, as in the forward.
         multiply<false, false>(z, pipe, ring, half, steps);
+        float* const bias = warp_columns(0);
+        float* const weight = warp_columns(BIAS);
         if constexpr (BIAS) biases.put(bias);
         if constexpr (WEIGHTED) weights.put(weight);
         cap(z, bias, x.formula);
-        // Epilogue. Columns beyond the window are stored nowhere, so they need no mask.
+        // Epilogue, and store. Columns beyond the window are stored nowhere, so they need no mask.
+        const int room = x.V - column0;
+        element* const dz = x.dz + (row0 + lane_row(0)) * x.pitch + column0;
+        element* const to[2] = {dz, dz + 8 * x.pitch};
 #pragma unroll
         for (int j = 0; j < 32; j += PART) {
             gradient_of_block<32, PART>(
                 z, j, x.first + column0 + 8 * j, values, inside, x.rows, weight + 8 * j, x.formula);
+            if constexpr (DBIAS) {
+                if (j == 0) warpgroup_sync(half);  // nobody reads the last tile's sums any more
+                sum_columns<PART>(z, j, warp_columns(BIAS + WEIGHTED));
+            }
+            if (room >= TILE_V)
+                store_rows<PART, true>(z, j, to, room, inside);
+            else
+                store_rows<PART, false>(z, j, to, room, inside);
         }
-        // Store.
-        const int room = x.V - column0;
-        element* const dz = x.dz + (row0 + lane_row(0)) * x.pitch + column0;
-        store_rows<32>(z, 0, {dz, dz + 8 * x.pitch}, room, inside);
         if constexpr (DBIAS) {
             const int block = row0 / 64;
-            if (block * 64 < x.N) store_sums(z, sums, half, x.column_sums + static_cast<i64>(block) * x.V + column0, room);
+            const float* first = warp_columns(BIAS + WEIGHTED) - threadIdx.x % WARPGROUP / 32 * TILE_V;
+            if (block * 64 < x.N) store_sums(first, half, x.column_sums + static_cast<i64>(block) * x.V + column0, room);
         }
     }
 }

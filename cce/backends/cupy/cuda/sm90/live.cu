@@ -74,19 +74,18 @@ struct Loader {
         }
     }
 
-    static constexpr u32 NOWHERE = ~0u;
-
-    /// Where in c the row at a place of the vocabulary order begins, in pieces of 16 bytes; NOWHERE behind the last.
+    /// Where in c the row at a place of the vocabulary order begins, in pieces of 16 bytes. Behind the last place it is the
+    /// last row again: what comes of it is not stored, or meets zeros of dx.
     __device__ __forceinline__ u32 piece_at(int place) const {
-        return place < x.V ? static_cast<u32>(__ldg(x.order + place)) * x.c_pieces : NOWHERE;
+        return static_cast<u32>(__ldg(x.order + min(place, x.V - 1))) * x.c_pieces;
     }
 
-    /// 16 bytes of a row of c that begins at ``start``, from column d on, as piece ``piece`` of row ``row`` of a box.
-    __device__ __forceinline__ void copy_piece(u32 box, int row, int piece, u32 start, const char* c_at_d, int d) const {
+    /// 16 bytes of a row of c that begins at ``start``, as piece ``piece`` of row ``row`` of a box; zeros beyond D.
+    __device__ __forceinline__ void copy_piece(u32 box, int row, int piece, u32 start, const char* c_at_d, u32 bytes) const {
         const char* from;
         // Volatile: computed where it is used. All rows' addresses at once would not fit into the registers.
-        asm volatile("mad.wide.u32 %0, %1, 16, %2;" : "=l"(from) : "r"(start == NOWHERE ? 0 : start), "l"(c_at_d));
-        copy_16(box + row * 128 + ((piece ^ (row & 7)) << 4), from, start != NOWHERE && d < x.D);
+        asm volatile("mad.wide.u32 %0, %1, 16, %2;" : "=l"(from) : "r"(start), "l"(c_at_d));
+        copy_16(box + row * 128 + ((piece ^ (row & 7)) << 4), from, bytes);
     }
 
     /// z = e c^T of the chunk's items.
@@ -113,19 +112,31 @@ struct Loader {
     __device__ __forceinline__ void gathered_item(const Item& item) {
         constexpr int ROWS = TILE_V / 16;
         const int piece = thread % 8, row0 = thread / 8;
-        // The thread's own, in shared memory: registers are few.
-        u32* starts = reinterpret_cast<u32*>(more_shared(pipe, BIAS * 8 * TILE_V + thread));
-#pragma unroll 4
-        for (int i = 0; i < ROWS; ++i) {
-            starts[i * WARPGROUP] = piece_at((i < ROWS / 2 ? item.tile[0] : item.tile[1]) * BLOCK_V + 16 * (i % (ROWS / 2)) + row0);
+        // The thread's own, in shared memory, four at a time: registers are few.
+        const u32 starts = pipe.rest() + BIAS * 8 * TILE_V * 4 + thread * 16;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += 4) {
+            u32 four[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                four[j] = piece_at(item.tile[i / (ROWS / 2)] * BLOCK_V + 16 * ((i + j) % (ROWS / 2)) + row0);
+            }
+            store_shared(starts + i * WARPGROUP * 4, four);
         }
         for (int k = 0; k < x.D; k += DEPTH) {
             const int d = k + 8 * piece;
+            const char* c_at_d = x.c_rows + 2 * d;
+            const u32 bytes = d < x.D ? 16 : 0;
             gathered_stage(
                 x.e_map, [&](int i) { return make_int2(k, item.block * BLOCK_N + 64 * i); },
                 [&](u32 b) {
-#pragma unroll 4
-                    for (int i = 0; i < ROWS; ++i) copy_piece(b, 16 * i + row0, piece, starts[i * WARPGROUP], x.c_rows + 2 * d, d);
+#pragma unroll
+                    for (int i = 0; i < ROWS; i += 4) {
+                        u32 four[4];
+                        load_shared(starts + i * WARPGROUP * 4, four);
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) copy_piece(b, 16 * (i + j) + row0, piece, four[j], c_at_d, bytes);
+                    }
                 });
         }
     }
@@ -179,6 +190,7 @@ struct Loader {
         u32 next = piece_at(__ldg(tiles) * BLOCK_V + mine);
         const int d = p.column + 8 * lane;
         const char* c_at_d = x.c_rows + 2 * d;
+        const u32 bytes = d < x.D ? 16 : 0;
         for (int i = 0; i < p.count; ++i) {
             const u32 starts = next;
             next = piece_at(next_tile * BLOCK_V + mine);  // asked for now: nobody waits for it then
@@ -190,7 +202,7 @@ struct Loader {
 #pragma unroll 4
                         for (int j = 0; j < 16; ++j) {
                             const u32 start = __shfl_sync(~0u, starts, k / DEPTH * 16 + j);
-                            copy_piece(b + lane / 8 * BOX, 4 * j + warp, lane % 8, start, c_at_d, d);
+                            copy_piece(b + lane / 8 * BOX, 4 * j + warp, lane % 8, start, c_at_d, bytes);
                         }
                     });
             }
@@ -239,10 +251,9 @@ struct Multiplier {
 
     /// dx of the chunk's items, into their slots.
     __device__ __forceinline__ void items(float (&z)[32][4], int chunk) {
-        constexpr int PART = SOFTCAP ? 4 : 8;  // accumulators at a time: no more spill no registers
+        constexpr int PART = 8;  // accumulators at a time: what belongs to all of them would not fit into registers
         const int steps = (x.D + DEPTH - 1) / DEPTH;
         const int all = __ldg(x.plan.items + chunk);
-        float* bias = warp_columns(pipe, 0);
         for (int nth = blockIdx.x; nth < all; nth += gridDim.x) {
             // Tile origin, and what belongs to its rows and columns.
             const Item item(x, chunk, nth);
@@ -259,22 +270,30 @@ struct Multiplier {
             if constexpr (BIAS) read_bias(biases, item);
             // Logit tile, as in the forward.
             multiply<false, false>(z, pipe, ring, half, steps);
+            float* const bias = warp_columns(0);
             if constexpr (BIAS) biases.put(bias);
             cap(z, bias, x.formula);
-            // Epilogue. What is behind the last entry may be anything: it becomes 0.
-#pragma unroll
-            for (int j = 0; j < 32; j += PART) {
-                const int place = item.tile[j / 16] * BLOCK_V + 8 * (j % 16);
-                gradient_of_block<32, PART>(z, j, place, values, counts, x.rows, nullptr, x.formula);
-            }
+            // Epilogue, and store. What is behind the last entry may be anything: it becomes 0.
             const int last = item.tile[1] * BLOCK_V;
-            if (last + BLOCK_V > x.V) mask(z, x.V - last + (item.count > 1 ? BLOCK_V : 0), 0.0f);
-            // Store.
-            element* to = x.dz + static_cast<i64>(item.slot) * SLOT + (warp_row + lane_row(0)) * BLOCK_V;
-            store_rows<16>(z, 0, {to, to + 8 * BLOCK_V}, BLOCK_V, {true, true});
-            if (item.count > 1) {
-                to += SLOT;
-                store_rows<16>(z, 16, {to, to + 8 * BLOCK_V}, BLOCK_V, {true, true});
+            const int columns = last + BLOCK_V > x.V ? x.V - last : BLOCK_V;
+            element* to[2];
+            to[0] = x.dz + static_cast<i64>(item.slot) * SLOT + (warp_row + lane_row(0)) * BLOCK_V;
+            to[1] = to[0] + 8 * BLOCK_V;
+#pragma unroll
+            for (int nth = 0; nth < 2; ++nth) {
+                if (nth == item.count) break;
+#pragma unroll
+                for (int j = 16 * nth; j < 16 * (nth + 1); j += PART) {
+                    const int place = item.tile[nth] * BLOCK_V + 8 * (j % 16);
+                    gradient_of_block<32, PART>(z, j, place, values, counts, x.rows, nullptr, x.formula);
+                    if (columns == BLOCK_V || nth + 1 < item.count) store_rows<PART, true>(z, j, to, 0, {true, true});
+                }
+                if (columns < BLOCK_V && nth + 1 == item.count) {
+                    mask(z, columns + BLOCK_V * nth, 0.0f);
+                    store_rows<16, true>(z, 16 * nth, to, 0, {true, true});
+                }
+                to[0] += SLOT - BLOCK_V;  // the second tile's accumulators begin at column BLOCK_V
+                to[1] += SLOT - BLOCK_V;
             }
         }
     }
@@ -313,9 +332,9 @@ struct Multiplier {
         ring.next();
     }
 
-    /// de += sum, in float32: the same thread has the same numbers in every chunk.
+    /// de += sum, in float32, by the memory: nobody waits for what is there. One block of threads adds to an element in a
+    /// chunk, and the chunks follow one another: the order of the additions is always the same.
     __device__ __forceinline__ void add_to_de(const float (&sum)[32][4], const Product& p) const {
-        constexpr int PART = 8;  // accumulators whose numbers are on the way at the same time
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = p.index * BLOCK_N + warp_row + lane_row(i);
@@ -323,17 +342,8 @@ struct Multiplier {
             float* const de = x.de + static_cast<i64>(row) * x.D + p.column + lane_column(0);
             const int room = x.D - p.column - lane_column(0);
 #pragma unroll
-            for (int j0 = 0; j0 < 32; j0 += PART) {
-                float2 old[PART];
-#pragma unroll
-                for (int j = 0; j < PART; ++j) {
-                    if (8 * (j0 + j) < room) old[j] = *reinterpret_cast<const float2*>(de + 8 * (j0 + j));
-                }
-#pragma unroll
-                for (int j = 0; j < PART; ++j) {
-                    const float2 now = {old[j].x + sum[j0 + j][2 * i], old[j].y + sum[j0 + j][2 * i + 1]};
-                    if (8 * (j0 + j) < room) *reinterpret_cast<float2*>(de + 8 * (j0 + j)) = now;
-                }
+            for (int j = 0; j < 32; ++j) {
+                if (8 * j < room) add_two(de + 8 * j, sum[j][2 * i], sum[j][2 * i + 1]);
             }
         }
     }
@@ -371,7 +381,11 @@ struct Multiplier {
             const i64 entry = inside[i] && x.order ? __ldg(x.order + place + 8 * i) : place + 8 * i;
             to[i] = x.dc + entry * x.width + p.column;
         }
-        store_rows<32>(sum, 0, to, x.width - p.column, inside);
+        const int room = x.width - p.column;
+        if (room >= TILE_V)
+            store_rows<32, true>(sum, 0, to, room, inside);
+        else
+            store_rows<32, false>(sum, 0, to, room, inside);
     }
 
     /// Rows of dC of a block without live tiles, all the same: what stands for the dead ones, times norm.
@@ -391,7 +405,7 @@ struct Multiplier {
 #pragma unroll 1
         for (int place = place0; place < last; ++place) {
             const i64 entry = x.order ? __ldg(x.order + place) : place;
-            store_eight(x.dc + entry * x.width + d, word, x.width - d);
+            store_some(x.dc + entry * x.width + d, word, x.width - d);
         }
     }
 

@@ -3,16 +3,10 @@
 // A block of 384 threads computes tiles of 128 rows and 256 columns. Warpgroup 0 gives its registers away and has one
 // thread that starts copies; warpgroups 1 and 2 hold the accumulator of 64 rows each. A stage is 64 deep: 16 KB of a
 // and 32 KB of b; there are STAGES (a macro, as CLUSTER). Blocks of a cluster work on neighbouring rows and the same columns: each loads a part of b for all.
-//
-// The epilogue of one warpgroup takes its turn while the other multiplies: the second begins a tile HEAD_START steps
-// after the first, and takes the matrix unit alone when the first is done.
 #pragma once
 
 #include "wgmma.cuh"
 
-#ifndef HEAD_START
-#define HEAD_START 2
-#endif
 // Rows of c are anywhere: all threads of the loading warpgroup copy them, not the copy engine.
 #ifndef GATHER
 #define GATHER 0
@@ -26,8 +20,8 @@ constexpr u32 BOX = 64 * 128;  // bytes of 64 rows of a box
 constexpr u32 A_BYTES = 2 * BOX;
 constexpr u32 B_BYTES = 4 * BOX;
 constexpr u32 STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int PRODUCER_REGISTERS = GATHER ? 56 : 40;
-constexpr int CONSUMER_REGISTERS = GATHER ? 224 : 232;
+constexpr int PRODUCER_REGISTERS = GATHER ? 64 : 40;
+constexpr int CONSUMER_REGISTERS = GATHER ? 216 : 232;
 static_assert(20 * STAGES + 8 <= 128, "room for the barriers and messages");
 
 /// Position in the ring: a stage and the parity of its round.
@@ -116,11 +110,7 @@ __device__ __forceinline__ void load_part(u32 to, const TensorMap& map, int x, i
 /// done, one step later.
 template <bool A_ACROSS, bool B_ACROSS>
 __device__ __forceinline__ void multiply(
-    float (&acc)[32][4], const Pipeline& pipe, Ring& ring, int half, int steps, bool add = false) {
-    // Of the second half, behind the first; where a tile is short its halves may be a whole tile apart, and the barrier
-    // would not know which tile it is told of.
-    const bool staggered = HEAD_START > 0 && steps > STAGES;
-    if (staggered && half == 1) wait_for_first_half();
+    float (&acc)[32][4], const Pipeline& pipe, Ring& ring, int half, int steps) {
     u32 last = ring.stage;
     for (int step = 0; step < steps; ++step) {
         barrier_wait(pipe.full(ring.stage), ring.parity);
@@ -130,13 +120,12 @@ __device__ __forceinline__ void multiply(
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < DEPTH / STEP_K; ++k)
-            wgmma<A_ACROSS, B_ACROSS>(acc, a + k * NEXT_K<A_ACROSS>, b + k * NEXT_K<B_ACROSS>, add || step > 0 || k > 0);
+            wgmma<A_ACROSS, B_ACROSS>(acc, a + k * NEXT_K<A_ACROSS>, b + k * NEXT_K<B_ACROSS>, step > 0 || k > 0);
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
             pipe.release(last);
         }
-        if (staggered && half == 0 && step == HEAD_START - 1) tell_second_half();
         last = ring.stage;
         ring.next();
     }

@@ -38,6 +38,17 @@ __device__ __forceinline__ void store_shared(u32 to, int value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void load_shared(u32 from, u32 (&to)[4]) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 to, const u32 (&x)[4]) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+}
+
 // ---- mbarrier ----
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
@@ -78,10 +89,6 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 
 // ---- barriers of threads ----
 
-/// The second half of the multipliers waits at the first; the first goes on.
-__device__ __forceinline__ void wait_for_first_half() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-__device__ __forceinline__ void tell_second_half() { asm volatile("bar.arrive 1, 256;" ::: "memory"); }
-
 /// The 128 threads of warpgroup ``half`` (0 or 1) of the multipliers.
 __device__ __forceinline__ void warpgroup_sync(int half) {
     if (half == 0) asm volatile("bar.sync 2, 128;" ::: "memory");
@@ -105,9 +112,14 @@ __device__ __forceinline__ void fence_async_proxy_shared() { asm volatile("fence
 
 // ---- copies ----
 
-/// 16 bytes to shared memory; zeros unless ``inside``.
-__device__ __forceinline__ void copy_16(u32 to, const char* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+/// 16 bytes to shared memory, the first ``bytes`` of them from memory, the others 0.
+__device__ __forceinline__ void copy_16(u32 to, const char* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+/// to[0] += x and to[1] += y; the sum is made where the memory is.
+__device__ __forceinline__ void add_two(float* to, float x, float y) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
 }
 
 /// Arrives at the barrier when all copies that this thread has begun have ended.

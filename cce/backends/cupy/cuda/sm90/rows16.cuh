@@ -21,10 +21,15 @@ __device__ __forceinline__ void transpose_quad(u32 (&word)[4]) {
     }
 }
 
-/// Eight numbers at ``to``, a multiple of 16 bytes, ``room`` of them at the most.
-__device__ __forceinline__ void store_eight(element* to, const u32 (&word)[4], int room) {
+/// Eight numbers at ``to``, a multiple of 16 bytes.
+__device__ __forceinline__ void store_eight(element* to, const u32 (&word)[4]) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+/// The first ``room`` of them, at the most.
+__device__ __forceinline__ void store_some(element* to, const u32 (&word)[4], int room) {
     if (room >= 8) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+        store_eight(to, word);
         return;
     }
 #pragma unroll
@@ -34,20 +39,26 @@ __device__ __forceinline__ void store_eight(element* to, const u32 (&word)[4], i
     }
 }
 
-/// Columns 8 j0 to 8 (j0 + JB) of the lane's two rows, from ``to[x]`` on where ``inside[x]``; ``room`` of them at the most.
-template <int JB>
+/// Columns 8 j0 to 8 (j0 + JB) of the lane's two rows, from ``to[x] + 8 j0`` on where ``inside[x]``; a WHOLE tile, or
+/// no columns from ``to[x] + room`` on.
+template <int JB, bool WHOLE>
 __device__ __forceinline__ void store_rows(
     const float (&z)[32][4], int j0, element* const (&to)[2], int room, const bool (&inside)[2]) {
+    static_assert(JB % 4 == 0, "a lane gets eight columns of four accumulators");
     const int mine = 8 * (lane_of_warp() % 4);
 #pragma unroll
-    for (int j = 0; j < JB; j += 4) {
+    for (int j = j0; j < j0 + JB; j += 4) {
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
             u32 word[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) word[i] = pack(z[j0 + j + i][2 * x], z[j0 + j + i][2 * x + 1]);
+            for (int i = 0; i < 4; ++i) word[i] = pack(z[j + i][2 * x], z[j + i][2 * x + 1]);
             transpose_quad(word);
-            if (inside[x]) store_eight(to[x] + 8 * j + mine, word, room - 8 * j - mine);
+            if (!inside[x]) continue;
+            if constexpr (WHOLE)
+                store_eight(to[x] + 8 * j + mine, word);
+            else
+                store_some(to[x] + 8 * j + mine, word, room - 8 * j - mine);
         }
     }
 }

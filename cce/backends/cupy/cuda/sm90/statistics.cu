@@ -59,8 +59,6 @@ __device__ __forceinline__ void compute(const Arguments& x) {
     const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
     const int warp_row = cluster_rank() * TILE_N + static_cast<int>(threadIdx.x - WARPGROUP) / 32 * 16;
     const int steps = (x.D + DEPTH - 1) / DEPTH;
-    float* bias = warp_columns(pipe, 0);
-    float* weight = warp_columns(pipe, BIAS);
     Ring ring;
     float z[32][4];
     for (int unit = blockIdx.x / CLUSTER; unit < blocks * x.S; unit += gridDim.x / CLUSTER) {
@@ -75,6 +73,8 @@ __device__ __forceinline__ void compute(const Arguments& x) {
             if constexpr (WEIGHTED) weights.read(x.weight, t * TILE_V, x.V);
             // Logit tile: z = softcap tanh(scale (e c^T + bias) / softcap).
             multiply<false, false>(z, pipe, ring, half, steps);
+            float* const bias = warp_columns(0);
+            float* const weight = warp_columns(BIAS);
             if constexpr (BIAS) biases.put(bias);
             if constexpr (WEIGHTED) weights.put(weight);
             cap(z, bias, x.formula);
