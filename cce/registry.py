@@ -21,11 +21,12 @@ ENTRY_POINT_GROUP = "cce.backends"
 
 #: By device, the backends ``backend="auto"`` tries, in this order; it takes the first that supports the problem. The
 #: reference is an oracle and other packages' backends are a choice of the user's: both run only when named.
-AUTO_ORDER = {"cuda": ("triton", "torch")}
+AUTO_ORDER = {"cuda": ("triton", "cupy", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 
 _BUILT_IN = {
     "triton": "cce.backends.triton:TritonBackend",
+    "cupy": "cce.backends.cupy:CupyBackend",
     "torch": "cce.backends.torch:TorchBackend",
     "reference": "cce.backends.reference:ReferenceBackend",
 }

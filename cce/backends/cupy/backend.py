@@ -1,0 +1,52 @@
+"""The `cupy` backend's face to the registry; CuPy itself is imported when a kernel is first launched."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from cce.backends.gpu.backend import KernelBackend
+from cce.backends.gpu.kernels import Kernels
+
+
+class CupyBackend(KernelBackend):
+    """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above.
+
+    Args:
+        portable: run the kernels for any GPU, even where there are faster ones for the one at hand.
+    """
+
+    name = "cupy"
+
+    def __init__(self, portable: bool = False) -> None:
+        self._portable = portable
+
+    def unavailable(self, device: str) -> list[str]:
+        reasons = []
+        if find_spec("cupy") is None:
+            reasons.append("package 'cupy' is not installed: pip install 'cce[cupy]'")
+        if device != "cuda":
+            return [*reasons, f"runs on CUDA devices, not on {device!r}"]
+        if torch.version.hip is not None:
+            return [*reasons, "ROCm: its kernels are made of NVIDIA's instructions"]
+        if not torch.cuda.is_available():
+            return [*reasons, "no CUDA GPU is available to torch"]
+        major, minor = torch.cuda.get_device_capability()
+        if major < 8:
+            reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
+        return reasons
+
+    def kernels(self) -> Kernels:
+        """Those of the current device."""
+        fast = not self._portable and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        return _kernels(fast)
+
+
+@cache
+def _kernels(sm90: bool) -> Kernels:
+    from cce.backends.cupy.portable import PortableKernels
+    from cce.backends.cupy.sm90 import Sm90Kernels
+
+    return Sm90Kernels() if sm90 else PortableKernels()

@@ -1,0 +1,63 @@
+"""Launches: one struct of arguments, handed to the driver by address, on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce.backends.cupy.module import Variant, function
+
+
+class Launch:
+    """A kernel with its arguments, to be launched any number of times on the device that is current now.
+
+    Fields of ``arguments`` may change between launches: the driver copies them at each. The tensors whose addresses
+    they hold live as long as this; what runs behind the host is safe, since torch gives their memory to the same stream
+    only.
+
+    Args:
+        variant: the kernel.
+        grid, threads: blocks of threads, and threads of a block.
+        arguments: the kernel's, in their order.
+        tensors: kept alive.
+        cooperative: all blocks run at the same time, or the launch fails.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        grid: int | tuple[int, int],
+        threads: int,
+        arguments: ctypes.Structure | Sequence[ctypes.Structure],
+        tensors: Sequence[Tensor | None] = (),
+        cooperative: bool = False,
+    ) -> None:
+        from cupy.cuda import driver
+
+        given = (arguments,) if isinstance(arguments, ctypes.Structure) else tuple(arguments)
+        self.arguments, self._tensors = given[-1], (given, tuple(tensors))
+        x, y = grid if isinstance(grid, tuple) else (grid, 1)
+        self._shape = (function(variant), x, y, 1, threads, 1, 1, variant.shared)
+        self._pointers = (ctypes.c_void_p * len(given))(*map(ctypes.addressof, given))
+        self._address = ctypes.addressof(self._pointers)
+        self._launch = driver.launchCooperativeKernel if cooperative else driver.launchKernel
+        self._rest = (self._address,) if cooperative else (self._address, 0)
+
+    def __call__(self) -> None:
+        self._launch(*self._shape, torch.cuda.current_stream().cuda_stream, *self._rest)
+
+
+def address(x: Tensor | None) -> int | None:
+    """Of a tensor's first element, as a field of ``arguments`` takes it."""
+    return None if x is None else x.data_ptr()
+
+
+class Arguments(ctypes.Structure):
+    """The struct of one kernel's arguments; fields are given by name, and tensors stand for their addresses."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**{name: address(x) if isinstance(x, Tensor) else x for name, x in fields.items()})

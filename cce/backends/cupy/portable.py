@@ -1,0 +1,165 @@
+"""The kernels for every GPU, option, dtype and block size: ``cp.async``, ``ldmatrix`` and ``mma.sync``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cce.backends.cupy import arguments as structs
+from cce.backends.cupy import compensation
+from cce.backends.cupy.gpu import Gpu
+from cce.backends.cupy.launch import Launch
+from cce.backends.cupy.variants import (
+    THREADS,
+    TILE_N,
+    TILE_V,
+    gradient_variant,
+    live_variant,
+    products_variants,
+    statistics_variant,
+    targets_variant,
+)
+from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.problem import Maps, Problem
+from cce.spec import Spec
+
+
+class PortableKernels(Kernels):
+    """Tiles of 128 x 128; 256 columns where a vocabulary block has as many."""
+
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        return []
+
+    def sizes(self, problem: Problem, spec: Spec) -> Sizes:
+        wide = problem.maps(spec) and (spec.block_v or 0) > TILE_V
+        pack = max(1, TILE_V // (spec.block_v or TILE_V))
+        return Sizes(TILE_N, 2 * TILE_V if wide else TILE_V, TILE_N, TILE_V, pack, 2 * Gpu.current().processors)
+
+    def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
+        n, k = targets.shape
+        arguments = structs.TargetsArguments(
+            e=e, c=c, stride_en=e.stride(0), stride_ed=e.stride(1), stride_cv=c.stride(0), stride_cd=c.stride(1),
+            bias=formula.bias, targets=targets, out=out, formula=structs.Formula.of(formula), count=n * k,
+            D=e.shape[1], K=k,
+        )  # fmt: skip
+        variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula)
+        Launch(variant, _cdiv(n * k, THREADS // 32), THREADS, arguments)()
+
+    def statistics(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+    ) -> None:
+        number = len(splits.max)
+        arguments = structs.StatisticsArguments(
+            e=structs.Matrix.of(e), c=structs.Matrix.of(c), bias=formula.bias, weight=weight,
+            splits=structs.Splits.of(splits), tiles=structs.Tiles.of(tiles), formula=structs.Formula.of(formula),
+            N=len(e), V=len(c), first=first, S=number,
+        )  # fmt: skip
+        columns = self.sizes(problem, spec).forward_columns
+        variant = statistics_variant(Gpu.current(), e.dtype, formula, spec, splits, tiles, columns)
+        Launch(variant, _cdiv(len(e), TILE_N) * number, THREADS, arguments)()
+
+    def gradient(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        rows: Rows,
+        weight: Tensor | None,
+        first: int,
+        dz: Tensor,
+        column_sums: Tensor | None,
+    ) -> None:
+        arguments = structs.GradientArguments(
+            e=structs.Matrix.of(e), c=structs.Matrix.of(c), bias=formula.bias, weight=weight,
+            rows=structs.Rows.of(rows), dz=dz, pitch_dz=dz.stride(0), column_sums=column_sums,
+            formula=structs.Formula.of(formula), N=len(e), V=len(c), first=first,
+        )  # fmt: skip
+        variant = gradient_variant(Gpu.current(), e.dtype, formula, rows, weight is not None, column_sums is not None)
+        Launch(variant, _cdiv(len(e), TILE_N) * _cdiv(len(c), TILE_V), THREADS, arguments)()
+
+    def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
+        launches = _launches(problem, spec, live, self.sizes(problem, spec).pack)
+
+        def chunk(number: int) -> None:
+            for launch in launches:
+                launch.arguments.chunk = number
+                launch()
+
+        return chunk
+
+    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
+        compensation.mean_rows(spec, c, order, out)
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        row_order: Tensor,
+        live: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> bool:
+        compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
+        return True
+
+
+def _launches(problem: Problem, spec: Spec, live: Live, pack: int) -> list[Launch]:
+    """The launches of a chunk: dx of its live tiles, both products, dbias."""
+    # Of a place in the work list the row, or -1: one look instead of two, read ahead of the product that needs it.
+    row_of = torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
+    launches = [_dx(problem, spec, live, row_of, pack)]
+    if live.de is not None or live.dc is not None or live.dbias is not None:
+        launches += _products(problem, spec, live, row_of)
+    return launches
+
+
+def _dx(problem: Problem, spec: Spec, live: Live, row_of: Tensor, pack: int) -> Launch:
+    gpu, plan = Gpu.current(), live.plan
+    arguments = structs.LiveArguments(
+        e=structs.Matrix.of(live.e), c=structs.Matrix.of(live.c), order=live.order, bias=live.formula.bias,
+        rows=structs.Rows.of(live.rows), row_of=row_of, tile_list=plan.tile_list, item_block=plan.item_block,
+        item_first=plan.item_first, item_slot=plan.item_slot, item_tiles=plan.item_tiles, items=plan.items, dz=live.dz,
+        column_sums=live.column_sums, formula=structs.Formula.of(live.formula), N=problem.n, V=problem.v,
+        T=plan.tile_list.shape[1], max_items=plan.item_block.shape[1],
+    )  # fmt: skip
+    grid = min(plan.max_items, 2 * gpu.processors)
+    return Launch(live_variant(gpu, spec, live, pack), grid, THREADS, arguments, [row_of])
+
+
+def _products(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> list[Launch]:
+    gpu, plan = Gpu.current(), live.plan
+    counters = torch.zeros(plan.chunks, 2, dtype=torch.int32, device=live.e.device)
+    tables = ("tile_list", "block_slot", "block_tiles", "block_first", "live_count", "block_list", "slot_list")
+    arguments = structs.ProductsArguments(
+        dz=live.dz, e=structs.Matrix.of(live.e), c=structs.Matrix.of(live.c), order=live.order, row_of=row_of,
+        **{name: getattr(plan, name) for name in tables}, de=live.de, chunk_start=plan.chunk_start, counters=counters,
+        mass_e=live.mass_e, mass=live.mass, norm=live.norm, dc=live.dc, column_sums=live.column_sums, dbias=live.dbias,
+        N=problem.n, V=problem.v, D=live.e.shape[1], T=plan.tile_list.shape[1], blocks=plan.tile_list.shape[0],
+        dc_columns=0 if live.dc is None else live.dc.shape[1],
+    )  # fmt: skip
+    products, dbias = products_variants(gpu, spec, live)
+    launches = []
+    if live.de is not None or live.dc is not None:
+        launches.append(Launch(products, 2 * gpu.processors, THREADS, arguments, [row_of, counters]))
+    if live.dbias is not None:
+        launches.append(Launch(dbias, gpu.processors, THREADS, arguments, [row_of, counters]))
+    return launches
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

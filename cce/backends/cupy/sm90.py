@@ -1,0 +1,225 @@
+"""The kernels for sm_90 and 16-bit operands (cuda/sm90): bulk copies and ``wgmma``, some warps load, others multiply.
+
+What they are not made for, the portable kernels do: float32, blocks of the filter other than 128 x 128 in the filtered
+backward, its dbias, and rows of ``e`` that were not copied into the work list's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import c_int, c_longlong, c_ubyte, c_uint, c_void_p
+
+import torch
+from torch import Tensor
+
+from cce.backends.cupy import arguments as structs
+from cce.backends.cupy.gpu import Gpu
+from cce.backends.cupy.launch import Arguments, Launch
+from cce.backends.cupy.module import Variant
+from cce.backends.cupy.portable import PortableKernels
+from cce.backends.cupy.tensor_maps import TensorMap, boxes
+from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
+from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.sizes import rows_are_copied
+from cce.problem import Problem
+from cce.spec import Spec
+
+THREADS = 384
+TILE_N, TILE_V = 128, 256
+BLOCK = 128  # of the filter, both ways
+STAGES = 4
+_STAGE = 48 * 1024
+_COLUMNS = 8 * TILE_V * 4  # an array of a tile's columns, one copy for each multiplying warp
+_SMALL = 128 + 1024  # barriers, and what aligns the stages
+_GROUP = 16  # row blocks at work side by side, which share what they read of c
+
+
+class StatisticsArguments(Arguments):
+    """Of sm90/statistics.cu."""
+
+    _fields_ = [  # noqa: RUF012
+        ("e_map", TensorMap), ("c_map", TensorMap), ("bias", c_void_p), ("weight", c_void_p),
+        ("splits", structs.Splits), ("tiles", structs.Tiles), ("formula", structs.Formula),
+        *((name, c_int) for name in ("N", "V", "D", "S", "first", "carry")), ("padding", c_ubyte * 64),
+    ]  # fmt: skip
+
+
+class GradientArguments(Arguments):
+    """Of sm90/gradient.cu."""
+
+    _fields_ = [  # noqa: RUF012
+        ("e_map", TensorMap), ("c_map", TensorMap), ("bias", c_void_p), ("weight", c_void_p), ("rows", structs.Rows),
+        ("dz", c_void_p), ("column_sums", c_void_p), ("pitch", c_longlong), ("formula", structs.Formula),
+        *((name, c_int) for name in ("N", "V", "D", "first")), ("padding", c_ubyte * 64),
+    ]  # fmt: skip
+
+
+_TABLES = (
+    "tile_list", "live_count", "block_list", "slot_list", "chunk_start", "block_slot", "block_tiles", "block_first",
+    "item_block", "item_first", "item_slot", "item_tiles", "items",
+)  # fmt: skip
+
+
+class PlanArguments(Arguments):
+    """``Plan`` of sm90/live.cuh."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, c_void_p) for name in _TABLES), *((name, c_int) for name in ("max_items", "T", "B"))
+    ]  # fmt: skip
+
+
+class LiveArguments(Arguments):
+    """Of sm90/live.cu."""
+
+    _fields_ = [  # noqa: RUF012
+        *((name, TensorMap) for name in ("e_map", "c_map", "dz_map")), ("plan", PlanArguments), ("rows", structs.Rows),
+        ("order", c_void_p), ("row_of", c_void_p), ("c_rows", c_void_p), ("c_pieces", c_uint),
+        *((name, c_void_p) for name in ("bias", "dz", "de", "dc", "mass_e", "norm", "counters")),
+        ("formula", structs.Formula),
+        *((name, c_int) for name in ("N", "V", "D", "width", "first_chunk", "last_chunk", "phases")),
+        ("padding", c_ubyte * 64),
+    ]  # fmt: skip
+
+
+class Sm90Kernels(PortableKernels):
+    """Tiles of 128 x 256; blocks of threads in pairs, which share what they load of ``c``."""
+
+    def sizes(self, problem: Problem, spec: Spec) -> Sizes:
+        if not _is_served(problem.dtype):
+            return super().sizes(problem, spec)
+        cluster = _cluster(problem.n)
+        pack = TILE_V // BLOCK if _live_is_served(problem, spec) else super().sizes(problem, spec).pack
+        programs = Gpu.current().processors // cluster
+        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs)
+
+    def statistics(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+    ) -> None:
+        if not _is_served(e.dtype):
+            super().statistics(problem, spec, e, c, formula, weight, first, splits, tiles)
+            return
+        number, cluster = len(splits.max), _cluster(len(e))
+        arguments = StatisticsArguments(
+            e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=weight,
+            splits=structs.Splits.of(splits), tiles=structs.Tiles.of(tiles), formula=structs.Formula.of(formula),
+            N=len(e), V=len(c), D=e.shape[1], S=number, first=first, carry=first > 0,
+        )  # fmt: skip
+        macros: dict[str, int] = {
+            "ENTROPY": splits.gap is not None, "WEIGHTED": splits.weighted is not None,
+            "PREDICTION": splits.best is not None,
+        }  # fmt: skip
+        if tiles is not None:
+            macros |= {
+                "MAPS": True, "ELEMENT": tiles.max is not None, "TILE_ENTROPY": tiles.entropy is not None,
+                "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
+            }  # fmt: skip
+        variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
+        Launch(variant, _grid(_cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
+
+    def gradient(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        rows: Rows,
+        weight: Tensor | None,
+        first: int,
+        dz: Tensor,
+        column_sums: Tensor | None,
+    ) -> None:
+        if not _is_served(e.dtype):
+            super().gradient(problem, spec, e, c, formula, rows, weight, first, dz, column_sums)
+            return
+        cluster = _cluster(len(e))
+        arguments = GradientArguments(
+            e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=weight,
+            rows=structs.Rows.of(rows), dz=dz, column_sums=column_sums, pitch=dz.stride(0),
+            formula=structs.Formula.of(formula), N=len(e), V=len(c), D=e.shape[1], first=first,
+        )  # fmt: skip
+        dbias, weighted = column_sums is not None, weight is not None
+        macros = rows_macros(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
+        variant = variant_of("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
+        tiles = _cdiv(len(e), cluster * TILE_N) * _cdiv(len(c), TILE_V)
+        Launch(variant, _grid(tiles, cluster), THREADS, arguments)()
+
+    def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
+        if not _live_is_served(problem, spec) or not live.sorted_rows:
+            return super().live(problem, spec, live)
+        counters = torch.zeros(live.plan.chunks, 3, dtype=torch.int32, device=live.e.device)
+        launch = _live_launch(problem, live, counters)
+
+        def chunk(number: int) -> None:
+            """All chunks at once, with the first."""
+            if number == 0:
+                launch()
+
+        return chunk
+
+
+def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
+    plan, gathered = live.plan, live.order is not None
+    blocks, tiles = plan.tile_list.shape
+    row_of = torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
+    arguments = LiveArguments(
+        e_map=boxes(live.e, 64), c_map=boxes(live.c, 64), dz_map=boxes(live.dz.view(-1, BLOCK), 64),
+        plan=PlanArguments(
+            **{name: getattr(plan, name) for name in _TABLES}, max_items=plan.item_block.shape[1], T=tiles, B=blocks
+        ),
+        rows=structs.Rows.of(live.rows), order=live.order, row_of=row_of, c_rows=live.c,
+        c_pieces=live.c.stride(0) * live.c.element_size() // 16, bias=live.formula.bias, dz=live.dz, de=live.de,
+        dc=live.dc, mass_e=live.mass_e, norm=live.norm, counters=counters, formula=structs.Formula.of(live.formula),
+        N=problem.n, V=problem.v, D=live.e.shape[1], width=0 if live.dc is None else live.dc.shape[1], first_chunk=0,
+        last_chunk=plan.chunks, phases=1 if live.de is None and live.dc is None else 3,
+    )  # fmt: skip
+    variant = variant_of(
+        "live", 1, live.e.dtype, live.formula, rows_macros(live.rows) | {"GATHER": gathered}, int(gathered)
+    )
+    return Launch(variant, Gpu.current().processors, THREADS, arguments, (row_of, counters), cooperative=True)
+
+
+def _is_served(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
+def _live_is_served(problem: Problem, spec: Spec) -> bool:
+    """The filtered backward, from metadata alone."""
+    blocks = spec.block_n == BLOCK and spec.block_v == BLOCK
+    pieces = problem.d % 8 == 0  # whole pieces of 16 bytes in the rows of dC
+    copied = rows_are_copied(problem, spec)
+    return _is_served(problem.dtype) and blocks and pieces and copied and not problem.grad_bias
+
+
+def _cluster(rows: int) -> int:
+    """Blocks of threads that share what they load of ``c``: as many as have rows."""
+    return 2 if rows > TILE_N else 1
+
+
+def variant_of(
+    name: str, cluster: int, dtype: torch.dtype, formula: Formula, macros: dict[str, int], columns: int
+) -> Variant:
+    """``columns``: arrays of a tile's columns in shared memory beside the bias."""
+    macros = macros | formula_macros(formula) | dtype_macros(dtype, formula)
+    given = tuple(sorted((key, int(value)) for key, value in macros.items() if value))
+    sizes = (("STAGES", STAGES), ("CLUSTER", cluster), ("GROUP", _GROUP // cluster))
+    shared = STAGES * _STAGE + _SMALL + (columns + (formula.bias is not None)) * _COLUMNS
+    return Variant(f"sm90/{name}.cu", f"{name}_sm90", given + sizes, "sm_90a", shared)
+
+
+def _grid(units: int, cluster: int) -> int:
+    """Blocks of threads of a launch whose clusters take units in turn."""
+    return min(Gpu.current().processors // cluster, units) * cluster
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

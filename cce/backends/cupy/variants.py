@@ -1,0 +1,121 @@
+"""Which variant of a kernel a call needs: macros, and shared memory. Names as in cuda/options.cuh."""
+
+from __future__ import annotations
+
+import torch
+
+from cce.backends.cupy.gpu import Gpu
+from cce.backends.cupy.module import Variant
+from cce.backends.gpu.kernels import Formula, Live, Rows, Splits, Tiles
+from cce.spec import Spec
+
+THREADS = 256
+TILE_N = TILE_V = TILE_D = 128
+_ROW_BYTES = 128  # of an operand in shared memory
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula) -> Variant:
+    """Of target_logits; ``e`` and ``c`` of these dtypes."""
+    return _variant(gpu, "targets", {"E_TYPE": DTYPES[e], "C_TYPE": DTYPES[c], **formula_macros(formula)})
+
+
+def statistics_variant(
+    gpu: Gpu, dtype: torch.dtype, formula: Formula, spec: Spec, splits: Splits, tiles: Tiles | None, columns: int
+) -> Variant:
+    """Of statistics, in tiles of so many columns."""
+    macros = formula_macros(formula) | dtype_macros(dtype, formula)
+    macros |= {
+        "ENTROPY": splits.gap is not None, "WEIGHTED": splits.weighted is not None,
+        "PREDICTION": splits.best is not None,
+    }  # fmt: skip
+    if tiles is not None:
+        macros |= {
+            "MAPS": 1, "ELEMENT": tiles.max is not None, "TILE_ENTROPY": tiles.entropy is not None,
+            "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
+        }  # fmt: skip
+    return _of_tiles(gpu, "statistics", macros, TILE_N, columns)
+
+
+def gradient_variant(
+    gpu: Gpu, dtype: torch.dtype, formula: Formula, rows: Rows, weighted: bool, dbias: bool
+) -> Variant:
+    """Of gradient."""
+    macros = (
+        formula_macros(formula)
+        | dtype_macros(dtype, formula)
+        | rows_macros(rows)
+        | {"DBIAS": dbias, "WEIGHTED": weighted}
+    )
+    return _of_tiles(gpu, "gradient", macros, TILE_N, TILE_V)
+
+
+def live_variant(gpu: Gpu, spec: Spec, live: Live, pack: int) -> Variant:
+    """Of dx of live tiles, at most ``pack`` of a row block at a time."""
+    macros = formula_macros(live.formula) | dtype_macros(live.e.dtype, live.formula) | rows_macros(live.rows)
+    macros |= {"SORTED": live.sorted_rows, "DBIAS": live.column_sums is not None} | _blocks(spec)
+    return _of_tiles(gpu, "live", macros, macros["BLOCK_N"], pack * macros["BLOCK_V"])
+
+
+def products_variants(gpu: Gpu, spec: Spec, live: Live) -> tuple[Variant, Variant]:
+    """Of both products, and of dbias."""
+    macros = dtype_macros(live.e.dtype, live.formula) | {"SORTED": live.sorted_rows} | _blocks(spec)
+    if live.dc is not None:
+        macros["DC_TYPE"] = DTYPES[live.dc.dtype]
+    block_n, block_v, size = macros["BLOCK_N"], macros["BLOCK_V"], live.e.element_size()
+    along = _ROW_BYTES // size  # the most of K that a step takes
+    e_step, c_step = min(along, block_v), min(along, block_n)
+    factor = max(block_n * _ROW_BYTES, _across(min(block_v, 128), c_step, size))
+    stage = factor + _across(TILE_D, max(e_step, c_step), size)
+    blocks = 1 if size == 4 else 2
+    stages = gpu.stages(stage, 256, blocks)
+    blocks = min(blocks, gpu.blocks(stages * stage + 256))
+    products = _variant(gpu, "products", macros | {"STAGES": stages, "BLOCKS_AT_ONCE": blocks}, stages * stage)
+    dbias = Variant(products.file, "dbias_kernel", products.macros, products.architecture, 0)
+    return products, dbias
+
+
+def _variant(gpu: Gpu, name: str, macros: dict[str, int], shared: int = 0) -> Variant:
+    """Macros that are 0 are left out: they are that by default."""
+    given = tuple(sorted((key, int(value)) for key, value in macros.items() if value))
+    return Variant(f"{name}.cu", f"{name}_kernel", given, gpu.architecture, shared)
+
+
+def _of_tiles(gpu: Gpu, name: str, macros: dict[str, int], rows: int, columns: int) -> Variant:
+    """A kernel that computes logits in tiles (tile.cuh); two blocks of threads at a time if 128 registers suffice."""
+    heavy = macros["DTYPE"] == 2 or any(macros.get(name) for name in ("SOFTCAP", "ENTROPY", "WEIGHTED", "PREDICTION"))
+    blocks = 1 if columns > TILE_V or heavy else 2
+    stage = (rows + columns) * _ROW_BYTES
+    more = (bool(macros.get("BIAS")) + bool(macros.get("WEIGHTED"))) * columns * 4
+    stages = gpu.stages(stage, more, blocks)
+    blocks = min(blocks, gpu.blocks(stages * stage + more))
+    macros = macros | {"TILE_N": rows, "TILE_V": columns, "STAGES": stages, "BLOCKS_AT_ONCE": blocks}
+    return _variant(gpu, name, macros, stages * stage + more)
+
+
+def _across(columns: int, step: int, size: int) -> int:
+    """Bytes of an operand whose rows are of K (copies.cuh)."""
+    return -(-columns * size // _ROW_BYTES) * step * _ROW_BYTES
+
+
+def formula_macros(formula: Formula) -> dict[str, int]:
+    """Of a logit's formula."""
+    return {
+        "BIAS": formula.bias is not None, "SOFTCAP": formula.softcap is not None,
+        "SCALE": formula.softcap is None and formula.scale != 1,
+    }  # fmt: skip
+
+
+def dtype_macros(dtype: torch.dtype, formula: Formula) -> dict[str, int]:
+    """Of the products."""
+    return {"DTYPE": DTYPES[dtype], "IEEE": dtype == torch.float32 and formula.ieee}
+
+
+def rows_macros(rows: Rows) -> dict[str, int]:
+    """Of the gradient's terms."""
+    return {"ENTROPY": rows.h is not None, "SEVERAL_TARGETS": rows.targets.shape[1] > 1}
+
+
+def _blocks(spec: Spec) -> dict[str, int]:
+    assert spec.block_n is not None and spec.block_v is not None
+    return {"BLOCK_N": spec.block_n, "BLOCK_V": spec.block_v}
