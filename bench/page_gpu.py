@@ -56,8 +56,8 @@ def as_row(row: Row, backend: str) -> Row:
 
 
 def rows(records: list[tuple[Path, dict[str, Any]]]) -> list[Row]:
-    """All rows of these records; a record says which backend it is of, the first ones are of Triton's."""
-    return [as_row(row, found.get("backend", "triton")) for _, found in records for row in found["rows"]]
+    """All rows of these records; a row says which backend it is of, those of the first record are Triton's."""
+    return [as_row(row, row.get("backend", "triton")) for _, found in records for row in found["rows"]]
 
 
 def backends_section(records: list[tuple[Path, dict[str, Any]]]) -> list[str]:
