@@ -1,16 +1,17 @@
 """Every kernel once, on small problems, for a tool that watches them.
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [name ...]      (or racecheck, synccheck, initcheck)
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py --backend cupy [name ...]      (or racecheck, synccheck, initcheck)
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 
 import torch
 
-from cce.backends.triton import TritonBackend
+from cce import registry
 from cce.testing import CASES, Case, run_case
 
 BF16 = torch.bfloat16
@@ -36,13 +37,18 @@ _EXTRA = (
 SANITIZED = (*(case for case in CASES if case.name in _NAMES), *_EXTRA)
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Runs the cases named, or all; 1 if one fails or is refused."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
+    backend = registry.load(options.backend)
     status = 0
     for case in SANITIZED:
-        if names and case.name not in names:
+        if options.names and case.name not in options.names:
             continue
-        result = run_case(TritonBackend(), case, "cuda")
+        result = run_case(backend, case, "cuda")
         torch.cuda.synchronize()
         print(case, "passed" if result.passed else "FAILED", *result.failures, *result.refused, sep="\n  ", flush=True)
         status |= not result.passed
@@ -50,4 +56,4 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("mode", SPECS)
-@pytest.mark.parametrize("backend", ["triton"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_step(family: str, backend: str, mode: str) -> None:
     row = compared(family, backend, mode)
