@@ -41,6 +41,7 @@ COLORS = {"dense": "#e8963c", "exact": "#2e8b57", "filtered": "#2b5c8a", "uncomp
 #: 97.5 % quantiles of Student's distribution, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
+Row = dict[str, Any]
 Curves = dict[str, NDArray[np.float64]]  # of a loss: (seeds, points)
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     losses |= {name: cce_loss(options.backend, spec) for name, spec in MODES.items()}
     steps = dict(zip(PHASES, (options.steps, options.tune_steps), strict=True))
     found: dict[str, dict[str, list[list[float]]]] = {phase: {name: [] for name in losses} for phase in PHASES}
-    held_out: list[dict[str, Any]] = []
+    held_out: list[Row] = []
     todo = list(itertools.product(range(options.seeds), PHASES, losses))
     start: dict[str, Tensor] = {}
     for seed, phase, name in track(todo, "training", console=console):
@@ -68,12 +69,24 @@ def main(argv: list[str] | None = None) -> None:
             start = {key: x.clone() for key, x in trained.model.state_dict().items()}
         found[phase][name].append(trained.losses)
         held_out.append({"phase": phase, "loss": name, "seed": seed, **ending(trained, test, demo, options.backend)})
+        if seed and (phase, name) == (
+            PHASES[-1],
+            list(losses)[-1],
+        ):  # what there is after each seed: a run may be cut off
+            facts = {"window": WINDOW, "steps": steps, "seeds": seed + 1, "tokens_a_step": size.batch * size.context}
+            conclude(options, facts, found, held_out, console)
+
+
+def conclude(
+    options: argparse.Namespace, facts: Row, found: dict[str, dict[str, list[list[float]]]], held_out: list[Row],
+    console: Console,
+) -> None:  # fmt: skip
+    """Prints the comparison, writes the record, draws the curves."""
     curves = {phase: {name: smoothed(runs) for name, runs in of_phase.items()} for phase, of_phase in found.items()}
     rows = [row for phase in PHASES for row in compared(phase, curves[phase], held_out)]
     console.print_json(data=rows)
     if options.out:
         kept = {phase: {name: x.round(4).tolist() for name, x in curves[phase].items()} for phase in PHASES}
-        facts = {"window": WINDOW, "steps": steps, "seeds": options.seeds, "tokens_a_step": size.batch * size.context}
         record.write(options.out, options.device, options.commit, **facts, rows=rows, held_out=held_out, curves=kept)
     if options.plot:
         draw(options.plot, curves)

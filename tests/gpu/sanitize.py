@@ -1,6 +1,7 @@
 """Every kernel once, on small problems, for a tool that watches them.
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitize.py --backend cupy [name ...]      (or racecheck, synccheck, initcheck)
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py --backend cupy [name ...]
+(or racecheck, synccheck, initcheck)
 """
 
 from __future__ import annotations
