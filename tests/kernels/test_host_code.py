@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import PlainKernels
 from plain_backend import PlainBackend
 
 import cce
@@ -71,6 +72,21 @@ MORE = [
 def test_more(case: Case) -> None:
     result = run_case(registry.load("plain"), case)
     assert result.passed, "\n".join([*result.failures, *result.refused])
+
+
+@pytest.mark.parametrize("case", [case for case in (*CASES, *MORE) if "filtered" in case.name or case in MORE], ids=str)
+def test_with_the_librarys_compensation(case: Case) -> None:
+    """What kernels need not bring."""
+
+    class LibraryKernels(PlainKernels):
+        mean_rows = Kernels.mean_rows
+        dead_mass = Kernels.dead_mass
+
+    class Library(PlainBackend):
+        def kernels(self) -> Kernels:
+            return LibraryKernels()
+
+    assert not run_case(Library(), case).failures
 
 
 def test_rows_in_place_are() -> None:
