@@ -20,8 +20,8 @@ constexpr u32 BOX = 64 * 128;  // bytes of 64 rows of a box
 constexpr u32 A_BYTES = 2 * BOX;
 constexpr u32 B_BYTES = 4 * BOX;
 constexpr u32 STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int PRODUCER_REGISTERS = GATHER ? 64 : 40;
-constexpr int CONSUMER_REGISTERS = GATHER ? 216 : 232;
+constexpr int PRODUCER_REGISTERS = GATHER ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = GATHER ? 224 : 232;
 static_assert(24 * STAGES + 8 <= 128, "room for the barriers and messages");
 
 /// Position in the ring: a stage and the parity of its round.
