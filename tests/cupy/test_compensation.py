@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from compiling import GPUS, compiled
+from plain import PlainKernels
 from torch import Tensor
 
-from cce.backends.cupy.compensation import dead_mass, mass_variant, mean_rows, mean_variant
-from cce.backends.gpu.dead_tiles import dead_mass_of, mean_rows_of
-from cce.problem import Maps, Outputs, Problem, Upstream
+from cce.backends.cupy.compensation import dead_mass, mass_variant, mean_variant
+from cce.backends.gpu.compensation import Mass
+from cce.backends.gpu.gradients import Scaled
+from cce.backends.gpu.operands import Call
+from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
-from cce.worklist import WorkList
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -34,16 +36,6 @@ def test_a_mean_row_is_read_sixteen_bytes_at_a_time() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ordered", [False, True])
-def test_mean_rows(dtype: torch.dtype, ordered: bool) -> None:
-    c = torch.randn(1000, 72, device="cuda").to(dtype)
-    order = torch.randperm(1000, device="cuda") if ordered else None
-    for t0, t1 in ((0, 8), (3, 8), (2, 3)):  # the last block is short
-        _close(mean_rows(c, order, 128, t0, t1), mean_rows_of(c, order, 128, t0, t1), dtype)
-
-
-@needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_dead_mass(dtype: torch.dtype, entropy: bool, softcap: float | None) -> None:
@@ -58,17 +50,20 @@ def test_dead_mass(dtype: torch.dtype, entropy: bool, softcap: float | None) -> 
 
     order = torch.randperm(n, device="cuda", generator=draw)
     live = rand(tiles, blocks) < 0.4
-    block = torch.empty_like(order).scatter_(0, order, torch.arange(n, device="cuda") // 128)
-    work = WorkList(order, live.T, live.index_select(1, block))
     half = torch.float32 if dtype == torch.float32 else torch.float16
     mass = (rand(tiles, n) - 0.2).to(half)
     maps = Maps(tile_mass=mass, tile_entropy=(4 * rand(tiles, n)).to(half) if entropy else None)
     given = Outputs(8 * rand(n), rand(n, 1), entropy=5 * rand(n) if entropy else None)
     upstream = Upstream(rand(n), rand(n, 1), rand(n) if entropy else None)
-    norm = torch.full((), 2.0, device="cuda") if dtype == torch.float16 else None
+    targets = torch.zeros(n, 1, dtype=torch.int32, device="cuda")
+    inputs = Inputs(rand(n, 72).to(dtype), rand(v, 72).to(dtype), targets.long())
+    call = Call.of(PlainKernels(), inputs, problem, spec)
+    found = Scaled.of(call, inputs, given, upstream)
     for t0, t1 in ((0, tiles), (5, tiles)):
-        arguments = (problem, spec, work, (given, maps, upstream), norm, t0, t1)
-        _close(dead_mass(*arguments), dead_mass_of(*arguments), dtype)
+        expected, out = (torch.empty(t1 - t0, n, dtype=dtype, device="cuda") for _ in range(2))
+        Mass(call, order, live, found, given, maps).of(t0, t1, expected)
+        dead_mass(problem, spec, found.rows, maps, order, live, t0, out)
+        _close(out, expected, dtype)
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:

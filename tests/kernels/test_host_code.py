@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
+import torch
 from plain_backend import PlainBackend
 
 import cce
 from cce import registry
+from cce.backends.gpu.kernels import Kernels
+from cce.problem import Problem
 from cce.testing import BEHAVIOURS, CASES, Case, run_case
 from cce.testing.behaviours import Behaviour
 from cce.testing.check_option import check_option
@@ -23,6 +27,19 @@ def registered() -> Iterator[None]:
     cce.register_backend("plain", PlainBackend)
     yield
     cce.unregister_backend("plain")
+
+
+def test_a_package_that_is_missing_is_no_error() -> None:
+    """What it refuses can be asked anywhere; ``unavailable`` tells the rest."""
+
+    class Elsewhere(PlainBackend):
+        def kernels(self) -> Kernels:
+            raise ModuleNotFoundError("no such package")
+
+    problem = Problem(9, 9, 9, e_dtype=torch.float64, c_dtype=torch.float64)
+    for refused in (True, False):
+        problem = problem if refused else replace(problem, e_dtype=torch.float32, c_dtype=torch.float32)
+        assert bool(Elsewhere().unsupported(problem, cce.Spec().resolve(problem))) == refused
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

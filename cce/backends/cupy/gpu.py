@@ -45,6 +45,10 @@ class Gpu:
             return max(fit, default=2)
         return self.stages(stage, more, blocks - 1)
 
+    def blocks(self, taken: int) -> int:
+        """Blocks of threads whose shared memory, ``taken`` bytes each, a multiprocessor has room for."""
+        return self.shared // (taken + _RESERVED)
+
 
 @cache
 def _gpu(device: int) -> Gpu:

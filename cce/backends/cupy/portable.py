@@ -22,15 +22,12 @@ from cce.backends.cupy.variants import (
     targets_variant,
 )
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
-from cce.problem import Maps, Outputs, Problem, Upstream
+from cce.problem import Maps, Problem
 from cce.spec import Spec
-from cce.worklist import WorkList
 
 
 class PortableKernels(Kernels):
     """Tiles of 128 x 128; 256 columns where a vocabulary block has as many."""
-
-    mass_bytes = 4
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         return []
@@ -103,20 +100,22 @@ class PortableKernels(Kernels):
 
         return chunk
 
+    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
+        compensation.mean_rows(spec, c, order, out)
+
     def dead_mass(
         self,
         problem: Problem,
         spec: Spec,
-        work: WorkList,
-        forward: tuple[Outputs[Tensor], Maps[Tensor], Upstream[Tensor]],
-        norm: Tensor | None,
-        t0: int,
-        t1: int,
-    ) -> Tensor:
-        return compensation.dead_mass(problem, spec, work, forward, norm, t0, t1)
-
-    def mean_rows(self, c: Tensor, order: Tensor | None, block_v: int, t0: int, t1: int) -> Tensor:
-        return compensation.mean_rows(c, order, block_v, t0, t1)
+        rows: Rows,
+        maps: Maps[Tensor],
+        row_order: Tensor,
+        live: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> bool:
+        compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
+        return True
 
 
 def _launches(problem: Problem, spec: Spec, live: Live, pack: int) -> list[Launch]:

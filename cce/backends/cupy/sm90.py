@@ -20,6 +20,7 @@ from cce.backends.cupy.portable import PortableKernels
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.sizes import rows_are_copied
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -195,7 +196,7 @@ def _live_is_served(problem: Problem, spec: Spec) -> bool:
     """The filtered backward, from metadata alone."""
     blocks = spec.block_n == BLOCK and spec.block_v == BLOCK
     pieces = problem.d % 8 == 0  # whole pieces of 16 bytes in the rows of dC
-    copied = 3 * problem.n * problem.d * problem.dtype.itemsize <= spec.scratch_bytes
+    copied = rows_are_copied(problem, spec)
     return _is_served(problem.dtype) and blocks and pieces and copied and not problem.grad_bias
 
 

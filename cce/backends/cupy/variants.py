@@ -67,8 +67,10 @@ def products_variants(gpu: Gpu, spec: Spec, live: Live) -> tuple[Variant, Varian
     e_step, c_step = min(along, block_v), min(along, block_n)
     factor = max(block_n * _ROW_BYTES, _across(min(block_v, 128), c_step, size))
     stage = factor + _across(TILE_D, max(e_step, c_step), size)
-    stages = gpu.stages(stage, 256, 2)
-    products = _variant(gpu, "products", macros | {"STAGES": stages}, stages * stage)
+    blocks = 1 if size == 4 else 2
+    stages = gpu.stages(stage, 256, blocks)
+    blocks = min(blocks, gpu.blocks(stages * stage + 256))
+    products = _variant(gpu, "products", macros | {"STAGES": stages, "BLOCKS_AT_ONCE": blocks}, stages * stage)
     dbias = Variant(products.file, "dbias_kernel", products.macros, products.architecture, 0)
     return products, dbias
 
@@ -81,11 +83,12 @@ def _variant(gpu: Gpu, name: str, macros: dict[str, int], shared: int = 0) -> Va
 
 def _of_tiles(gpu: Gpu, name: str, macros: dict[str, int], rows: int, columns: int) -> Variant:
     """A kernel that computes logits in tiles (tile.cuh); two blocks of threads at a time if 128 registers suffice."""
-    heavy = any(macros.get(option) for option in ("SOFTCAP", "ENTROPY", "WEIGHTED", "PREDICTION"))
+    heavy = macros["DTYPE"] == 2 or any(macros.get(name) for name in ("SOFTCAP", "ENTROPY", "WEIGHTED", "PREDICTION"))
     blocks = 1 if columns > TILE_V or heavy else 2
     stage = (rows + columns) * _ROW_BYTES
     more = (bool(macros.get("BIAS")) + bool(macros.get("WEIGHTED"))) * columns * 4
     stages = gpu.stages(stage, more, blocks)
+    blocks = min(blocks, gpu.blocks(stages * stage + more))
     macros = macros | {"TILE_N": rows, "TILE_V": columns, "STAGES": stages, "BLOCKS_AT_ONCE": blocks}
     return _variant(gpu, name, macros, stages * stage + more)
 

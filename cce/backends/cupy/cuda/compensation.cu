@@ -74,9 +74,9 @@ struct MassArguments {
     long long pitch_mass, pitch_entropy;   // elements
     const unsigned char* live;             // (T, B)
     const long long* row_order;
-    const float *lse, *entropy, *a, *h, *norm;
+    const float *lse, *entropy, *a, *h;  // (N,); a and h have been multiplied by the scale
     element* out;  // (tiles, N)
-    Formula formula;
+    float softcap;
     int N, V, B, block_n, block_v, first;
 };
 
@@ -88,12 +88,11 @@ __device__ __forceinline__ float of_map(const void* map, long long where) {
 #endif
 }
 
-// out_ti = scale softcap'(zbar) p (a + h (tile_entropy - log p - H)) / norm of dead tiles, p their mass; 0 of live ones.
+// out_ti = softcap'(zbar) p (a + h (tile_entropy - log p - H)) of dead tiles, p their mass; 0 of live ones.
 // zbar, the log of the tile's mean exp(z), stands for its logits. Columns i are rows in the work list's order.
 extern "C" __global__ void __launch_bounds__(256) dead_mass_kernel(const __grid_constant__ MassArguments p) {
     const int tile = blockIdx.x, t = p.first + tile;
     const float log_columns = log2_of(static_cast<float>(min(p.block_v, p.V - t * p.block_v))) * LN2;
-    const float factor = p.norm ? p.formula.scale / *p.norm : p.formula.scale;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
         const int i = (blockIdx.y * 4 + n) * 256 + threadIdx.x;
@@ -108,9 +107,9 @@ extern "C" __global__ void __launch_bounds__(256) dead_mass_kernel(const __grid_
                 const float own = of_map(p.tile_entropy, t * p.pitch_entropy + row);
                 weight += p.h[row] * (own - fmaxf(log_mass, -1e4f) - p.entropy[row]);
             }
-            total = mass * weight * factor;
+            total = mass * weight;
             if constexpr (SOFTCAP) {
-                const float ratio = (log_mass + p.lse[row] - log_columns) / p.formula.softcap;
+                const float ratio = (log_mass + p.lse[row] - log_columns) / p.softcap;
                 const float clamped = fminf(fmaxf(ratio, -1.0f), 1.0f);
                 total *= 1 - clamped * clamped;
             }

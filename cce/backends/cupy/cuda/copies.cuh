@@ -46,31 +46,52 @@ struct Matrix {
     int bytes;
 };
 
-// ROWS rows of a matrix, MOST_KSTEP columns of them at a time: an operand along.
+// ROWS rows of a matrix, MOST_KSTEP columns of them at a time: an operand along. ``index(i)``: which row of the matrix row
+// operand_row(i) of the operand is.
 template <int ROWS>
-struct RowsAlong {
+struct Along {
     static constexpr int AT_ONCE = THREADS / 8, EACH = cdiv(ROWS, AT_ONCE);
-    int rows[EACH];
 
-    // ``index(r)``: which row of the matrix row r of the operand is.
-    template <class Index>
-    __device__ __forceinline__ explicit RowsAlong(Index index) {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) rows[i] = index(min(int(threadIdx.x) / 8 + i * AT_ONCE, ROWS - 1));
-    }
+    static __device__ __forceinline__ int operand_row(int i) { return threadIdx.x / 8 + i * AT_ONCE; }
 
     // Bytes from ``start`` on.
-    __device__ __forceinline__ void copy(unsigned to, const Matrix& x, int start) const {
+    template <class Index>
+    static __device__ __forceinline__ void copy(unsigned to, const Matrix& x, int start, Index index) {
         const int chunk = threadIdx.x % 8, at = start + chunk * 16;
         const char* from = x.data + at;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            const int row = threadIdx.x / 8 + i * AT_ONCE;
-            unsigned index = rows[i];
-            asm volatile("" : "+r"(index));  // else the compiler keeps all addresses in registers, and spills others
-            if (ROWS % AT_ONCE == 0 || row < ROWS)
-                copy_chunk(to + chunk_at(row, chunk), from + static_cast<long long>(index) * x.pitch, at < x.bytes);
+            if (ROWS % AT_ONCE != 0 && operand_row(i) >= ROWS) continue;
+            unsigned row = index(i);
+            asm volatile("" : "+r"(row));  // else the compiler keeps all addresses in registers, and spills others
+            copy_chunk(to + chunk_at(operand_row(i), chunk), from + static_cast<long long>(row) * x.pitch, at < x.bytes);
         }
+    }
+};
+
+// Rows that follow one another from ``first``; those behind ``last`` are read as that one.
+template <int ROWS>
+struct RowRange {
+    int first, last;
+
+    __device__ __forceinline__ void copy(unsigned to, const Matrix& x, int start) const {
+        Along<ROWS>::copy(to, x, start, [&](int i) { return min(first + Along<ROWS>::operand_row(i), last); });
+    }
+};
+
+// Any rows: ``index(r)`` is row r of the operand.
+template <int ROWS>
+struct RowList {
+    int rows[Along<ROWS>::EACH];
+
+    template <class Index>
+    __device__ __forceinline__ explicit RowList(Index index) {
+#pragma unroll
+        for (int i = 0; i < Along<ROWS>::EACH; ++i) rows[i] = index(min(Along<ROWS>::operand_row(i), ROWS - 1));
+    }
+
+    __device__ __forceinline__ void copy(unsigned to, const Matrix& x, int start) const {
+        Along<ROWS>::copy(to, x, start, [&](int i) { return rows[i]; });
     }
 };
 

@@ -26,8 +26,8 @@ gradient_kernel(const __grid_constant__ GradientArguments p) {
         }
     }
     // Logit tile, as in the forward.
-    const RowsAlong<TILE_N> read([&](int r) { return min(row0 + r, p.N - 1); });
-    const RowsAlong<TILE_V> entries([&](int r) { return min(v0 + r, p.V - 1); });
+    const RowRange<TILE_N> read{row0, p.N - 1};
+    const RowRange<TILE_V> entries{v0, p.V - 1};
     float z[J][4];
     logit_tile(z, p.e, read, p.c, entries);
     RowValues values[2];

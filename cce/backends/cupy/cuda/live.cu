@@ -37,11 +37,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) live_kerne
             const int place = min(place_of(column), p.V - 1);
             return p.order == nullptr ? place : static_cast<int>(p.order[place]);
         };
-        const RowsAlong<TILE_N> read([&](int r) {
+        const RowList<TILE_N> read([&](int r) {
             const int sorted_row = min(b * BLOCK_N + r, p.N - 1);
             return SORTED ? sorted_row : max(p.row_of[sorted_row], 0);
         });
-        const RowsAlong<TILE_V> entries(entry_of);
+        const RowList<TILE_V> entries(entry_of);
         __syncthreads();  // all are done with the tile before
         if constexpr (BIAS) {
             for (int column = threadIdx.x; column < TILE_V; column += THREADS) tile_bias()[column] = p.bias[entry_of(column)];

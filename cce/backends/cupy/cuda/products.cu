@@ -7,6 +7,9 @@
 #ifndef SORTED
 #define SORTED 0
 #endif
+#ifndef BLOCKS_AT_ONCE
+#define BLOCKS_AT_ONCE 2
+#endif
 #ifndef DC_TYPE
 #define DC_TYPE BFLOAT16
 #endif
@@ -199,7 +202,7 @@ __device__ __forceinline__ void write_dc(const ProductsArguments& p, int t, int 
 }
 
 // Both products of a chunk: tiles of dE, then of dC, which keep busy who has found none of dE left.
-extern "C" __global__ void __launch_bounds__(THREADS, 2) products_kernel(const __grid_constant__ ProductsArguments p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) products_kernel(const __grid_constant__ ProductsArguments p) {
     const int t0 = p.chunk_start[p.chunk], tiles = p.chunk_start[p.chunk + 1] - t0;
     if (tiles == 0) return;
     int* counters = p.counters + 2 * p.chunk;

@@ -22,7 +22,7 @@ statistics_kernel(const __grid_constant__ StatisticsArguments p) {
     const int row0 = unit.i * TILE_N, split = unit.t;
     const long long tiles = cdiv(p.V, TILE_V);
     const int begin_t = split * tiles / p.S, end_t = (split + 1) * tiles / p.S;
-    const RowsAlong<TILE_N> read([&](int r) { return min(row0 + r, p.N - 1); });
+    const RowRange<TILE_N> read{row0, p.N - 1};
 
     RowStatistics rows[2];
 #pragma unroll
@@ -41,7 +41,7 @@ statistics_kernel(const __grid_constant__ StatisticsArguments p) {
             }
         }
         // Logit tile: z = softcap tanh(scale (e c^T + bias) / softcap).
-        const RowsAlong<TILE_V> entries([&](int r) { return min(v0 + r, p.V - 1); });
+        const RowRange<TILE_V> entries{v0, p.V - 1};
         float z[J][4];
         logit_tile(z, p.e, read, p.c, entries);
         cap(z, tile_bias(), p.formula);

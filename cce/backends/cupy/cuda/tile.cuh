@@ -33,8 +33,9 @@ __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 / WARPS_V * 
 __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % WARPS_V * COLUMNS; }
 
 // The warp's part of z, of some rows of e and of c. Those that do not exist may be any that do.
+template <class ERows, class CRows>
 __device__ __forceinline__ void logit_tile(
-    float (&z)[J][4], const Matrix& e, const RowsAlong<TILE_N>& rows, const Matrix& c, const RowsAlong<TILE_V>& entries) {
+    float (&z)[J][4], const Matrix& e, const ERows& rows, const Matrix& c, const CRows& entries) {
     const unsigned base = shared_address(shared);
     fill(z, 0.0f);
     pipeline(
