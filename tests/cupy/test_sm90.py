@@ -22,7 +22,7 @@ def variant(name: str, cluster: int = 2, dtype: torch.dtype = torch.bfloat16, **
     softcap = 30.0 if options.pop("softcap", 0) else None
     formula = Formula(bias, 0.5 if options.pop("scale", 0) else 1.0, softcap, False)
     macros = {key.upper(): value for key, value in options.items()}
-    arrays = sum(macros.get(key, 0) for key in ("WEIGHTED", "DBIAS", "GATHER"))
+    arrays = sum(macros.get(key, 0) for key in ("WEIGHTED", "DBIAS", "GATHER")) + (name == "live" and bias is None)
     return sm90.variant_of(name, cluster, dtype, formula, macros, arrays)
 
 

@@ -182,9 +182,9 @@ def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
         N=problem.n, V=problem.v, D=live.e.shape[1], width=0 if live.dc is None else live.dc.shape[1], first_chunk=0,
         last_chunk=plan.chunks, phases=1 if live.de is None and live.dc is None else 3,
     )  # fmt: skip
-    variant = variant_of(
-        "live", 1, live.e.dtype, live.formula, rows_macros(live.rows) | {"GATHER": gathered}, int(gathered)
-    )
+    macros = rows_macros(live.rows) | {"GATHER": gathered}
+    # The multipliers' columns are the bias of an item, or the dead tiles' mass of a product.
+    variant = variant_of("live", 1, live.e.dtype, live.formula, macros, gathered + (live.formula.bias is None))
     return Launch(variant, Gpu.current().processors, THREADS, arguments, (row_of, counters), cooperative=True)
 
 

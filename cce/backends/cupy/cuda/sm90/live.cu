@@ -10,7 +10,7 @@ struct Loader {
     Pipeline pipe;
     Ring ring;
     int thread = threadIdx.x;
-    int work = 0;  // the tile at hand: told with every stage
+    int2 work = {0, 0};  // the tile at hand and how many live tiles its sum has: told with every stage
     u32 turn = 0;
 
     /// One stage: boxes of a and of b, each at a column and a row of its matrix.
@@ -58,7 +58,7 @@ struct Loader {
     /// The number of the tile that thread 0 has drawn, for all who load.
     __device__ __forceinline__ int share(int drawn) {
         if constexpr (!GATHER) return drawn;
-        const u32 word = pipe.message(STAGES + turn);  // two in turn: nobody writes one that is still read
+        const u32 word = pipe.message(STAGES) + 4 * turn;  // two in turn: nobody writes one that is still read
         turn ^= 1;
         if (thread == 0) store_shared(word, drawn);
         asm volatile("bar.sync 5, 128;" ::: "memory");
@@ -92,7 +92,9 @@ struct Loader {
     __device__ __forceinline__ void items(int chunk) {
         const int all = __ldg(x.plan.items + chunk);
         for (int nth = blockIdx.x; nth < all; nth += gridDim.x) {
-            const Item item(x, chunk, nth);
+            Item item;
+            item.look(x, chunk, nth);
+            item.look_at_tiles(x);
             if constexpr (GATHER)
                 gathered_item(item);
             else
@@ -113,7 +115,7 @@ struct Loader {
         constexpr int ROWS = TILE_V / 16;
         const int piece = thread % 8, row0 = thread / 8;
         // The thread's own, in shared memory, four at a time: registers are few.
-        const u32 starts = pipe.rest() + BIAS * 8 * TILE_V * 4 + thread * 16;
+        const u32 starts = pipe.rest() + 8 * TILE_V * 4 + thread * 16;  // behind the multipliers' columns
 #pragma unroll
         for (int i = 0; i < ROWS; i += 4) {
             u32 four[4];
@@ -148,42 +150,44 @@ struct Loader {
         const bool draws = !GATHER || thread == 0;
         int drawn = draws ? atomicAdd(next, 1) : 0;
         for (;;) {
-            work = share(drawn);
-            if (work >= all.all) break;
+            const int nth = share(drawn);
+            if (nth >= all.all) break;
             if (draws) drawn = atomicAdd(next, 1);  // asked for now: nobody waits for it then
-            const Product p(x, all, chunk, work);
-            if (p.count == 0) {
+            const Product p(x, all, nth);
+            const Sum sum(x, p, chunk);
+            work = make_int2(nth, sum.count);
+            if (sum.count == 0) {
                 empty_stage();
             } else if (!p.of_e) {
-                of_c(p);
+                of_c(p, sum);
             } else if constexpr (GATHER) {
-                gathered_of_e(p);
+                gathered_of_e(p, sum);
             } else {
-                of_e(p);
+                of_e(p, sum);
             }
         }
-        work = -1;
+        work = make_int2(-1, 0);
         empty_stage();
     }
 
-    __device__ __forceinline__ void of_e(const Product& p) {
-        const int* tiles = x.plan.tile_list + p.list;
+    __device__ __forceinline__ void of_e(const Product& p, const Sum& sum) {
+        const int* tiles = x.plan.tile_list + sum.list;
         int next = __ldg(tiles);
-        for (int i = 0; i < p.count; ++i) {
+        for (int i = 0; i < sum.count; ++i) {
             const int tile = next;
-            next = __ldg(tiles + min(i + 1, p.count - 1));  // asked for now: nobody waits for it then
+            next = __ldg(tiles + min(i + 1, sum.count - 1));  // asked for now: nobody waits for it then
             for (int k = 0; k < BLOCK_V; k += DEPTH) {
                 stage(
-                    x.dz_map, x.c_map, [&](int j) { return make_int2(k, (p.slot + i) * BLOCK_N + 64 * j); },
+                    x.dz_map, x.c_map, [&](int j) { return make_int2(k, (sum.slot + i) * BLOCK_N + 64 * j); },
                     [&](int j) { return make_int2(p.column + 64 * j, tile * BLOCK_V + k); });
             }
         }
     }
 
     /// A warp copies the 512 bytes of a row; each has every fourth row.
-    __device__ __forceinline__ void gathered_of_e(const Product& p) {
-        const int* tiles = x.plan.tile_list + p.list;
-        const int warp = thread / 32, lane = thread % 32, last = p.count - 1;
+    __device__ __forceinline__ void gathered_of_e(const Product& p, const Sum& sum) {
+        const int* tiles = x.plan.tile_list + sum.list;
+        const int warp = thread / 32, lane = thread % 32, last = sum.count - 1;
         // A lane knows one of the warp's 32 entries of a tile: first those of the tile's first half.
         const int mine = lane / 16 * DEPTH + lane % 16 * 4 + warp;
         int next_tile = __ldg(tiles + min(1, last));
@@ -191,13 +195,13 @@ struct Loader {
         const int d = p.column + 8 * lane;
         const char* c_at_d = x.c_rows + 2 * d;
         const u32 bytes = d < x.D ? 16 : 0;
-        for (int i = 0; i < p.count; ++i) {
+        for (int i = 0; i < sum.count; ++i) {
             const u32 starts = next;
             next = piece_at(next_tile * BLOCK_V + mine);  // asked for now: nobody waits for it then
             next_tile = __ldg(tiles + min(i + 2, last));
             for (int k = 0; k < BLOCK_V; k += DEPTH) {
                 gathered_stage(
-                    x.dz_map, [&](int j) { return make_int2(k, (p.slot + i) * BLOCK_N + 64 * j); },
+                    x.dz_map, [&](int j) { return make_int2(k, (sum.slot + i) * BLOCK_N + 64 * j); },
                     [&](u32 b) {
 #pragma unroll 4
                         for (int j = 0; j < 16; ++j) {
@@ -209,11 +213,11 @@ struct Loader {
         }
     }
 
-    __device__ __forceinline__ void of_c(const Product& p) {
-        const int *blocks = x.plan.block_list + p.list, *slots = x.plan.slot_list + p.list;
+    __device__ __forceinline__ void of_c(const Product& p, const Sum& sum) {
+        const int *blocks = x.plan.block_list + sum.list, *slots = x.plan.slot_list + sum.list;
         int next_block = __ldg(blocks), next_slot = __ldg(slots);
-        for (int i = 0; i < p.count; ++i) {
-            const int block = next_block, slot = next_slot, after = min(i + 1, p.count - 1);
+        for (int i = 0; i < sum.count; ++i) {
+            const int block = next_block, slot = next_slot, after = min(i + 1, sum.count - 1);
             next_block = __ldg(blocks + after);
             next_slot = __ldg(slots + after);
             for (int k = 0; k < BLOCK_N; k += DEPTH) {
@@ -254,22 +258,22 @@ struct Multiplier {
         constexpr int PART = 8;  // accumulators at a time: what belongs to all of them would not fit into registers
         const int steps = (x.D + DEPTH - 1) / DEPTH;
         const int all = __ldg(x.plan.items + chunk);
+        if (blockIdx.x >= all) return;
+        Item item, next;
+        int rows[2];
+        next.look(x, chunk, blockIdx.x);
+        look_at_rows(next, rows);
         for (int nth = blockIdx.x; nth < all; nth += gridDim.x) {
-            // Tile origin, and what belongs to its rows and columns.
-            const Item item(x, chunk, nth);
-            bool counts[2];
-            RowValues values[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int sorted = item.block * BLOCK_N + warp_row + lane_row(i);
-                const int row = sorted < x.N ? __ldg(x.row_of + sorted) : -1;
-                counts[i] = row >= 0;
-                values[i] = row_values(x.rows, max(row, 0));
-            }
+            // Tile origin, and what belongs to its rows and columns; of the next one what there is to ask for.
+            item = next;
+            const bool counts[2] = {rows[0] >= 0, rows[1] >= 0};
+            const RowValues values[2] = {row_values(x.rows, max(rows[0], 0)), row_values(x.rows, max(rows[1], 0))};
+            next.look(x, chunk, min(nth + static_cast<int>(gridDim.x), all - 1));
             Columns biases;
             if constexpr (BIAS) read_bias(biases, item);
             // Logit tile, as in the forward.
             multiply<false, false>(z, pipe, ring, half, steps);
+            look_at_rows(next, rows);  // here at the end of the epilogue
             float* const bias = warp_columns(0);
             if constexpr (BIAS) biases.put(bias);
             cap(z, bias, x.formula);
@@ -298,6 +302,16 @@ struct Multiplier {
         }
     }
 
+    /// The tiles of an item, and the problem's rows that the lane has of it; -1 where there is none.
+    __device__ __forceinline__ void look_at_rows(Item& item, int (&rows)[2]) const {
+        item.look_at_tiles(x);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int sorted = item.block * BLOCK_N + warp_row + lane_row(i);
+            rows[i] = sorted < x.N ? __ldg(x.row_of + sorted) : -1;
+        }
+    }
+
     __device__ __forceinline__ void read_bias(Columns& biases, const Item& item) const {
 #pragma unroll
         for (int i = 0; i < TILE_V / 32; ++i) {
@@ -310,17 +324,19 @@ struct Multiplier {
     /// Both products of the chunk: the tiles that the loading side has drawn.
     __device__ __forceinline__ void products(float (&sum)[32][4], int chunk) {
         const Products all(x, chunk);
-        for (int work; (work = pipe.read_message(ring)) >= 0;) {
-            const Product p(x, all, chunk, work);
-            if (p.count == 0) {
+        for (int2 work; (work = pipe.read_message(ring)).x >= 0;) {
+            const Product p(x, all, work.x);
+            if (work.y == 0) {
                 skip_stage();
                 if (!p.of_e) write_dead(p);
             } else if (p.of_e) {
-                multiply<false, true>(sum, pipe, ring, half, 2 * p.count);
+                multiply<false, true>(sum, pipe, ring, half, 2 * work.y);
                 add_to_de(sum, p);
             } else {
-                multiply<true, true>(sum, pipe, ring, half, 2 * p.count);
-                write_dc(sum, p);
+                Columns mass;
+                if (x.mass_e) mass.read(x.mass_e + static_cast<i64>(p.index) * x.D, p.column, x.D);
+                multiply<true, true>(sum, pipe, ring, half, 2 * work.y);
+                write_dc(sum, p, mass);
             }
         }
         skip_stage();
@@ -349,20 +365,16 @@ struct Multiplier {
     }
 
     /// Rows of dC, written once: the sum, what stands for the dead tiles, times norm.
-    __device__ __forceinline__ void write_dc(float (&sum)[32][4], const Product& p) const {
+    __device__ __forceinline__ void write_dc(float (&sum)[32][4], const Product& p, const Columns& mass) const {
         const int place = p.index * BLOCK_V + warp_row + lane_row(0);
         if (x.mass_e) {
             const float share = 1.0f / min(BLOCK_V, x.V - p.index * BLOCK_V);
-            const float* mass = x.mass_e + static_cast<i64>(p.index) * x.D + p.column + lane_column(0);
+            float* const numbers = warp_columns(0);
+            mass.put(numbers);
 #pragma unroll
             for (int j = 0; j < 32; ++j) {
-                if (p.column + 8 * j + lane_column(0) >= x.D) continue;
-                const float2 m = __ldg(reinterpret_cast<const float2*>(mass + 8 * j));
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    sum[j][2 * i] += m.x * share;
-                    sum[j][2 * i + 1] += m.y * share;
-                }
+                for (int i = 0; i < 4; ++i) sum[j][i] += numbers[8 * j + lane_column(i % 2)] * share;
             }
         }
         if (x.norm) {

@@ -48,44 +48,54 @@ struct Products {
     }
 };
 
-/// One of them: of dE the rows of block ``index``, the longest first; of dC the entries of block ``index``. Its sum has
-/// ``count`` live tiles, the first of them at ``list`` of the plan's lists, its slot ``slot`` (of dE).
+/// One of them: of dE the rows of block ``index``, the longest first; of dC the entries of block ``index``.
 struct Product {
     bool of_e;
-    int index, column, count, slot;
-    i64 list;
+    int index, column;
 
-    __device__ __forceinline__ Product(const Arguments& x, const Products& all, int chunk, int nth) {
+    __device__ __forceinline__ Product(const Arguments& x, const Products& all, int nth) {
         of_e = nth < all.of_e;
         const int inside = of_e ? nth : nth - all.of_e;
         column = inside % all.tiles_d * TILE_V;
-        if (of_e) {
-            index = x.plan.B - 1 - inside / all.tiles_d;
-            const i64 where = static_cast<i64>(chunk) * x.plan.B + index;
+        index = of_e ? x.plan.B - 1 - inside / all.tiles_d : all.first + inside / all.tiles_d;
+    }
+};
+
+/// Its sum: ``count`` live tiles, the first of them at ``list`` of the plan's lists, its slot ``slot`` (of dE).
+struct Sum {
+    int count, slot;
+    i64 list;
+
+    __device__ __forceinline__ Sum(const Arguments& x, const Product& p, int chunk) {
+        if (p.of_e) {
+            const i64 where = static_cast<i64>(chunk) * x.plan.B + p.index;
             count = __ldg(x.plan.block_tiles + where);
             slot = __ldg(x.plan.block_slot + where);
-            list = static_cast<i64>(index) * x.plan.T + __ldg(x.plan.block_first + where);
+            list = static_cast<i64>(p.index) * x.plan.T + __ldg(x.plan.block_first + where);
         } else {
-            index = all.first + inside / all.tiles_d;
-            count = __ldg(x.plan.live_count + index);
+            count = __ldg(x.plan.live_count + p.index);
             slot = 0;
-            list = static_cast<i64>(index) * x.plan.B;
+            list = static_cast<i64>(p.index) * x.plan.B;
         }
     }
 };
 
-/// What an item of the plan is: one or two live tiles of a row block.
+/// What an item of the plan is: one or two live tiles of a row block, in two looks, the second of which needs the first.
 struct Item {
-    int block, slot, count, tile[2];
+    int block, slot, count, first, tile[2];
 
-    __device__ __forceinline__ Item(const Arguments& x, int chunk, int nth) {
+    __device__ __forceinline__ void look(const Arguments& x, int chunk, int nth) {
         const i64 where = static_cast<i64>(chunk) * x.plan.max_items + nth;
         block = __ldg(x.plan.item_block + where);
         slot = __ldg(x.plan.item_slot + where);
         count = __ldg(x.plan.item_tiles + where);
-        const i64 list = static_cast<i64>(block) * x.plan.T + __ldg(x.plan.item_first + where);
-        tile[0] = __ldg(x.plan.tile_list + list);
-        tile[1] = __ldg(x.plan.tile_list + list + (count > 1));
+        first = __ldg(x.plan.item_first + where);
+    }
+
+    __device__ __forceinline__ void look_at_tiles(const Arguments& x) {
+        const int* list = x.plan.tile_list + static_cast<i64>(block) * x.plan.T + first;
+        tile[0] = __ldg(list);
+        tile[1] = __ldg(list + (count > 1));
     }
 };
 

@@ -20,9 +20,9 @@ constexpr u32 BOX = 64 * 128;  // bytes of 64 rows of a box
 constexpr u32 A_BYTES = 2 * BOX;
 constexpr u32 B_BYTES = 4 * BOX;
 constexpr u32 STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int PRODUCER_REGISTERS = GATHER ? 64 : 40;
-constexpr int CONSUMER_REGISTERS = GATHER ? 216 : 232;
-static_assert(20 * STAGES + 8 <= 128, "room for the barriers and messages");
+constexpr int PRODUCER_REGISTERS = GATHER ? 56 : 40;
+constexpr int CONSUMER_REGISTERS = GATHER ? 224 : 232;
+static_assert(24 * STAGES + 8 <= 128, "room for the barriers and messages");
 
 /// Position in the ring: a stage and the parity of its round.
 struct Ring {
@@ -54,8 +54,8 @@ struct Pipeline {
     __device__ __forceinline__ u32 b(u32 stage) const { return a(stage) + A_BYTES; }
     __device__ __forceinline__ u32 full(u32 stage) const { return base + STAGES * STAGE_BYTES + 8 * stage; }
     __device__ __forceinline__ u32 empty(u32 stage) const { return full(stage) + 8 * STAGES; }
-    /// What who loads tells who multiplies with a stage; behind those two more, for those who load.
-    __device__ __forceinline__ u32 message(u32 stage) const { return full(2 * STAGES) + 4 * stage; }
+    /// What who loads tells who multiplies with a stage: two numbers. Behind those two more, for those who load.
+    __device__ __forceinline__ u32 message(u32 stage) const { return full(2 * STAGES) + 8 * stage; }
     __device__ __forceinline__ u32 rest() const { return full(0) + 128; }
 
     /// All threads of all blocks of the cluster.
@@ -78,9 +78,9 @@ struct Pipeline {
     }
 
     /// By a warp of the multipliers: the message that comes with the stage, when it is there.
-    __device__ __forceinline__ int read_message(const Ring& ring) const {
+    __device__ __forceinline__ int2 read_message(const Ring& ring) const {
         barrier_wait(full(ring.stage), ring.parity);
-        return load_shared(message(ring.stage));
+        return load_shared_two(message(ring.stage));
     }
 
     /// By a warp: its warpgroup has read the stage for the last time, here and what came from the other blocks.

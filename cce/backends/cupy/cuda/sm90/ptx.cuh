@@ -34,6 +34,16 @@ __device__ __forceinline__ int load_shared(u32 from) {
     return value;
 }
 
+__device__ __forceinline__ int2 load_shared_two(u32 from) {
+    int2 value;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(from) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_shared(u32 to, int2 value) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(value.x), "r"(value.y) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(u32 to, int value) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
