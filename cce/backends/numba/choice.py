@@ -1,0 +1,98 @@
+"""Which tiles a problem's kernels have: what changes their speed and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from cce.backends.numba.tile import Tile
+from cce.problem import Problem
+from cce.spec import Spec
+
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU, as far as the choice depends on it; with no multiprocessors it is the simulator."""
+
+    capability: tuple[int, int]
+    programs: int
+
+    @property
+    def hopper(self) -> bool:
+        """Compute capability 9.0: the only one with the instructions of ``wgmma.py``."""
+        return self.capability[0] == 9
+
+    @property
+    def simulated(self) -> bool:
+        return self.programs == 0
+
+
+SIMULATOR = GPU((8, 0), 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tiles of the forward, of dx of a chunk, of dx of live tiles, and of their products with c and with e.
+
+    Attributes:
+        pack: vocabulary blocks side by side in a tile of ``live``.
+        programs: blocks of threads that run at the same time.
+    """
+
+    forward: Tile
+    gradient: Tile
+    live: Tile
+    de: Tile
+    dc: Tile
+    pack: int
+    programs: int
+
+
+def gpu_of(device: str) -> GPU:
+    """The current GPU, or the simulator for tensors of the CPU."""
+    return SIMULATOR if device == "cpu" else _gpu(torch.cuda.current_device())
+
+
+@lru_cache
+def _gpu(index: int) -> GPU:
+    found = torch.cuda.get_device_properties(index)
+    return GPU((found.major, found.minor), found.multi_processor_count)
+
+
+def choose(problem: Problem, spec: Spec, gpu: GPU, ieee: bool) -> Choice:
+    """The tiles for a resolved spec."""
+    kind = _KINDS.get(problem.dtype) or ("ieee" if ieee else "tf32")
+    filtered = spec.filter != "none"
+    block_n, block_v = (spec.block_n or 16, spec.block_v or 16) if filtered else (128, 128)
+    widest = block_v if problem.maps(spec) else 16
+    return _choose(kind, widest, block_n, block_v, gpu)
+
+
+@lru_cache
+def _choose(kind: str, widest: int, block_n: int, block_v: int, gpu: GPU) -> Choice:
+    if gpu.simulated:
+        small = Tile(kind, 1, 1, max(32, widest), 3)
+        pack = max(1, 32 // block_v)
+        de, dc = (_rows(kind, rows, 32, 3) for rows in (block_n, min(block_v, 128)))
+        return Choice(small, small, _rows(kind, block_n, pack * block_v, 3), de, dc, pack, 2)
+    if gpu.hopper and kind != "ieee":
+        wide = Tile(kind, 8, 1, 256, 4, hopper=True)
+    else:
+        wide = Tile(kind, 8, 1, 256, 2) if widest == 256 else Tile(kind, 4, 2, 128, 3, resident=2)
+    pack = max(1, wide.columns // block_v)
+    live = wide if block_n == wide.rows and block_v <= wide.columns else _rows(kind, block_n, max(block_v, 64), 2)
+    pack = max(1, live.columns // block_v)
+    de, dc = (_rows(kind, rows, 128, 3) for rows in (block_n, min(block_v, 128)))
+    programs = gpu.programs * wide.resident
+    return Choice(wide, wide, live, de, dc, pack, programs)
+
+
+def _rows(kind: str, rows: int, columns: int, stages: int) -> Tile:
+    """A tile of so many rows: of 32 a warp, if there are as many and the columns leave it registers for them."""
+    parts = 2 if rows >= 32 and columns <= 128 else 1
+    warps = rows // (16 * parts)
+    return Tile(kind, warps, parts, columns, stages, resident=2 if warps <= 4 and columns <= 128 else 1)

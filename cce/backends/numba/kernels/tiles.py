@@ -1,0 +1,101 @@
+"""A tile of a matrix product: panels from global into shared memory, and from there into the matrix unit.
+
+Sizes, blocks and steps are named as in the kernels of the other backends; ``Tile`` says what a thread holds.
+"""
+
+from cce.backends.numba.device import SIMULATED, barrier, copies_commit, copies_wait, copy_16, function
+from cce.backends.numba.kernels.products import make_multiply
+from cce.backends.numba.tile import PANEL, PIECE, PIECES
+
+
+@function
+def spot(panel, row, piece):
+    """The address of 16 bytes of a panel: pieces of a row are swapped, so that those of 8 rows lie in all banks."""
+    return panel + PANEL * row + PIECE * (piece ^ (row & 7))
+
+
+def make_load_panel(rows, threads):
+    """The function that starts the copies of a panel of so many rows."""
+    step = threads // PIECES
+    copies = rows // step
+
+    @function
+    def load_panel(panel, matrix, row_starts, piece0, pieces, thread):
+        """One piece of each of ``copies`` rows; row_starts[n]: where in the matrix the row begins, -1: all zeros."""
+        row, piece = thread >> 3, thread & 7
+        inside = piece0 + piece < pieces
+        for n in range(copies):
+            start = row_starts[n]
+            copy_16(spot(panel, row + n * step, piece), matrix, start + piece0 + piece, inside and start >= 0)
+
+    return load_panel, copies
+
+
+def make_logit_tile(tile):
+    """Functions for the product of rows of e and of c: ``begin``, ``product`` and how many copies of each a thread makes."""
+    load_e, e_copies = make_load_panel(tile.rows, tile.threads)
+    load_c, c_copies = make_load_panel(tile.columns, tile.threads)
+    STAGES, AHEAD, STAGE, E_BYTES = tile.stages, tile.ahead, tile.stage_bytes, PANEL * tile.rows
+    arrived = copies_wait[AHEAD - 1]
+    multiply = None if tile.hopper else make_multiply(tile, False, False)
+
+    @function
+    def load(stage, step, e, c, e_rows, c_rows, pieces, thread):
+        """Panel number ``step`` of both factors, if there is one; one group of copies in any case."""
+        if step * PIECES < pieces:
+            load_e(stage, e, e_rows, step * PIECES, pieces, thread)
+            load_c(stage + E_BYTES, c, c_rows, step * PIECES, pieces, thread)
+        copies_commit()
+
+    @function
+    def begin(shared, e, c, e_rows, c_rows, pieces, thread):
+        """Starts the copies of the first panels. Nobody may still be reading others."""
+        for step in range(AHEAD):
+            load(shared + step * STAGE, step, e, c, e_rows, c_rows, pieces, thread)
+
+    @function
+    def product(z, shared, e, c, e_rows, c_rows, pieces, thread):
+        """z += e c^T, after ``begin``; in the end all panels are free."""
+        now, later = 0, AHEAD
+        for step in range((pieces + PIECES - 1) // PIECES):
+            arrived()
+            barrier()  # for everybody's copies; and all are done with the panel before
+            load(shared + later * STAGE, step + AHEAD, e, c, e_rows, c_rows, pieces, thread)
+            multiply(z, shared + now * STAGE, shared + now * STAGE + E_BYTES, thread)
+            now = now + 1 if now + 1 < STAGES else 0
+            later = later + 1 if later + 1 < STAGES else 0
+        barrier()
+
+    if tile.hopper and not SIMULATED:
+        product = make_hopper_product(tile, load)
+    return begin, product, e_copies, c_copies
+
+
+def make_hopper_product(tile, load):
+    """``product`` with the matrix unit that reads shared memory itself, and works on while the next copies start."""
+    from cce.backends.numba import wgmma
+
+    STAGES, AHEAD, STAGE, E_BYTES = tile.stages, tile.ahead, tile.stage_bytes, PANEL * tile.rows
+    arrived = copies_wait[AHEAD - 1]
+    fence_copies, panel_descriptor, finish_but_one = wgmma.fence_copies, wgmma.panel_descriptor, wgmma.finish_but_one
+    start_product, finish = wgmma.start_product(tile.columns, tile.kind), wgmma.finish_products(tile.columns)
+
+    @function
+    def product(z, shared, e, c, e_rows, c_rows, pieces, thread):
+        """z += e c^T, after ``begin``; in the end all panels are free."""
+        mine = (thread >> 7) * (64 * PANEL)  # four warps work together, on 64 rows
+        now, later = 0, AHEAD
+        for step in range((pieces + PIECES - 1) // PIECES):
+            arrived()
+            fence_copies()
+            barrier()
+            stage = shared + now * STAGE
+            start_product(z, panel_descriptor(stage + mine), panel_descriptor(stage + E_BYTES))
+            load(shared + later * STAGE, step + AHEAD, e, c, e_rows, c_rows, pieces, thread)
+            finish_but_one()
+            now = now + 1 if now + 1 < STAGES else 0
+            later = later + 1 if later + 1 < STAGES else 0
+        finish(z)
+        barrier()
+
+    return product

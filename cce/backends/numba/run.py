@@ -1,0 +1,96 @@
+"""The numba backend's kernels behind the contract of ``cce/backends/gpu/kernels.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.numba.choice import GPU, Choice, choose, gpu_of
+from cce.backends.numba.compile import statistics_kernel
+from cce.backends.numba.kernels.forward import Statistics
+from cce.problem import Problem
+from cce.spec import Spec
+
+
+def pieces_of(x: Tensor, columns: int | None = None) -> int:
+    """16-byte pieces of a row."""
+    return (x.shape[1] if columns is None else columns) * x.element_size() // 16
+
+
+def pitch_of(x: Tensor) -> int:
+    """16-byte pieces from row to row."""
+    return x.stride(0) * x.element_size() // 16 if len(x) > 1 else pieces_of(x)
+
+
+class NumbaKernels(Kernels):
+    """Compiled for the options of a call, when it is made."""
+
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        return []
+
+    def sizes(self, problem: Problem, spec: Spec) -> Sizes:
+        choice = _choice(problem, spec, True)
+        return Sizes(
+            choice.forward.rows, choice.forward.columns, choice.gradient.rows, choice.gradient.columns, choice.pack,
+            choice.programs,
+        )  # fmt: skip
+
+    def statistics(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+    ) -> None:
+        tile = _choice(problem, spec, formula.ieee).forward
+        kernel = statistics_kernel(
+            Statistics(
+                tile, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
+                online=spec.lse_accumulation == "online", entropy=splits.gap is not None,
+                weighted=splits.weighted is not None, prediction=splits.best is not None, maps=tiles is not None,
+                element=tiles is not None and tiles.max is not None,
+                tile_entropy=tiles is not None and tiles.entropy is not None,
+                block_v=(spec.block_v or 0) if tiles is not None else 0,
+            )
+        )  # fmt: skip
+        n, count = len(e), len(splits.max)
+        maps = (None, None, None) if tiles is None else (tiles.lse, tiles.max, tiles.entropy)
+        kernel(
+            -(-n // tile.rows) * count, e, c, formula.bias, weight, splits.max, splits.sum, splits.gap, splits.weighted,
+            splits.best, *maps, n, len(c), pieces_of(e), pitch_of(e), pitch_of(c), count, first // tile.columns,
+            formula.scale, formula.softcap or 0.0,
+        )  # fmt: skip
+
+    def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
+        raise NotImplementedError
+
+    def gradient(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        rows: Rows,
+        weight: Tensor | None,
+        first: int,
+        dz: Tensor,
+        column_sums: Tensor | None,
+    ) -> None:
+        raise NotImplementedError
+
+    def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
+        raise NotImplementedError
+
+
+def _choice(problem: Problem, spec: Spec, ieee: bool) -> Choice:
+    return choose(problem, spec, gpu_of(problem.device), ieee)
