@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.numba.choice import GPU, Choice, choose, gpu_of
-from cce.backends.numba.compile import statistics_kernel
+from cce.backends.numba.compile import gradient_kernel, statistics_kernel
 from cce.backends.numba.kernels.forward import Statistics
+from cce.backends.numba.kernels.gradient import Gradient
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -86,7 +87,21 @@ class NumbaKernels(Kernels):
         dz: Tensor,
         column_sums: Tensor | None,
     ) -> None:
-        raise NotImplementedError
+        choice = _choice(problem, spec, formula.ieee)
+        tile = choice.gradient
+        kernel = gradient_kernel(
+            Gradient(
+                tile, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
+                entropy=rows.h is not None, weighted=weight is not None, sums=column_sums is not None,
+                one_target=problem.k == 1,
+            )
+        )  # fmt: skip
+        tiles = -(-len(e) // tile.rows) * -(-len(c) // tile.columns)
+        kernel(
+            min(tiles, choice.programs), e, c, formula.bias, weight, dz, column_sums, rows.lse, rows.entropy, rows.a,
+            rows.g, rows.h, rows.s, rows.targets, len(e), len(c), problem.k, pieces_of(e), pitch_of(e), pitch_of(c),
+            dz.stride(0), first, formula.scale, formula.softcap or 0.0,
+        )  # fmt: skip
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         raise NotImplementedError
