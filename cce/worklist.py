@@ -32,16 +32,15 @@ def work_list(
     spec: Spec,
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
+    in_use: Tensor | None = None,
 ) -> WorkList:
-    """The live tiles under a resolved ``spec``, without a host synchronisation; takes up to 3 bytes a (row, tile)."""
+    """The live tiles under a resolved ``spec``, without a host synchronisation; takes up to 3 bytes a (row, tile).
+
+    Rows that are not ``in_use`` (N,) come last: the blocks of the others are those of a call without such rows.
+    """
     hit = _hits(inputs, problem, spec, maps, upstream)  # (T, N)
     n, block_n = problem.n, _size(spec.block_n)
-    if spec.row_order == "live" and block_n > 1:
-        # A sum of flags widens them to 8 bytes first: a few tiles at a time.
-        hits = torch.stack([tiles.sum(0) for tiles in hit.split(16)]).sum(0)
-        row_order = hits.argsort(stable=True)
-    else:
-        row_order = torch.arange(n, device=hit.device)
+    row_order = _row_order(hit, spec, in_use)
     blocks = -(-n // block_n)
     hit = hit.index_select(1, row_order)  # one (T, N) at a time: rebinding lets the last one go
     if blocks * block_n != n:
@@ -52,6 +51,19 @@ def work_list(
         0, row_order, torch.arange(n, device=row_order.device) // block_n
     )
     return WorkList(row_order, live.T, live.index_select(1, block_of_row))
+
+
+def _row_order(hit: Tensor, spec: Spec, in_use: Tensor | None) -> Tensor:
+    """(N,) rows by their number of hits, or as they are; stable."""
+    tiles, n = hit.shape
+    if spec.row_order != "live" or _size(spec.block_n) == 1:
+        return torch.arange(n, device=hit.device) if in_use is None else (~in_use).to(torch.int8).argsort(stable=True)
+    # A sum of flags widens them first: a few tiles at a time.
+    step = max(16, spec.scratch_bytes // (16 * n))
+    hits = torch.stack([part.sum(0, dtype=torch.int32) for part in hit.split(step)]).sum(0)
+    if in_use is not None:
+        hits = torch.where(in_use, hits, tiles + 1)
+    return hits.argsort(stable=True)
 
 
 def all_live(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> WorkList:

@@ -8,6 +8,7 @@ import contract
 import pytest
 import torch
 from contract_cases import CASES
+from doubles import DenseKernels
 from plain import PlainKernels, logits
 
 from cce.backends.gpu.kernels import Sizes
@@ -19,6 +20,13 @@ OTHER = Sizes(forward_rows=16, forward_columns=256, gradient_rows=16, gradient_c
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_plain_kernels_meet_it(case):
     _, passed, message = contract.run_case(PlainKernels(OTHER), case)
+    assert passed, message
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.method == "live"], ids=str)
+def test_dense_kernels_meet_it(case):
+    """Which read the plan in another way, so that the cases are not compared with themselves alone."""
+    _, passed, message = contract.run_case(DenseKernels(OTHER), case)
     assert passed, message
 
 

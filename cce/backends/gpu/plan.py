@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from cce.backends.gpu.sizes import cdiv
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,83 @@ class Plan:
     item_slot: Tensor
     item_tiles: Tensor
     items: Tensor
+
+
+def make(live: Tensor, slots: int, pack: int) -> Plan:
+    """The plan for ``slots`` tiles of scratch memory, ``pack`` of which one program computes at a time.
+
+    Args:
+        live: (T, B) bool, the live tiles.
+        slots: 2 B at least; more than all tiles take are not used.
+        pack: tiles of an item.
+    """
+    tiles, blocks = live.shape
+    slots = min(slots, blocks * tiles + blocks)
+    step = slots - blocks + 1  # a chunk's last vocabulary block begins before its step ends, and may bring B tiles
+    chunks = cdiv(blocks * tiles + 1, step)
+    before, in_column = _counts(live.T), _counts(live)  # (B, T + 1), (T, B + 1)
+    live_count = in_column[:, -1].contiguous()
+    earlier = _counts(live_count[None])[0]  # (T + 1,) live tiles of the vocabulary blocks before each
+    chunk_start = torch.searchsorted(earlier[:-1], step * _range(chunks + 1, live), out_int32=True)
+    starts = before.index_select(1, chunk_start).T  # (chunks + 1, B)
+    block_first, block_tiles = starts[:-1].contiguous(), starts.diff(dim=0).contiguous()
+    block_slot = _counts(block_tiles)[:, :-1].contiguous()
+
+    # Of each tile (T, B): how many of its row block's tiles precede it in its chunk, and its slot.
+    chunk = earlier[:-1] // step
+    rank = before[:, :-1].T - block_first.index_select(0, chunk)
+    slot = block_slot.index_select(0, chunk) + rank
+    count = (block_tiles.index_select(0, chunk) - rank).clamp_(max=pack)
+    place = before[:, :-1].T  # in the row block's list
+    block = _range(blocks, live).expand(tiles, blocks)
+    (tile_list,) = _live_first(live.T, before, _range(tiles, live).expand(blocks, tiles))
+    block_list, slot_list = _live_first(live, in_column, block, slot)
+    begins = live & (rank % pack == 0)
+    items, (item_block, item_first, item_slot, item_tiles) = _items(
+        begins, chunk, chunk_start, slots, block, place, slot, count
+    )
+    return Plan(
+        chunks, slots, tile_list, live_count, block_list, slot_list, chunk_start, block_slot, block_tiles, block_first,
+        item_block, item_first, item_slot, item_tiles, items,
+    )  # fmt: skip
+
+
+def _range(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, dtype=torch.int32, device=like.device)
+
+
+def _counts(x: Tensor) -> Tensor:
+    """(rows, columns + 1) int32: the sum of what precedes each column; last that of all."""
+    return torch.nn.functional.pad(x.cumsum(1, dtype=torch.int32), (1, 0))
+
+
+def _live_first(live: Tensor, before: Tensor, *values: Tensor) -> list[Tensor]:
+    """Each row's values of live tiles, in their order, then the others; ``before`` counts the live ones."""
+    rows, columns = live.shape
+    column = _range(columns, live)
+    behind = before[:, -1:] + column - before[:, :-1]  # places of those that are not live
+    place = torch.where(live, before[:, :-1], behind) + columns * _range(rows, live)[:, None]
+    index = place.flatten().to(torch.int64)
+    found = (torch.empty(rows * columns, dtype=torch.int32, device=live.device) for _ in values)
+    return [x.scatter_(0, index, value.flatten()).view(rows, columns) for x, value in zip(found, values, strict=True)]
+
+
+def _items(
+    begins: Tensor, chunk: Tensor, chunk_start: Tensor, slots: int, *values: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """How many items each chunk has, (chunks,); and (chunks, slots) of each of the values (T, B), in the items' order.
+
+    ``begins`` (T, B): an item begins with the tile. ``chunk`` (T,) that a vocabulary block belongs to.
+    """
+    chunks, blocks = len(chunk_start) - 1, begins.shape[1]
+    number = _counts(begins.reshape(1, -1))[0]  # of all items, by vocabulary block and then by row block
+    first = number[::blocks].index_select(0, chunk_start)  # (chunks + 1,)
+    place = chunk * slots - first.index_select(0, chunk)  # (T,)
+    place = place[:, None] + number[:-1].view(begins.shape)
+    nobody = chunks * slots  # where tiles that begin no item go
+    index = torch.where(begins, place, nobody).flatten().to(torch.int64)
+    tables = []
+    for value in values:
+        table = torch.zeros(nobody + 1, dtype=torch.int32, device=begins.device)
+        tables.append(table.scatter_(0, index, value.flatten())[:-1].view(chunks, slots))
+    return first.diff(), tables

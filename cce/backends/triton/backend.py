@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, least_scratch, logits_bytes
+from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, least_scratch, logits_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList

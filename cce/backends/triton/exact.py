@@ -2,60 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.products import product, write_product
+from cce.backends.gpu.sizes import cdiv, pitch, windows
+from cce.backends.gpu.used_rows import of_used_rows
 from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weights_of
 from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
 from cce.backends.triton.kernels.gradient import dense_kernel
 from cce.backends.triton.operands import matrix
 from cce.backends.triton.repeat import Repeated
-from cce.backends.triton.sizes import cdiv, pitch
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
-from cce.rows import rows_in_use, rows_of, used_rows
 from cce.spec import Spec
 
 
 def exact(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """The gradients; rows without a target are left out, which takes one question to the GPU.
+    """The gradients; rows without a target are left out."""
 
-    While a CUDA graph is captured nothing can be asked: then such rows are computed as zeros. In what order the
-    vocabulary is taken makes no difference here.
-    """
-    inputs = replace(inputs, vocab_order=None)
-    if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():
-        e = torch.where(used_rows(inputs)[:, None], inputs.e, 0)
-        inputs = replace(inputs, e=e)
+    def of_rows(
+        inputs: Inputs[Tensor], problem: Problem, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
+    ) -> Gradients[Tensor]:
         return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
-    rows, targets = rows_in_use(inputs.targets, inputs.in_use)
-    if rows is None:
-        return _exact(Call.of(inputs, problem, spec), inputs, outputs, upstream)
-    if len(rows) == 0:
-        return _nothing(inputs, problem)
-    used = rows if inputs.rows is None else inputs.rows.index_select(0, rows)
-    part = replace(inputs, targets=targets, rows=used, in_use=None)
-    part_problem = replace(problem, n=len(targets))
-    call = Call.of(part, part_problem, spec)
-    found = _exact(call, part, rows_of(outputs, rows), rows_of(upstream, rows))
-    if found.de is None:
-        return found
-    de = found.de.new_zeros(problem.n, problem.d).index_copy_(0, rows, found.de)
-    return replace(found, de=de)
 
-
-def _nothing(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]:
-    """The gradients of no row at all."""
-    c = inputs.c
-    return Gradients(
-        c.new_zeros(problem.n, problem.d) if problem.grad_e else None,
-        c.new_zeros(problem.v, problem.d) if problem.grad_c else None,
-        c.new_zeros(problem.v, dtype=torch.float32) if problem.grad_bias else None,
-    )
+    return of_used_rows(of_rows, inputs, problem, outputs, upstream)
 
 
 def _exact(
@@ -87,25 +60,18 @@ def _chunks(
     call: Call, inputs: Inputs[Tensor], formula: Formula, dc: Tensor | None, dbias: Tensor | None
 ) -> Tensor | None:
     """The float32 sum of dE; writes dC and dbias. The scratch memory is given back before dE is made of the sum."""
-    problem, step, total = call.problem, _columns(call), None
-    scratch = call.empty(problem.n * pitch(min(step, problem.v)), dtype=problem.dtype)
+    problem, total = call.problem, None
+    row_bytes = problem.n * problem.dtype.itemsize
+    places = windows(problem.v, call.launch.dense.columns, row_bytes, call.spec.scratch_bytes)
+    scratch = call.empty(problem.n * pitch(places[0][1]), dtype=problem.dtype)
     launch = _dz(call, inputs, formula)
-    for v0 in range(0, problem.v, step):
-        v1 = min(problem.v, v0 + step)
+    for v0, v1 in places:
         dz = _chunk(call, launch, scratch, v0, v1, dbias)
         if problem.grad_e:
-            total = _add_product(dz, _rows_of_c(call, v0, v1), total)
+            total = product(dz, _rows_of_c(call, v0, v1), torch.float32, total)
         if dc is not None:
-            _write(call, dc, v0, v1, dz)
+            write_product(dz.T, call.e, dc[v0:v1])
     return total
-
-
-def _columns(call: Call) -> int:
-    """Of a chunk: what fits into the scratch memory, in chunks of about equal size, whole tiles each."""
-    problem, tile = call.problem, call.launch.dense.columns
-    fit = max(tile, call.spec.scratch_bytes // (problem.n * problem.dtype.itemsize) // tile * tile)
-    chunks = cdiv(problem.v, fit)
-    return cdiv(cdiv(problem.v, chunks), tile) * tile
 
 
 def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
@@ -140,30 +106,3 @@ def _chunk(call: Call, launch: Repeated, scratch: Tensor, v0: int, v1: int, dbia
 def _rows_of_c(call: Call, v0: int, v1: int) -> Tensor:
     """(v1 - v0, D) rows of ``c`` in the products' dtype; a view where no copy is needed."""
     return call.c[v0:v1].to(call.problem.dtype)
-
-
-def _add_product(dz: Tensor, c: Tensor, total: Tensor | None) -> Tensor:
-    """total + dz c in float32."""
-    if dz.dtype == torch.float32:
-        return torch.mm(dz, c) if total is None else total.addmm_(dz, c)
-    if total is None:
-        return product(dz, c, torch.float32)
-    return product(dz, c, torch.float32, total)
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor:
-    """a b, added to ``total`` in place, of a dtype wider than the factors'."""
-    if a.device.type == "cpu":  # the interpreter: the library has no such product there
-        product = torch.mm(a.to(dtype), b.to(dtype))
-        return product if total is None else total.add_(product)
-    if total is None:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
-
-
-def _write(call: Call, dc: Tensor, v0: int, v1: int, dz: Tensor) -> None:
-    """Rows of dC, dz^T e, in the dtype of ``c``."""
-    if dc.dtype == call.e.dtype:
-        torch.mm(dz.T, call.e, out=dc[v0:v1])
-    else:
-        dc[v0:v1] = torch.mm(dz.T, call.e)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.products import product
+from cce.backends.gpu.sizes import cdiv, row_blocks, slot_bytes
 from cce.backends.triton import plan as plans
 from cce.backends.triton.call import Call
-from cce.backends.triton.exact import product
 from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
 from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel
 from cce.backends.triton.kernels.gradient import sparse_kernel
 from cce.backends.triton.kernels.products import dbias_kernel, products_kernel
 from cce.backends.triton.operands import dot_dtype, gather, matrix, needs_wide, tma_ready
 from cce.backends.triton.repeat import Repeated
-from cce.backends.triton.sizes import cdiv, row_blocks, slot_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Upstream
 from cce.rows import used_rows
 from cce.worklist import WorkList, target_positions

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.sizes import busiest_splits, cdiv, power_of_two, windows
 from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.compensation import mean_rows_kernel
 from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
 from cce.backends.triton.operands import gather
-from cce.backends.triton.sizes import cdiv, power_of_two
 from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
 from cce.rows import used_rows
 from cce.spec import Spec
@@ -90,24 +90,16 @@ def _target_kernel(call: Call, c: Tensor, bias: Tensor | None, targets: Tensor, 
 
 def _windows(call: Call, ordered: bool) -> list[tuple[int, int]]:
     """Places of the vocabulary: all, or where it has an order pieces whose rows of ``c`` fit into the scratch."""
-    v, tile = call.problem.v, call.launch.forward.columns
-    step = v
-    if ordered:
-        step = max(tile, call.spec.scratch_bytes // (call.problem.d * call.c.element_size()) // tile * tile)
-        step = cdiv(cdiv(v, cdiv(v, step)), tile) * tile  # of about equal size
-    return [(v0, min(v, v0 + step)) for v0 in range(0, v, step)]
+    if not ordered:
+        return [(0, call.problem.v)]
+    row_bytes = call.problem.d * call.c.element_size()
+    return windows(call.problem.v, call.launch.forward.columns, row_bytes, call.spec.scratch_bytes)
 
 
 def _splits(call: Call, tiles: int) -> int:
-    """The number of splits that keeps the multiprocessors busiest: a program walks all tiles of its split."""
+    """The number of splits: a program walks all tiles of its split."""
     most = max(1, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * call.problem.n)))
-    blocks, programs = cdiv(call.problem.n, call.launch.forward.rows), call.launch.programs
-
-    def rounds(splits: int) -> int:
-        """Tiles one after the other on the busiest multiprocessor, about."""
-        return cdiv(blocks * splits, programs) * cdiv(tiles, splits)
-
-    return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
+    return busiest_splits(cdiv(call.problem.n, call.launch.forward.rows), tiles, call.launch.programs, most)
 
 
 def _statistics(

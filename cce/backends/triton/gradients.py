@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.sizes import cdiv
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weighted_rows, weights_of
 from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
-from cce.backends.triton.sizes import cdiv
 from cce.problem import Inputs, Outputs, Upstream
 from cce.worklist import target_positions
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cce.backends.triton.sizes import BLOCKS_N, BLOCKS_V, LEAST_COLUMNS
+from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, LEAST_COLUMNS
 from cce.problem import Problem
 from cce.spec import Spec
 

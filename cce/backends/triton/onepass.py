@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.sizes import cdiv, pitch
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call, multiprocessors
 from cce.backends.triton.forward import target_logits_of
 from cce.backends.triton.kernels.onepass import join_kernel, multiply_kernel, scale_kernel, store_kernel
 from cce.backends.triton.operands import matrix
-from cce.backends.triton.sizes import cdiv, pitch
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.spec import Spec
 

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cce.backends.gpu.sizes import cdiv, power_of_two
 from cce.backends.triton.kernels.rows import gather_kernel
-from cce.backends.triton.sizes import cdiv, power_of_two
 
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.sizes import cdiv, power_of_two, row_blocks
 from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.worklist import (
     blocks_kernel,
@@ -24,7 +25,6 @@ from cce.backends.triton.kernels.worklist import (
     rows_kernel,
     scan_kernel,
 )
-from cce.backends.triton.sizes import cdiv, power_of_two, row_blocks
 from cce.problem import Maps, Upstream
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cce import checks, ops, registry
+from cce.backends.gpu.sizes import power_of_two
 from cce.backends.triton.call import gpu_of
 from cce.backends.triton.launch import Device, Launch, shipped
-from cce.backends.triton.sizes import power_of_two
 from cce.backends.triton.tunecache import key_of
 from cce.backends.triton.tuning import Runner, Timer, Trial
 from cce.backends.triton.work import Work

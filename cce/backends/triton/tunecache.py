@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from cce.backends.gpu.sizes import power_of_two
 from cce.backends.triton.launch import TILES, Device, Tile
-from cce.backends.triton.sizes import power_of_two
 from cce.problem import Problem
 from cce.spec import Spec
 

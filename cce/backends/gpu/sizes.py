@@ -1,4 +1,4 @@
-"""What fits into the scratch memory; from metadata alone, without Triton."""
+"""Sizes that the GPU backends' host code has in common: blocks, scratch memory, splits; from metadata alone."""
 
 from __future__ import annotations
 
@@ -49,3 +49,23 @@ def least_scratch(problem: Problem, spec: Spec) -> int:
     if spec.filter == "none":
         return problem.n * LEAST_COLUMNS * problem.dtype.itemsize
     return 2 * row_blocks(problem, spec) * slot_bytes(problem, spec)
+
+
+def windows(places: int, tile: int, row_bytes: int, budget: int) -> list[tuple[int, int]]:
+    """Runs of whole tiles, of about equal size, whose rows fit into ``budget`` bytes; one tile at least."""
+    step = max(tile, budget // row_bytes // tile * tile)
+    step = cdiv(cdiv(places, cdiv(places, step)), tile) * tile
+    return [(v0, min(places, v0 + step)) for v0 in range(0, places, step)]
+
+
+def busiest_splits(blocks: int, tiles: int, programs: int, most: int) -> int:
+    """The number of splits, ``most`` at most, that keeps the multiprocessors busiest.
+
+    ``blocks`` row blocks times the splits are shared by ``programs``; each walks all tiles of its split.
+    """
+
+    def rounds(splits: int) -> int:
+        """Tiles one after the other on the busiest multiprocessor, about."""
+        return cdiv(blocks * splits, programs) * cdiv(tiles, splits)
+
+    return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))

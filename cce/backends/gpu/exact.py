@@ -1,0 +1,96 @@
+"""The exact backward: chunks of the vocabulary, recomputed by a kernel, multiplied by the library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
+from cce.backends.gpu.kernels import Formula, Kernels
+from cce.backends.gpu.operands import Call, Windows
+from cce.backends.gpu.products import product, write_product
+from cce.backends.gpu.sizes import cdiv, pitch, windows
+from cce.backends.gpu.used_rows import of_used_rows
+from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+
+def exact(
+    kernels: Kernels,
+    inputs: Inputs[Tensor],
+    problem: Problem,
+    spec: Spec,
+    outputs: Outputs[Tensor],
+    upstream: Upstream[Tensor],
+) -> Gradients[Tensor]:
+    """The gradients; rows without a target are left out."""
+
+    def of_rows(
+        inputs: Inputs[Tensor], problem: Problem, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
+    ) -> Gradients[Tensor]:
+        return _exact(Call.of(kernels, inputs, problem, spec), inputs, outputs, upstream)
+
+    return of_used_rows(of_rows, inputs, problem, outputs, upstream)
+
+
+def _exact(
+    call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]
+) -> Gradients[Tensor]:
+    """dE accumulates in float32 over the chunks; dC of a chunk is complete at once, and written once."""
+    problem, found = call.problem, Scaled.of(call, inputs, outputs, upstream)
+    dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
+    dbias = call.empty(problem.v) if problem.grad_bias else None
+    total = _chunks(call, inputs, found, dc, dbias)
+    de = None
+    if total is not None:
+        if found.s is not None:
+            add_mean_logit_to_de(call, inputs.logit_weight, found.s, total)
+        de = rounded_de(call, total, found.norm)
+    if found.norm is not None:  # a power of two: exact, but where a float16 leaves its range
+        for x in (dc, dbias):
+            if x is not None:
+                x.mul_(found.norm)
+    if found.s is not None:
+        add_mean_logit_to_entries(call, inputs.logit_weight, found.s, found.norm, dc, dbias)
+    return Gradients(de, dc, dbias)
+
+
+def _chunks(
+    call: Call, inputs: Inputs[Tensor], found: Scaled, dc: Tensor | None, dbias: Tensor | None
+) -> Tensor | None:
+    """The float32 sum of dE; writes dC and dbias. The scratch memory is given back before dE is made of the sum."""
+    problem, total = call.problem, None
+    rows_of_c = Windows(call, ordered=False)
+    row_bytes = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes
+    places = windows(problem.v, call.sizes.gradient_columns, row_bytes, call.spec.scratch_bytes)
+    scratch = call.empty(problem.n * pitch(places[0][1]), dtype=problem.dtype)
+    weight = None if found.rows.s is None else call.weights(inputs.logit_weight)
+    for v0, v1 in places:
+        c, formula = rows_of_c.at(v0, v1)
+        dz = _dz(call, found, c, formula, None if weight is None else weight[v0:v1], scratch, v0, dbias)
+        if problem.grad_e:
+            total = product(dz, c[:, : problem.d], torch.float32, total)
+        if dc is not None:
+            write_product(dz.T, call.own_e, dc[v0:v1])
+    return total
+
+
+def _dz(
+    call: Call,
+    found: Scaled,
+    c: Tensor,
+    formula: Formula,
+    weight: Tensor | None,
+    scratch: Tensor,
+    v0: int,
+    dbias: Tensor | None,
+) -> Tensor:
+    """(N, columns): dx of a chunk; its column sums go into ``dbias``."""
+    n, columns = call.problem.n, len(c)
+    width = pitch(columns)
+    dz = scratch[: n * width].view(n, width)[:, :columns]
+    sums = None if dbias is None else call.empty(cdiv(n, call.sizes.gradient_rows), columns)
+    call.kernels.gradient(call.problem, call.spec, call.e, c, formula, found.rows, weight, v0, dz, sums)
+    if dbias is not None and sums is not None:
+        torch.sum(sums, 0, out=dbias[v0 : v0 + columns])
+    return dz

@@ -1,0 +1,85 @@
+"""What both backwards share: the formula's numbers of each row, and the gradient of a mean logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.forward import weighted_rows
+from cce.backends.gpu.kernels import Rows
+from cce.backends.gpu.operands import Call
+from cce.backends.scaling import norm_of, scaled
+from cce.problem import Inputs, Outputs, Upstream
+from cce.worklist import target_positions
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The gradients of the outputs, as the products take them.
+
+    Attributes:
+        rows: what dx is made from.
+        norm: a power of two (a tensor of one number) that they have been divided by, or None.
+        s: (N,) of the weighted logit where it is no part of dx, which is without a softcap; or None.
+    """
+
+    rows: Rows
+    norm: Tensor | None
+    s: Tensor | None
+
+    @classmethod
+    def of(cls, call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]) -> Scaled:
+        norm = norm_of(upstream, call.problem.dtype)
+        factors = scaled(upstream, call.problem.logit_scale, norm)
+        s = None if factors.s is None else factors.s.contiguous()
+        capped, entropy = call.problem.softcap is not None, factors.h is not None
+        rows = Rows(
+            lse=outputs.lse.contiguous(),
+            a=factors.a.contiguous(),
+            g=factors.g.contiguous(),
+            targets=target_positions(inputs).to(torch.int32).contiguous(),
+            entropy=outputs.entropy.contiguous() if entropy and outputs.entropy is not None else None,
+            h=None if factors.h is None else factors.h.contiguous(),
+            s=s if capped else None,
+        )
+        return cls(rows, norm, None if capped else s)
+
+
+def add_mean_logit_to_de(call: Call, logit_weight: Tensor | None, s: Tensor, total: Tensor) -> None:
+    """dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``total`` (N, D) may be padded."""
+    total[:, : call.problem.d].addr_(s, weighted_rows(call, logit_weight))
+
+
+def add_mean_logit_to_entries(
+    call: Call, logit_weight: Tensor | None, s: Tensor, norm: Tensor | None, dc: Tensor | None, dbias: Tensor | None
+) -> None:
+    """The same of dC and dbias: dC_v += u_v sum_i s_i e_i, dbias_v += u_v sum_i s_i; added in float32, rounded once."""
+    s, u = s if norm is None else s * norm, call.weights(logit_weight)
+    if dbias is not None:
+        dbias.add_(u * s.sum())
+    if dc is None:
+        return
+    step = max(1, call.spec.scratch_bytes // (16 * call.problem.d))
+    total = torch.zeros(call.problem.d, device=call.e.device)
+    for e, part in zip(call.own_e.split(step), s.split(step), strict=True):
+        total += part @ torch.where((part != 0)[:, None], e, 0).to(
+            torch.float32
+        )  # a row that does not count may be NaN
+    for rows, part in zip(dc.split(step), u.split(step), strict=True):
+        rows.copy_(torch.addcmul(rows.to(torch.float32), part[:, None], total[None]))
+
+
+def rounded_de(call: Call, total: Tensor, norm: Tensor | None, row_order: Tensor | None = None) -> Tensor:
+    """dE (N, D) in its dtype from the float32 sum, whose rows are in ``row_order``; ``total`` may be overwritten."""
+    dtype, total = call.problem.de_dtype, total[:, : call.problem.d]
+    if norm is not None:
+        total.mul_(norm)
+    if row_order is None:
+        return total.to(dtype)
+    de = call.empty(*total.shape, dtype=dtype)
+    step = max(1, call.spec.scratch_bytes // (8 * call.problem.d))
+    for rows, index in zip(total.split(step), row_order.split(step), strict=True):
+        de.index_copy_(0, index, rows.to(dtype))
+    return de

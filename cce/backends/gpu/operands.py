@@ -1,0 +1,144 @@
+"""Operands as the kernels take them: aligned, in the products' dtype; copied only where they are not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.kernels import Formula, Kernels, Sizes
+from cce.backends.gpu.sizes import cdiv
+from cce.problem import Inputs, Problem
+from cce.spec import Spec
+
+_ALIGNMENT = 16  # bytes, of rows
+
+
+def padded(d: int, dtype: torch.dtype) -> int:
+    """D and what makes a row of it a multiple of 16 bytes."""
+    unit = _ALIGNMENT // dtype.itemsize
+    return cdiv(d, unit) * unit
+
+
+def is_aligned(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a matrix is in the products' dtype and its rows begin, end and follow one another at whole 16 bytes."""
+    rows = x.shape[1] <= x.stride(0) and x.stride(1) == 1
+    sizes = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
+    return x.dtype == dtype and rows and not any(size % _ALIGNMENT for size in sizes)
+
+
+def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
+    """``x``, or its rows ``index``: as it is if that will do, else a copy, in the first rows of ``buffer`` if given."""
+    if index is None and is_aligned(x, dtype):
+        return x
+    rows, d = len(x) if index is None else len(index), x.shape[1]
+    out = x.new_empty(rows, padded(d, dtype), dtype=dtype) if buffer is None else buffer[:rows]
+    if index is None:
+        out[:, :d].copy_(x)
+    elif x.dtype == dtype and out.shape[1] == d:
+        torch.index_select(x, 0, index, out=out)
+    else:
+        out[:, :d].copy_(x.index_select(0, index))
+    out[:, d:].zero_()
+    return out
+
+
+@dataclass(frozen=True)
+class Call:
+    """A problem and the kernels that run it.
+
+    Attributes:
+        spec: resolved.
+        e: (N, D) aligned, rows in use only. c: (V, D) as given. bias: (V,) float32 or None.
+        order: (V,) vocabulary order or None.
+    """
+
+    kernels: Kernels
+    problem: Problem
+    spec: Spec
+    sizes: Sizes
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None
+    order: Tensor | None
+
+    @classmethod
+    def of(cls, kernels: Kernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
+        e = aligned(inputs.e, problem.dtype, inputs.rows)
+        bias = None if inputs.bias is None else inputs.bias.to(torch.float32).contiguous()
+        return cls(kernels, problem, spec, kernels.sizes(problem, spec), e, inputs.c, bias, inputs.vocab_order)
+
+    @property
+    def block_n(self) -> int:
+        assert self.spec.block_n is not None
+        return self.spec.block_n
+
+    @property
+    def block_v(self) -> int:
+        assert self.spec.block_v is not None
+        return self.spec.block_v
+
+    @property
+    def tiles(self) -> int:
+        """T, the number of vocabulary blocks."""
+        return self.spec.tiles(self.problem.v)
+
+    @property
+    def own_e(self) -> Tensor:
+        """(N, D) without padding."""
+        return self.e[:, : self.problem.d]
+
+    @property
+    def formula(self) -> Formula:
+        """Of logits of the whole vocabulary."""
+        ieee = torch.get_float32_matmul_precision() == "highest"
+        return Formula(self.bias, self.problem.logit_scale, self.problem.softcap, ieee)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.e.new_empty(shape, dtype=dtype)
+
+    def weights(self, logit_weight: Tensor | None) -> Tensor:
+        """(V,) float32 weights u of the entries; 1 / V each if none are given."""
+        if logit_weight is None:
+            return torch.full((self.problem.v,), 1 / self.problem.v, device=self.e.device)
+        return logit_weight.to(torch.float32)
+
+
+class Windows:
+    """Rows of ``c`` of places that follow one another; copied, window by window, where ``c`` is not as kernels take it.
+
+    Args:
+        call: whose ``c`` it is; in its order, if ``ordered``.
+        ordered: places are those of the vocabulary order, not entries.
+    """
+
+    def __init__(self, call: Call, ordered: bool) -> None:
+        self._call, self._order = call, call.order if ordered else None
+        self._formula = call.formula
+        self.copied = self._order is not None or not is_aligned(call.c, call.problem.dtype)
+        self._buffer: Tensor | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """What a place takes of the scratch memory."""
+        dtype = self._call.problem.dtype
+        return padded(self._call.problem.d, dtype) * dtype.itemsize if self.copied else 0
+
+    def at(self, v0: int, v1: int) -> tuple[Tensor, Formula]:
+        """Rows v0 to v1, and their formula; until the next call. The first window is the largest."""
+        dtype, index = self._call.problem.dtype, None
+        if self.copied and self._buffer is None:
+            self._buffer = self._call.empty(v1 - v0, padded(self._call.problem.d, dtype), dtype=dtype)
+        c = self._call.c
+        if self._order is None:
+            c = c[v0:v1]
+        else:
+            index = self._order[v0:v1]
+        return aligned(c, dtype, index, self._buffer), replace(self._formula, bias=self.of(self._call.bias, v0, v1))
+
+    def of(self, x: Tensor | None, v0: int, v1: int) -> Tensor | None:
+        """What belongs to these places of a vector with a number an entry."""
+        if x is None:
+            return None
+        return x[v0:v1] if self._order is None else x.index_select(0, self._order[v0:v1])

@@ -1,0 +1,26 @@
+"""Products of the library, of narrow factors into a wide sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor:
+    """a b, added to ``total`` in place, of a dtype not narrower than the factors'."""
+    if a.dtype == dtype:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    if a.device.type == "cpu":  # kernels interpreted or simulated: the library has no such product there
+        found = torch.mm(a.to(dtype), b.to(dtype))
+        return found if total is None else total.add_(found)
+    if total is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+
+
+def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, rounded to the dtype of ``out``."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))

@@ -1,0 +1,18 @@
+"""The host code of the GPU backends around the plain kernels."""
+
+from __future__ import annotations
+
+from plain import PlainKernels
+
+from cce.backends.gpu.backend import KernelBackend
+from cce.backends.gpu.kernels import Kernels
+
+
+class PlainBackend(KernelBackend):
+    """Every option, slowly, on any device."""
+
+    name = "plain"
+    device = "cpu"
+
+    def kernels(self) -> Kernels:
+        return PlainKernels()
