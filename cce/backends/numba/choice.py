@@ -11,7 +11,8 @@ from cce.backends.numba.tile import Tile
 from cce.problem import Problem
 from cce.spec import Spec
 
-_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+#: Of arithmetic, by dtype; of float32 there are two.
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _gpu(index: int) -> GPU:
 
 def choose(problem: Problem, spec: Spec, gpu: GPU, ieee: bool) -> Choice:
     """The tiles for a resolved spec."""
-    kind = _KINDS.get(problem.dtype) or ("ieee" if ieee else "tf32")
+    kind = KINDS.get(problem.dtype) or ("ieee" if ieee else "tf32")
     filtered = spec.filter != "none"
     block_n, block_v = (spec.block_n or 16, spec.block_v or 16) if filtered else (128, 128)
     widest = block_v if problem.maps(spec) else 16

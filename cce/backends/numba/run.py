@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
-from cce.backends.numba.choice import GPU, Choice, choose, gpu_of
-from cce.backends.numba.compile import gradient_kernel, statistics_kernel
+from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
+from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
 from cce.backends.numba.kernels.forward import Statistics
 from cce.backends.numba.kernels.gradient import Gradient
+from cce.backends.numba.kernels.targets import Targets
+from cce.backends.numba.live import launches
+from cce.backends.numba.operands import pieces_of, pitch_of
 from cce.problem import Problem
 from cce.spec import Spec
-
-
-def pieces_of(x: Tensor, columns: int | None = None) -> int:
-    """16-byte pieces of a row."""
-    return (x.shape[1] if columns is None else columns) * x.element_size() // 16
-
-
-def pitch_of(x: Tensor) -> int:
-    """16-byte pieces from row to row."""
-    return x.stride(0) * x.element_size() // 16 if len(x) > 1 else pieces_of(x)
 
 
 class NumbaKernels(Kernels):
@@ -72,7 +63,16 @@ class NumbaKernels(Kernels):
         )  # fmt: skip
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
-        raise NotImplementedError
+        simulated = e.device.type == "cpu"
+        options = Targets(
+            KINDS.get(e.dtype, "ieee"), KINDS.get(c.dtype, "ieee"), bias=formula.bias is not None,
+            scale=formula.scale != 1, softcap=formula.softcap is not None, warps=1 if simulated else 4,
+        )  # fmt: skip
+        blocks = 1 if simulated else -(-targets.numel() // 4)
+        targets_kernel(options)(
+            blocks, e, c, formula.bias, targets, out, len(e), targets.shape[1], e.shape[1], *e.stride(), *c.stride(),
+            formula.scale, formula.softcap or 0.0,
+        )  # fmt: skip
 
     def gradient(
         self,
@@ -104,7 +104,13 @@ class NumbaKernels(Kernels):
         )  # fmt: skip
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
-        raise NotImplementedError
+        steps = launches(problem, spec, live, _choice(problem, spec, live.formula.ieee))
+
+        def chunk(number: int) -> None:
+            for launch in steps:
+                launch(number)
+
+        return chunk
 
 
 def _choice(problem: Problem, spec: Spec, ieee: bool) -> Choice:
