@@ -27,6 +27,7 @@ AUTO_ELSEWHERE = ("torch",)
 _BUILT_IN = {
     "triton": "cce.backends.triton:TritonBackend",
     "torch": "cce.backends.torch:TorchBackend",
+    "numba": "cce.backends.numba:NumbaBackend",
     "reference": "cce.backends.reference:ReferenceBackend",
 }
 _registered: dict[str, Callable[[], Backend]] = {}

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import config, cuda
+
+from cce.backends.numba import numpy_names  # noqa: F401  # before anything of Numba's
+
+from numba import config, cuda  # noqa: E402, I001
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 

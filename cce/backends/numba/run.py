@@ -63,7 +63,7 @@ class NumbaKernels(Kernels):
         )  # fmt: skip
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
-        simulated = e.device.type == "cpu"
+        simulated = gpu_of(e.device.type).simulated
         options = Targets(
             KINDS.get(e.dtype, "ieee"), KINDS.get(c.dtype, "ieee"), bias=formula.bias is not None,
             scale=formula.scale != 1, softcap=formula.softcap is not None, warps=1 if simulated else 4,
