@@ -29,7 +29,7 @@ else:
 
     def function(f: Callable[..., Any]) -> Callable[..., Any]:
         """A function for kernels to call, which becomes part of them."""
-        return cuda.jit(device=True, inline="always")(f)
+        return cuda.jit(device=True, forceinline=True)(f)
 
 
 # float32, all of them: a Python number would make a double of what it meets.

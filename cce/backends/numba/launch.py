@@ -13,12 +13,15 @@ import hashlib
 import os
 import secrets
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -162,9 +165,21 @@ def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, str]:
     signature = types.void(*(numbers[x] for x in function.__annotations__.values()))
     cc = (*capability, "a") if capability[0] >= 9 else capability
     bounds = (kernel.threads, kernel.resident)
-    found, _ = cuda.compile(function, signature, cc=cc, device=False, abi="numba", output="ptx", launch_bounds=bounds)
+    with _no_device_needed(capability):
+        found, _ = cuda.compile(
+            function, signature, cc=cc, device=False, abi="numba", output="ptx", launch_bounds=bounds
+        )
     text = found if isinstance(found, str) else found.decode()
     return text.split(".entry ", 1)[1].split("(", 1)[0].strip(), text
+
+
+@contextmanager
+def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
+    """Functions that a kernel calls are compiled for a device that Numba asks the driver for: here it is told."""
+    from numba.cuda import dispatcher
+
+    with patch.object(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=capability)):
+        yield
 
 
 def assemble(entry: str, ptx: str, capability: tuple[int, int]) -> Code:

@@ -29,7 +29,7 @@ from cce.backends.numba.device import (
     shared_address,
     write_float,
 )
-from cce.backends.numba.kernels.epilogue import make_store
+from cce.backends.numba.kernels.epilogue import make_store, repeat
 from cce.backends.numba.kernels.tiles import make_logit_tile
 from cce.backends.numba.tile import Tile
 
@@ -65,19 +65,59 @@ class Gradient:
 def make_dx(options, width):
     """The function that turns a row of logits into the gradient of e c^T; its columns come in blocks of ``width``."""
     K, WIDTH, BLOCKS = options.tile.thread_columns, width // 4, options.tile.columns // width
-    BIAS, SOFTCAP, ENTROPY = options.bias, options.softcap, options.entropy
-    WEIGHTED, ONE_TARGET, SCALE = options.weighted and options.softcap, options.one_target, options.scale
+    BIAS, SOFTCAP, SCALE, ENTROPY = options.bias, options.softcap, options.scale, options.entropy
+    WEIGHTED, ONE_TARGET = options.weighted and options.softcap, options.one_target
+    PART = min(8, WIDTH)  # columns written out as a loop of their own
 
     @function
-    def dx(z, r, row, starts, biases, us, gs, lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap):
+    def columns(part, state):
+        """dx of some columns of a row."""
+        z, r, start, biases, us, gs, row_values, scale, softcap = state
+        base, row_a, row_h, centre, row_s, row_g, target, near = row_values
+        power_scale = TWO * scale / softcap * LOG2E if SOFTCAP else ZERO
+        b = part * PART // WIDTH
+        for k in range(part * PART, (part + 1) * PART):
+            x, slope = z[r, k], ONE
+            if BIAS:
+                x = x + biases[k]
+            if SOFTCAP:
+                # tanh y = 1 - 2 u with u = 1 / (1 + exp 2y); its derivative without the cancellation of 1 - tanh^2.
+                power = min(exp2(x * power_scale), MOST)
+                u = divide(ONE, ONE + power)
+                x = softcap - TWO * softcap * u
+                slope = FOUR * u * (power * u)
+            elif SCALE:
+                x = x * scale
+            d = exp2(x * LOG2E - base)
+            if ENTROPY:  # p is 0 where z = -inf
+                d = d * (row_a + row_h * (centre - max(x, LEAST)))
+            else:
+                d = d * row_a
+            if ONE_TARGET:
+                if target == start[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1):
+                    d = d - row_g
+            elif near:
+                d = d - gs[k]
+            if WEIGHTED:
+                d = d + row_s * us[k]
+            if SOFTCAP:
+                d = d * slope
+            if BIAS and x == NEG_INF:
+                d = ZERO
+            z[r, k] = d
+
+    all_columns = repeat(columns, 0, K // PART)
+
+    @function
+    def dx(z, r, row, starts, biases, us, gs, given):
         """scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), in place of the product.
 
-        a, g, h and s have been multiplied by the scale. ``starts``: the place of this thread's first column in each
-        block; biases and us: of its columns; gs: room for a number of each.
+        ``starts``: the place of this thread's first column in each block; biases and us: of its columns; gs: room for a
+        number of each. ``given``: a, g, h and s have been multiplied by the scale.
         """
+        lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
         row_lse, row_a = floats(lse)[row], floats(a)[row]
-        base = row_lse * LOG2E
-        row_h, centre, row_s, row_g, target, near = ZERO, ZERO, ZERO, ZERO, -1, False
+        row_h, centre, row_s, row_g, target, near = ZERO, ZERO, ZERO, ZERO, np.int32(-1), False
         if ENTROPY:
             row_h, centre = floats(h)[row], row_lse - floats(entropy)[row]
         if WEIGHTED:
@@ -86,37 +126,8 @@ def make_dx(options, width):
             target, row_g = ints(targets)[row], floats(g)[row]
         else:
             near = put_targets(row, starts, gs, g, targets, targets_a_row)
-        power_scale = TWO * scale / softcap * LOG2E if SOFTCAP else ZERO
-        for b in range(BLOCKS):
-            for k in range(b * WIDTH, (b + 1) * WIDTH):
-                x, slope = z[r, k], ONE
-                if BIAS:
-                    x = x + biases[k]
-                if SOFTCAP:
-                    # tanh y = 1 - 2 u with u = 1 / (1 + exp 2y); its derivative without the cancellation of 1 - tanh^2.
-                    power = min(exp2(x * power_scale), MOST)
-                    u = divide(ONE, ONE + power)
-                    x = softcap - TWO * softcap * u
-                    slope = FOUR * u * (power * u)
-                elif SCALE:
-                    x = x * scale
-                d = exp2(x * LOG2E - base)
-                if ENTROPY:  # p is 0 where z = -inf
-                    d = d * (row_a + row_h * (centre - max(x, LEAST)))
-                else:
-                    d = d * row_a
-                if ONE_TARGET:
-                    if target == starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1):
-                        d = d - row_g
-                elif near:
-                    d = d - gs[k]
-                if WEIGHTED:
-                    d = d + row_s * us[k]
-                if SOFTCAP:
-                    d = d * slope
-                if BIAS and x == NEG_INF:
-                    d = ZERO
-                z[r, k] = d
+        row_values = (row_lse * LOG2E, row_a, row_h, centre, row_s, row_g, target, near)
+        all_columns((z, r, starts, biases, us, gs, row_values, scale, softcap))
 
     @function
     def put_targets(row, starts, gs, g, targets, targets_a_row):
@@ -188,6 +199,17 @@ def make_gradient(options):
     store, store_pair = make_store(tile.kind)
     begin, product, e_copies, c_copies = make_logit_tile(tile)
 
+    @function
+    def finish_row(r, state):
+        """dx of a row in place of its products; 0 of one that is not there."""
+        z, row0, N, starts, biases, us, gs, given = state
+        dx(z, r, min(row0 + 8 * r, N - 1), starts, biases, us, gs, given)
+        if SUMS and row0 + 8 * r >= N:
+            for k in range(K):
+                z[r, k] = ZERO
+
+    all_rows = repeat(finish_row, 0, R)
+
     def gradient(
         e: "pointer", c: "pointer", bias: "pointer", weight: "pointer", dz: "pointer", column_sums: "pointer",
         lse: "pointer", entropy: "pointer", a: "pointer", g: "pointer", h: "pointer", s: "pointer", targets: "pointer",
@@ -239,12 +261,8 @@ def make_gradient(options):
                     biases[k] = floats(bias)[column]
                 if WEIGHTED:
                     us[k] = floats(weight)[column]
-            for r in range(R):
-                row = min(row0 + 8 * r, N - 1)
-                dx(z, r, row, starts, biases, us, gs, lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap)
-                if SUMS and row0 + 8 * r >= N:
-                    for k in range(K):
-                        z[r, k] = ZERO
+            given = (lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap)
+            all_rows((z, row0, N, starts, biases, us, gs, given))
             # Store.
             for r in range(R):
                 if row0 + 8 * r < N:
@@ -302,6 +320,21 @@ def make_live(options):
             t = ints(tile_list)[np.int64(b) * T + at + min(column // BLOCK_V, ints(item_tiles)[item] - 1)]
             c_rows[n] = entry_of(t * BLOCK_V + column % BLOCK_V, order, V) * c_pitch
 
+    @function
+    def finish_row(r, state):
+        """dx of a row in place of its products, 0 where nothing is wanted."""
+        z, row0, column0, N, V, starts, biases, gs, given, row_order, keep = state
+        row = longs(row_order)[min(row0 + 8 * r, N - 1)]
+        dx(z, r, row, starts, biases, biases, gs, given)
+        counts = row0 + 8 * r < N and flags(keep)[row] != 0
+        for b in range(BLOCKS):
+            if starts[b] - column0 + BLOCK_V > V or not counts:
+                for k in range(b * WIDTH, (b + 1) * WIDTH):
+                    if starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1) >= V or not counts:
+                        z[r, k] = ZERO
+
+    all_rows = repeat(finish_row, 0, R)
+
     def live(
         e: "pointer", c: "pointer", bias: "pointer", order: "pointer", row_order: "pointer", keep: "pointer",
         dz: "pointer", column_sums: "pointer", tile_list: "pointer", item_block: "pointer", item_first: "pointer",
@@ -350,17 +383,8 @@ def make_live(options):
                     for k in range(b * WIDTH, (b + 1) * WIDTH):
                         place = starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1)
                         biases[k] = floats(bias)[entry_of(place, order, V)]
-            for r in range(R):
-                row = longs(row_order)[min(row0 + 8 * r, N - 1)]
-                dx(z, r, row, starts, biases, biases, gs, lse, entropy, a, g, h, a, targets, targets_a_row, scale, softcap)
-                counts = row0 + 8 * r < N and flags(keep)[row] != 0
-                for b in range(BLOCKS):
-                    ragged = starts[b] - column0 + BLOCK_V > V
-                    if ragged or not counts:
-                        for k in range(b * WIDTH, (b + 1) * WIDTH):
-                            place = starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1)
-                            if place >= V or not counts:
-                                z[r, k] = ZERO
+            given = (lse, entropy, a, g, h, a, targets, targets_a_row, scale, softcap)
+            all_rows((z, row0, column0, N, V, starts, biases, gs, given, row_order, keep))
             # Store.
             for r in range(R):
                 for b in range(BLOCKS):
