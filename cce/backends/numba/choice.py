@@ -70,26 +70,35 @@ def choose(problem: Problem, spec: Spec, gpu: GPU, ieee: bool) -> Choice:
     filtered = spec.filter != "none"
     block_n, block_v = (spec.block_n or 16, spec.block_v or 16) if filtered else (128, 128)
     widest = block_v if problem.maps(spec) else 16
-    return _choose(kind, widest, block_n, block_v, gpu)
+    both = "entropy" in problem.outputs or problem.bias
+    forward = both or "prediction" in problem.outputs
+    gradient = both or "weighted_logit" in problem.outputs or problem.softcap is not None or problem.k > 1
+    return _choose(kind, widest, block_n, block_v, forward, gradient, gpu)
 
 
 @lru_cache
-def _choose(kind: str, widest: int, block_n: int, block_v: int, gpu: GPU) -> Choice:
+def _choose(
+    kind: str, widest: int, block_n: int, block_v: int, busy_forward: bool, busy_gradient: bool, gpu: GPU
+) -> Choice:
     if gpu.simulated:
         small = Tile(kind, 1, 1, max(32, widest), 3)
         pack = max(1, 32 // block_v)
         de, dc = (_rows(kind, rows, 32, 3) for rows in (block_n, min(block_v, 128)))
         return Choice(small, small, _rows(kind, block_n, pack * block_v, 3), de, dc, pack, 2)
-    if gpu.hopper and kind != "ieee":
+    hopper = gpu.hopper and kind != "ieee"
+    if hopper:
         wide = Tile(kind, 8, 1, 256, 4, hopper=True)
     else:
         wide = Tile(kind, 8, 1, 256, 2) if widest == 256 else Tile(kind, 4, 2, 128, 3, resident=2)
-    pack = max(1, wide.columns // block_v)
-    live = wide if block_n == wide.rows and block_v <= wide.columns else _rows(kind, block_n, max(block_v, 64), 2)
-    pack = max(1, live.columns // block_v)
-    de, dc = (_rows(kind, rows, 128, 3) for rows in (block_n, min(block_v, 128)))
-    programs = gpu.programs * wide.resident
-    return Choice(wide, wide, live, de, dc, pack, programs)
+    many = Tile(kind, 8, 1, 128, 6, hopper=True) if hopper else wide  # columns: fewer, for epilogues that need registers
+    forward, gradient = (many if busy and widest <= 128 else wide for busy in (busy_forward, busy_gradient))
+    live = gradient if block_n == 128 and block_v <= gradient.columns else _rows(kind, block_n, max(block_v, 64), 2)
+    sums = Tile(kind, 8, 1, 256, 4, hopper=True)
+    halves = hopper and kind != "tf32"  # which cannot be read transposed
+    de, dc = (
+        sums if halves and rows == 128 else _rows(kind, rows, 128, 3) for rows in (block_n, min(block_v, 128))
+    )
+    return Choice(forward, gradient, live, de, dc, max(1, live.columns // block_v), gpu.programs * wide.resident)
 
 
 def _rows(kind: str, rows: int, columns: int, stages: int) -> Tile:

@@ -15,9 +15,9 @@ from numba.cuda.extending import intrinsic
 
 from cce.backends.numba.intrinsics import I32, I64, _item, _number, ptx
 
-#: Elements of the factors that one instruction takes, and what follows its scale factors: neither factor transposed.
-KINDS = {"bf16": ("k16.f32.bf16.bf16", ", 0, 0"), "fp16": ("k16.f32.f16.f16", ", 0, 0"), "tf32": ("k8.f32.tf32.tf32", "")}
-SLICES = 4  # of 32 bytes in a panel's row
+#: Elements of the factors that one instruction takes, and their types. tf32 factors cannot be transposed.
+KINDS = {"bf16": "k16.f32.bf16.bf16", "fp16": "k16.f32.f16.f16", "tf32": "k8.f32.tf32.tf32"}
+SLICES = 4  # products to a panel: of 32 bytes of each row, or of 16 whole rows where it is transposed
 
 
 @intrinsic
@@ -30,28 +30,30 @@ def fence_copies(typing):
 def panel_descriptor(typing, address):
     """How the matrix unit is told of a panel: rows of 128 bytes whose 16-byte pieces are swapped as in ``tiles.py``.
 
-    Bits 0-13: address / 16; 32-45: bytes from 8 rows to the next 8, 1024 / 16; 62-63: the 128-byte swizzle, 1.
+    Bits 0-13: address / 16; 16-29, of transposed factors: bytes from a panel of 64 rows to the next, 8192 / 16; 32-45:
+    bytes from 8 rows to the next 8, 1024 / 16; 62-63: the 128-byte swizzle, 1.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         wide = ir.IntType(64)
         start = builder.and_(builder.lshr(args[0], ir.Constant(ir.IntType(32), 4)), ir.Constant(ir.IntType(32), 0x3FFF))
-        fixed = (1 << 62) | (64 << 32) | (1 << 16)
+        fixed = (1 << 62) | (64 << 32) | (512 << 16)
         return builder.or_(builder.zext(start, wide), ir.Constant(wide, fixed))
 
     return I64(I32), codegen
 
 
-def start_product(columns: int, kind: str) -> Any:
-    """The intrinsic for tiles of so many columns and factors of this kind."""
-    step, transposes = KINDS[kind]
+def start_product(columns: int, kind: str, a_transposed: bool = False, b_transposed: bool = False) -> Any:
+    """The intrinsic for tiles of so many columns and factors of this kind, which lie as in ``products.py``."""
+    transposes = "" if kind == "tf32" else f", {int(a_transposed)}, {int(b_transposed)}"
+    steps = [128 if transposed else 2 for transposed in (a_transposed, b_transposed)]  # in 16 bytes, from slice to slice
     registers = columns // 2
     sums = ", ".join(f"${i}" for i in range(registers))
     lines = ["wgmma.fence.sync.aligned;"]
     for s in range(SLICES):
         a, b = (2 * registers + i * SLICES + s for i in range(2))
         lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{columns}{step} {{{sums}}}, ${a}, ${b}, 1, 1, 1{transposes};"
+            f"wgmma.mma_async.sync.aligned.m64n{columns}{KINDS[kind]} {{{sums}}}, ${a}, ${b}, 1, 1, 1{transposes};"
         )
     lines.append("wgmma.commit_group.sync.aligned;")
     body = "\n".join(lines)
@@ -61,11 +63,13 @@ def start_product(columns: int, kind: str) -> Any:
     def start(typing, z, a, b):
         """z += a b^T of a panel of 64 rows and one of ``columns`` rows: four ``wgmma.mma_async`` m64nNk16 (k8).
 
-        z may not be touched before a ``finish_products``; a and b are descriptors, 32 bytes (2 pieces) a slice.
+        z may not be touched before a ``finish_products``; a and b are descriptors.
         """
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            factors = [builder.add(x, _number(2 * s)) for x in args[1:] for s in range(SLICES)]
+            factors = [
+                builder.add(x, _number(step * s)) for x, step in zip(args[1:], steps, strict=True) for s in range(SLICES)
+            ]
             _change_all(context, builder, signature.args[0], args[0], registers, body, constraints, factors)
             return context.get_dummy_value()
 

@@ -13,7 +13,6 @@ from cce.backends.numba.device import (
     ZERO,
     barrier,
     copies_commit,
-    copies_wait,
     divide,
     flags,
     floats,
@@ -23,8 +22,7 @@ from cce.backends.numba.device import (
     shared_address,
 )
 from cce.backends.numba.kernels.epilogue import make_store
-from cce.backends.numba.kernels.products import make_multiply
-from cce.backends.numba.kernels.tiles import make_load_panel
+from cce.backends.numba.kernels.tiles import make_load_panel, make_step
 from cce.backends.numba.tile import PANEL, PIECES, Tile
 
 
@@ -75,7 +73,7 @@ def make_de(options):
     PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
     load_dx, dx_copies = make_load_panel(tile.rows, tile.threads)
     load_c, c_copies = make_load_panel(DEPTH, tile.threads)
-    arrived, multiply = copies_wait[AHEAD - 1], make_multiply(tile, False, True)
+    arrived, start, multiply, finish = make_step(tile, DX_BYTES, False, True)
 
     @function
     def load(stage, step, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows, V, c_pitch, d_piece, pieces, thread):
@@ -127,12 +125,13 @@ def make_de(options):
             now, later = 0, AHEAD
             for step in range(steps):
                 arrived()
-                barrier()
+                start(z, shared + now * STAGE, thread)
                 load(shared + later * STAGE, step + AHEAD, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows,
                      V, c_pitch, nth_d * PIECES_D, pieces, thread)  # fmt: skip
-                multiply(z, shared + now * STAGE, shared + now * STAGE + DX_BYTES, thread)
+                multiply(z, shared + now * STAGE, thread)
                 now = now + 1 if now + 1 < STAGES else 0
                 later = later + 1 if later + 1 < STAGES else 0
+            finish(z)
             for r in range(R):
                 if row0 + 8 * r < N:
                     row = np.int64(row0 + 8 * r) * D
@@ -158,7 +157,7 @@ def make_dc(options):
     PANELS_V, PANELS_D, PARTS = _panels(ROWS, tile), _panels(TILE_D, tile), BLOCK_V // ROWS
     PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
     load_panel, copies = make_load_panel(DEPTH, tile.threads)
-    arrived, multiply = copies_wait[AHEAD - 1], make_multiply(tile, True, True)
+    arrived, start, multiply, finish = make_step(tile, PANELS_V * HEIGHT, True, True)
     store, store_pair = make_store(options.out)
 
     @function
@@ -217,12 +216,13 @@ def make_dc(options):
             now, later = 0, AHEAD
             for step in range(steps):
                 arrived()
-                barrier()
+                start(z, shared + now * STAGE, thread)
                 load(shared + later * STAGE, step + AHEAD, steps, dz, e, row_order, keep, block_list, slot_list, at,
                      dx_rows, e_rows, N, e_pitch, part * PIECES_M, nth_d * PIECES_D, pieces, thread)  # fmt: skip
-                multiply(z, shared + now * STAGE, shared + now * STAGE + PANELS_V * HEIGHT, thread)
+                multiply(z, shared + now * STAGE, thread)
                 now = now + 1 if now + 1 < STAGES else 0
                 later = later + 1 if later + 1 < STAGES else 0
+            finish(z)
             barrier()  # all are done with the panels: those of the next tile may come
             # Store: written once, in its final dtype.
             for r in range(R):

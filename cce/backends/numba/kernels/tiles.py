@@ -31,13 +31,72 @@ def make_load_panel(rows, threads):
     return load_panel, copies
 
 
+def make_step(tile, b_offset, a_transposed=False, b_transposed=False):
+    """A step of a pipeline: z += a b^T for the panels of a stage, a's first and b's ``b_offset`` bytes behind it.
+
+    Returns four functions. ``arrived()``: the stage's copies are there, everybody's. ``start(z, stage, thread)``, then
+    copies may be started that take the place of the stage before, then ``multiply(z, stage, thread)``: with ``mma.sync``
+    the latter is the product; Hopper's unit is started by the former and works on alone. ``finish(z)``: z is complete.
+    """
+    wait = copies_wait[tile.ahead - 1]
+    if tile.hopper and not SIMULATED:
+        return make_hopper_step(tile, wait, b_offset, a_transposed, b_transposed)
+    product = make_multiply(tile, a_transposed, b_transposed)
+
+    @function
+    def arrived():
+        wait()
+        barrier()  # all are done with the stage before, too
+
+    @function
+    def start(z, stage, thread):
+        return
+
+    @function
+    def multiply(z, stage, thread):
+        product(z, stage, stage + b_offset, thread)
+
+    @function
+    def finish(z):
+        return
+
+    return arrived, start, multiply, finish
+
+
+def make_hopper_step(tile, wait, b_offset, a_transposed, b_transposed):
+    """``make_step`` with the matrix unit that reads shared memory itself."""
+    from cce.backends.numba import wgmma
+
+    fence_copies, panel_descriptor, finish_but_one = wgmma.fence_copies, wgmma.panel_descriptor, wgmma.finish_but_one
+    start_product = wgmma.start_product(tile.columns, tile.kind, a_transposed, b_transposed)
+    # Four warps work together, on 64 rows; transposed, these are a panel of their own.
+    QUARTER = PANEL * (tile.depth if a_transposed else 64)
+
+    @function
+    def arrived():
+        wait()
+        fence_copies()
+        barrier()
+
+    @function
+    def start(z, stage, thread):
+        start_product(z, panel_descriptor(stage + (thread >> 7) * QUARTER), panel_descriptor(stage + b_offset))
+        finish_but_one()
+        barrier()  # all are done with the stage before
+
+    @function
+    def multiply(z, stage, thread):
+        return
+
+    return arrived, start, multiply, wgmma.finish_products(tile.columns)
+
+
 def make_logit_tile(tile):
-    """Functions for the product of rows of e and of c: ``begin``, ``product`` and how many copies of each a thread makes."""
+    """Functions for the product of rows of e and of c: ``begin``, ``product``, and how many copies of each a thread makes."""
     load_e, e_copies = make_load_panel(tile.rows, tile.threads)
     load_c, c_copies = make_load_panel(tile.columns, tile.threads)
     STAGES, AHEAD, STAGE, E_BYTES = tile.stages, tile.ahead, tile.stage_bytes, PANEL * tile.rows
-    arrived = copies_wait[AHEAD - 1]
-    multiply = None if tile.hopper else make_multiply(tile, False, False)
+    arrived, start, multiply, finish = make_step(tile, E_BYTES)
 
     @function
     def load(stage, step, e, c, e_rows, c_rows, pieces, thread):
@@ -59,43 +118,12 @@ def make_logit_tile(tile):
         now, later = 0, AHEAD
         for step in range((pieces + PIECES - 1) // PIECES):
             arrived()
-            barrier()  # for everybody's copies; and all are done with the panel before
+            start(z, shared + now * STAGE, thread)
             load(shared + later * STAGE, step + AHEAD, e, c, e_rows, c_rows, pieces, thread)
-            multiply(z, shared + now * STAGE, shared + now * STAGE + E_BYTES, thread)
-            now = now + 1 if now + 1 < STAGES else 0
-            later = later + 1 if later + 1 < STAGES else 0
-        barrier()
-
-    if tile.hopper and not SIMULATED:
-        product = make_hopper_product(tile, load)
-    return begin, product, e_copies, c_copies
-
-
-def make_hopper_product(tile, load):
-    """``product`` with the matrix unit that reads shared memory itself, and works on while the next copies start."""
-    from cce.backends.numba import wgmma
-
-    STAGES, AHEAD, STAGE, E_BYTES = tile.stages, tile.ahead, tile.stage_bytes, PANEL * tile.rows
-    arrived = copies_wait[AHEAD - 1]
-    fence_copies, panel_descriptor, finish_but_one = wgmma.fence_copies, wgmma.panel_descriptor, wgmma.finish_but_one
-    start_product, finish = wgmma.start_product(tile.columns, tile.kind), wgmma.finish_products(tile.columns)
-
-    @function
-    def product(z, shared, e, c, e_rows, c_rows, pieces, thread):
-        """z += e c^T, after ``begin``; in the end all panels are free."""
-        mine = (thread >> 7) * (64 * PANEL)  # four warps work together, on 64 rows
-        now, later = 0, AHEAD
-        for step in range((pieces + PIECES - 1) // PIECES):
-            arrived()
-            fence_copies()
-            barrier()
-            stage = shared + now * STAGE
-            start_product(z, panel_descriptor(stage + mine), panel_descriptor(stage + E_BYTES))
-            load(shared + later * STAGE, step + AHEAD, e, c, e_rows, c_rows, pieces, thread)
-            finish_but_one()
+            multiply(z, shared + now * STAGE, thread)
             now = now + 1 if now + 1 < STAGES else 0
             later = later + 1 if later + 1 < STAGES else 0
         finish(z)
         barrier()
 
-    return product
+    return begin, product, e_copies, c_copies
