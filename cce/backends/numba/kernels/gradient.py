@@ -73,7 +73,7 @@ def make_dx(options, width):
     def columns(part, state):
         """dx of some columns of a row."""
         z, r, start, biases, us, gs, row_values, scale, softcap = state
-        base, row_a, row_h, centre, row_s, row_g, target, near = row_values
+        base, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
         power_scale = TWO * scale / softcap * LOG2E if SOFTCAP else ZERO
         b = part * PART // WIDTH
         for k in range(part * PART, (part + 1) * PART):
@@ -102,17 +102,17 @@ def make_dx(options, width):
                 d = d + row_s * us[k]
             if SOFTCAP:
                 d = d * slope
-            if BIAS and x == NEG_INF:
+            if (BIAS and x == NEG_INF) or not counts:
                 d = ZERO
             z[r, k] = d
 
     all_columns = repeat(columns, 0, K // PART)
 
     @function
-    def dx(z, r, row, starts, biases, us, gs, given):
+    def dx(z, r, row, counts, starts, biases, us, gs, given):
         """scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), in place of the product.
 
-        ``starts``: the place of this thread's first column in each block; biases and us: of its columns; gs: room for a
+        0 where the row does not count. ``starts``: the place of this thread's first column in each block; biases and us: of its columns; gs: room for a
         number of each. ``given``: a, g, h and s have been multiplied by the scale.
         """
         lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
@@ -126,7 +126,7 @@ def make_dx(options, width):
             target, row_g = ints(targets)[row], floats(g)[row]
         else:
             near = put_targets(row, starts, gs, g, targets, targets_a_row)
-        row_values = (row_lse * LOG2E, row_a, row_h, centre, row_s, row_g, target, near)
+        row_values = (row_lse * LOG2E, row_a, row_h, centre, row_s, row_g, target, near, counts)
         all_columns((z, r, starts, biases, us, gs, row_values, scale, softcap))
 
     @function
@@ -203,10 +203,8 @@ def make_gradient(options):
     def finish_row(r, state):
         """dx of a row in place of its products; 0 of one that is not there."""
         z, row0, N, starts, biases, us, gs, given = state
-        dx(z, r, min(row0 + 8 * r, N - 1), starts, biases, us, gs, given)
-        if SUMS and row0 + 8 * r >= N:
-            for k in range(K):
-                z[r, k] = ZERO
+        counts = not SUMS or row0 + 8 * r < N
+        dx(z, r, min(row0 + 8 * r, N - 1), counts, starts, biases, us, gs, given)
 
     all_rows = repeat(finish_row, 0, R)
 
@@ -291,6 +289,7 @@ def make_live(options):
     BLOCK_N, BLOCK_V, BLOCKS = options.block_n, options.block_v, tile.columns // options.block_v
     BIAS, SUMS, ORDERED, SORTED = options.bias, options.sums, options.ordered, options.sorted
     PART_ROWS, STEP, PANELS = 16 * tile.parts, tile.threads // 8, tile.stages * tile.stage_bytes
+    WHOLE = options.block_v % STEP == 0
     BIASES, GS, WIDTH = K if BIAS else 1, 1 if options.one_target else K, options.block_v // 4
     dx = make_dx(options, options.block_v)
     put, join = make_column_sums(tile)
@@ -300,8 +299,8 @@ def make_live(options):
     @function
     def entry_of(place, order, V):
         """The vocabulary entry at a place; one beyond the last is read as the last."""
-        place = min(place, V - 1)
-        return np.int32(longs(order)[place]) if ORDERED else np.int32(place)
+        place = np.int32(min(place, V - 1))
+        return np.int32(longs(order)[place]) if ORDERED else place
 
     @function
     def rows_of_item(
@@ -309,28 +308,32 @@ def make_live(options):
         N, V, T, e_pitch, c_pitch, thread,
     ):  # fmt: skip
         """Where the rows of e and of c begin that an item reads, and the vocabulary blocks at its columns."""
-        b, at = ints(item_block)[item], ints(item_first)[item]
+        b, at, last = ints(item_block)[item], ints(item_first)[item], ints(item_tiles)[item] - 1
         for n in range(BLOCKS):
-            blocks_at[n] = ints(tile_list)[np.int64(b) * T + at + min(n, ints(item_tiles)[item] - 1)]
+            blocks_at[n] = ints(tile_list)[np.int64(b) * T + at + min(n, last)]
         for n in range(e_copies):
             row = min(b * BLOCK_N + (thread >> 3) + n * STEP, N - 1)
             e_rows[n] = (row if SORTED else longs(row_order)[row]) * e_pitch
         for n in range(c_copies):
-            column = (thread >> 3) + n * STEP
-            t = ints(tile_list)[np.int64(b) * T + at + min(column // BLOCK_V, ints(item_tiles)[item] - 1)]
-            c_rows[n] = entry_of(t * BLOCK_V + column % BLOCK_V, order, V) * c_pitch
+            if WHOLE:  # one block for all threads
+                place = blocks_at[n * STEP // BLOCK_V] * BLOCK_V + n * STEP % BLOCK_V + (thread >> 3)
+            else:
+                column = (thread >> 3) + n * STEP
+                t = ints(tile_list)[np.int64(b) * T + at + min(column // BLOCK_V, last)]
+                place = t * BLOCK_V + column % BLOCK_V
+            c_rows[n] = entry_of(place, order, V) * c_pitch
 
     @function
     def finish_row(r, state):
         """dx of a row in place of its products, 0 where nothing is wanted."""
         z, row0, column0, N, V, starts, biases, gs, given, row_order, keep = state
         row = longs(row_order)[min(row0 + 8 * r, N - 1)]
-        dx(z, r, row, starts, biases, biases, gs, given)
         counts = row0 + 8 * r < N and flags(keep)[row] != 0
+        dx(z, r, row, counts, starts, biases, biases, gs, given)
         for b in range(BLOCKS):
-            if starts[b] - column0 + BLOCK_V > V or not counts:
+            if starts[b] - column0 + BLOCK_V > V:
                 for k in range(b * WIDTH, (b + 1) * WIDTH):
-                    if starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1) >= V or not counts:
+                    if starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1) >= V:
                         z[r, k] = ZERO
 
     all_rows = repeat(finish_row, 0, R)
