@@ -206,7 +206,7 @@ def _copies_wait(count: int) -> Any:
 
 
 #: By count, for it is part of the instruction.
-copies_wait = [_copies_wait(count) for count in range(4)]
+copies_wait = [_copies_wait(count) for count in range(8)]
 
 
 @intrinsic

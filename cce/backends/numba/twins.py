@@ -188,7 +188,7 @@ def _copies_wait() -> None:
     """Nothing: copies are made at once."""
 
 
-copies_wait = [_copies_wait] * 4
+copies_wait = [_copies_wait] * 8
 
 
 @device
