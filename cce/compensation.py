@@ -27,16 +27,34 @@ def dead_mass(
     """
     assert maps.tile_mass is not None
     p = maps.tile_mass[t0:t1].clamp(min=0).to(upstream.a.dtype)  # (t, N); of tiles hit it is negative
+    entropy = None if maps.tile_entropy is None else maps.tile_entropy[t0:t1]
+    mass = p * dead_weight(problem, spec, outputs, p, entropy, upstream, t0, t1) * problem.logit_scale
+    return mass.masked_fill_(row_live[t0:t1], 0)
+
+
+def dead_weight(
+    problem: Problem,
+    spec: Spec,
+    outputs: Outputs[Tensor],
+    p: Tensor,
+    tile_entropy: Tensor | None,
+    upstream: Upstream[Tensor],
+    t0: int,
+    t1: int,
+) -> Tensor:
+    """What the mass ``p`` of tiles t0 to t1 is multiplied by, but for the scale: (N,), or (t1 - t0, N) where it varies.
+
+    ``p`` and ``tile_entropy`` (t1 - t0, N) are of these tiles; rows are in whatever order all arguments have.
+    """
     weight = upstream.a
     if upstream.h is not None:
-        assert maps.tile_entropy is not None and outputs.entropy is not None
+        assert tile_entropy is not None and outputs.entropy is not None
         # A tile of masked entries has log p = -inf and no mass: keep 0 * inf out.
-        weight = weight + upstream.h * (maps.tile_entropy[t0:t1] - p.log().clamp_(min=-1e4) - outputs.entropy)
-    mass = p * weight * problem.logit_scale
+        weight = weight + upstream.h * (tile_entropy - p.log().clamp_(min=-1e4) - outputs.entropy)
     if problem.softcap is not None:
         zbar = p.log() + outputs.lse - columns_of_tiles(problem, spec, t0, t1, p).log()[:, None]
-        mass *= 1 - (zbar / problem.softcap).clamp(-1, 1).square()
-    return mass.masked_fill_(row_live[t0:t1], 0)
+        weight = weight * (1 - (zbar / problem.softcap).clamp(-1, 1).square())
+    return weight
 
 
 def columns_of_tiles(problem: Problem, spec: Spec, t0: int, t1: int, like: Tensor) -> Tensor:

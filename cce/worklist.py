@@ -38,6 +38,21 @@ def work_list(
 
     Rows that are not ``in_use`` (N,) come last: the blocks of the others are those of a call without such rows.
     """
+    row_order, live = live_blocks(inputs, problem, spec, maps, upstream, in_use)
+    places = torch.arange(problem.n, device=row_order.device)
+    block_of_row = torch.empty_like(row_order).scatter_(0, row_order, places // _size(spec.block_n))
+    return WorkList(row_order, live.T, live.index_select(1, block_of_row))
+
+
+def live_blocks(
+    inputs: Inputs[Tensor],
+    problem: Problem,
+    spec: Spec,
+    maps: Maps[Tensor],
+    upstream: Upstream[Tensor],
+    in_use: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The row order (N,) and the live tiles (T, B) of :func:`work_list`."""
     hit = _hits(inputs, problem, spec, maps, upstream)  # (T, N)
     n, block_n = problem.n, _size(spec.block_n)
     row_order = _row_order(hit, spec, in_use)
@@ -45,12 +60,7 @@ def work_list(
     hit = hit.index_select(1, row_order)  # one (T, N) at a time: rebinding lets the last one go
     if blocks * block_n != n:
         hit = torch.nn.functional.pad(hit, (0, blocks * block_n - n))
-    live = hit.view(-1, blocks, block_n).any(-1)  # (T, B)
-    del hit
-    block_of_row = torch.empty_like(row_order).scatter_(
-        0, row_order, torch.arange(n, device=row_order.device) // block_n
-    )
-    return WorkList(row_order, live.T, live.index_select(1, block_of_row))
+    return row_order, hit.view(-1, blocks, block_n).any(-1)
 
 
 def _row_order(hit: Tensor, spec: Spec, in_use: Tensor | None) -> Tensor:

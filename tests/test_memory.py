@@ -1,20 +1,18 @@
 """The torch backend holds no more temporary memory than ``Spec.scratch_bytes``.
 
-The profiler reports every allocation and release of the CPU allocator, those inside an operator too. What is not
-temporary is taken off the peak: the results and the tile maps, the float32 sum behind a 16-bit dE, the work list's
-one byte a row and tile, and a few vectors of one number a target.
+What is not temporary is taken off the peak: the results and the tile maps, the float32 sum behind a 16-bit dE, the work
+list's one byte a row and tile, and a few vectors of one number a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
+from meter import peak_of, size_of
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from cce.backends.torch import TorchBackend
 from cce.backends.torch.plan import minimum_scratch
@@ -25,26 +23,6 @@ from cce.testing.data import make_inputs, make_problem, make_upstream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
-R = TypeVar("R")
-
-
-def peak_of(call: Callable[[], R]) -> tuple[R, int]:
-    """The result of ``call``, and the most bytes it held at any moment."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        result = call()
-    found = profiler.profiler.kineto_results.events()
-    changes = sorted(
-        ((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"), key=lambda change: change[0]
-    )
-    live = peak = 0
-    for _, size in changes:
-        live += size
-        peak = max(peak, live)
-    return result, peak
-
-
-def size_of(fields: Any) -> int:
-    return sum(x.nbytes for x in vars(fields).values() if x is not None)
 
 
 def vectors(problem: Problem) -> int:

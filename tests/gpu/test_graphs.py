@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 from heads import peaked
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from watch import captured, nothing_waits
 
 import cce
 
@@ -52,22 +52,14 @@ def test_graph(name: str) -> None:
     # as zeros in a graph. The sums then run over other rows, so that their bits may differ.
     ignored = name != "exact"
     static = inputs(0, ignored)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run(*static, name)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(*static, name)
+    graph, results = captured(lambda: run(*static, name))
     for seed in (0, 1, 2):
         fresh = inputs(seed, ignored)
         with torch.no_grad():
             for to, value in zip(static, fresh, strict=True):
                 to.copy_(value)
         graph.replay()
-        for what, x, y in zip(("loss", "dE", "dC", "dbias"), captured, run(*fresh, name), strict=True):
+        for what, x, y in zip(("loss", "dE", "dC", "dbias"), results, run(*fresh, name), strict=True):
             assert torch.equal(x, y), f"{what}, seed {seed}"
 
 
@@ -75,23 +67,11 @@ def test_graph_of_ignored_rows() -> None:
     """The exact backward: zeros in rows without a target, and the others as in an eager call, to rounding."""
     static = inputs(1, ignored=True)
     expected = run(*static, "exact")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(*static, "exact")
+    graph, results = captured(lambda: run(*static, "exact"))
     graph.replay()
-    assert not captured[1][static[3] == -100].any()
-    for what, x, y in zip(("loss", "dE", "dC", "dbias"), captured, expected, strict=True):
+    assert not results[1][static[3] == -100].any()
+    for what, x, y in zip(("loss", "dE", "dC", "dbias"), results, expected, strict=True):
         assert (x.float() - y.float()).norm() <= 2**-8 * y.float().norm(), what  # the roundoff of bfloat16
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def calls(name: str, ignored: bool) -> list[tuple[str, Callable[[], object]]]:

@@ -220,6 +220,17 @@ class Bench:
             faults += compare("column_sums", *pair, self.tolerance)
         return faults
 
+    def mean_rows(self) -> list[str]:
+        found, wanted = Results(self.device), Results(self.device)
+        order = torch.randperm(self.case.v, generator=self.rng).to(self.device) if self.case.ordered else None
+        c = self.operand(self.c)
+        for kernels, results in ((self.kernels, found), (self.plain, wanted)):
+            out = results.new("means", (self.spec.tiles(self.case.v), c.shape[1]), self.dtype)
+            kernels.mean_rows(self.problem, self.spec, c, order, out)
+        means, expected = (results.whole["means"][1] for results in (found, wanted))
+        # Twice the roundoff: on a CPU the library rounds the sum, and then the mean.
+        return [*found.overruns(), *compare("means", means, expected, 2 * self.rounded)]
+
     def live(self) -> list[str]:
         case, order = self.case, None
         e, c, bias = self.e, self.c, self.bias

@@ -69,7 +69,7 @@ class Case:
         return self.name.split(" ")[0]
 
     def problem(self, device: str) -> Problem:
-        live = self.method == "live"
+        live = self.method in ("live", "mean_rows")
         return Problem(
             n=self.n, v=self.v, d=self.d, k=self.k, e_dtype=self.e_dtype or self.dtype,
             c_dtype=self.c_dtype or self.dtype, device=device, bias=bool(self.bias), softcap=self.softcap,
@@ -80,8 +80,8 @@ class Case:
 
     def spec(self) -> Spec:
         spec = Spec(
-            filter="element" if self.method == "live" else self.filter, threshold=2.0**-9, block_n=self.block_n,
-            block_v=self.block_v, lse_accumulation=self.accumulation, vocab_order="natural",
+            filter="element" if self.method in ("live", "mean_rows") else self.filter, threshold=2.0**-9,
+            block_n=self.block_n, block_v=self.block_v, lse_accumulation=self.accumulation, vocab_order="natural",
         )  # fmt: skip
         return spec.resolve(self.problem("cpu"))
 
@@ -174,7 +174,7 @@ def _gradient() -> list[Case]:
         replace(plain, name="gradient tf32", dtype=F32, d=33, ieee=False),
         replace(plain, name="gradient without sums", dbias=False, scale=0.5),
         replace(plain, name="gradient entropy", outputs=("entropy",), bias="masked"),
-        replace(plain, name="gradient softcap", softcap=2.0, bias="large", scale=0.1),
+        replace(plain, name="gradient softcap", softcap=2.0, bias="random", scale=0.7),
         replace(plain, name="gradient entropy softcap", outputs=("entropy",), softcap=2.0, scale=1.5, k=3),
         replace(plain, name="gradient masked k3", bias="masked", k=3),
         replace(plain, name="gradient weighted", outputs=("weighted_logit",), softcap=2.0),
@@ -228,4 +228,15 @@ def _live() -> list[Case]:
     ]  # fmt: skip
 
 
-CASES: tuple[Case, ...] = (*_targets(), *_statistics(), *_gradient(), *_live())
+def _mean_rows() -> list[Case]:
+    plain = Case("mean_rows", v=600)
+    return [
+        plain,
+        replace(plain, name="mean_rows ordered", ordered=True, block_v=128),
+        replace(plain, name="mean_rows odd d", d=75, ordered=True, dtype=F16),
+        replace(plain, name="mean_rows float32", dtype=F32, d=33, block_v=256),
+        replace(plain, name="mean_rows wide", d=1030, v=70, block_v=16, ordered=True),
+    ]
+
+
+CASES: tuple[Case, ...] = (*_targets(), *_statistics(), *_gradient(), *_mean_rows(), *_live())

@@ -87,6 +87,12 @@ class PlainKernels(Kernels):
             for i, block in enumerate(dx.split(self.sizes(problem, spec).gradient_rows)):
                 column_sums[i] = block.sum(0)
 
+    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
+        assert spec.block_v is not None
+        rows = c if order is None else c[order]
+        for t, block in enumerate(rows.split(spec.block_v)):
+            out[t] = block.double().mean(0)
+
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         return LiveTiles(problem, spec, live).chunk
 

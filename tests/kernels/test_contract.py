@@ -11,7 +11,7 @@ from contract_cases import CASES
 from doubles import DenseKernels
 from plain import PlainKernels, logits
 
-from cce.backends.gpu.kernels import Sizes
+from cce.backends.gpu.kernels import Kernels, Sizes
 
 #: Other tiles than the oracle's own.
 OTHER = Sizes(forward_rows=16, forward_columns=256, gradient_rows=16, gradient_columns=32, pack=3, programs=2)
@@ -20,6 +20,15 @@ OTHER = Sizes(forward_rows=16, forward_columns=256, gradient_rows=16, gradient_c
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_plain_kernels_meet_it(case):
     _, passed, message = contract.run_case(PlainKernels(OTHER), case)
+    assert passed, message
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.method == "mean_rows"], ids=str)
+def test_the_library_meets_it(case):
+    class Library(PlainKernels):
+        mean_rows = Kernels.mean_rows
+
+    _, passed, message = contract.run_case(Library(OTHER), case)
     assert passed, message
 
 

@@ -12,7 +12,7 @@ from cce.backends.gpu.exact import exact
 from cce.backends.gpu.filtered import filtered
 from cce.backends.gpu.forward import forward
 from cce.backends.gpu.kernels import Kernels
-from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, least_scratch
+from cce.backends.gpu.refusals import common_refusals
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import used_rows
 from cce.spec import Spec
@@ -31,7 +31,11 @@ class KernelBackend(Backend):
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         reasons = common_refusals(problem, spec)
-        return [*reasons, *self.kernels().unsupported(problem, spec)]
+        try:
+            kernels = self.kernels()
+        except ModuleNotFoundError:  # that a package is not there, `unavailable` tells
+            return reasons
+        return [*reasons, *kernels.unsupported(problem, spec)]
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         with torch.cuda.device_of(inputs.e):
@@ -55,20 +59,3 @@ class KernelBackend(Backend):
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
     ) -> WorkList:
         return work_list(inputs, problem, spec, maps, upstream, used_rows(inputs))
-
-
-def common_refusals(problem: Problem, spec: Spec) -> list[str]:
-    """What no kernel with float32 sums and matrix tiles can do."""
-    reasons = []
-    if problem.dtype == torch.float64:
-        reasons.append("float64 inputs: its sums are float32; backend 'torch' has float64")
-    elif spec.accumulate == "float64":
-        reasons.append("accumulate='float64': its sums are float32; backend 'torch' has float64")
-    if spec.filter != "none":
-        for field, block, known in (("block_n", spec.block_n, BLOCKS_N), ("block_v", spec.block_v, BLOCKS_V)):
-            if block not in known:
-                reasons.append(f"{field}={block} with a filter: its matrix tiles need one of {known}")
-    needed = least_scratch(problem, spec) if problem.needs_grad and not reasons else 0
-    if spec.scratch_bytes < needed:
-        reasons.append(f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of its least chunk")
-    return reasons

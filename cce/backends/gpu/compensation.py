@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.gradients import Scaled
 from cce.backends.gpu.operands import Call
 from cce.backends.gpu.products import product
-from cce.compensation import dead_mass
+from cce.backends.gpu.sorted_rows import SortedRows
+from cce.compensation import dead_weight
 from cce.problem import Maps, Outputs, Upstream
-from cce.worklist import WorkList
-
-if TYPE_CHECKING:
-    from cce.backends.gpu.filtered import SortedRows
-
-_MASS_BYTES = 32  # what a number of the mass takes while it is made
+from cce.rows import rows_of
 
 
 @dataclass(frozen=True)
@@ -35,59 +31,78 @@ class Dead:
 
 
 def compensation(
-    call: Call,
-    c: Tensor,
-    rows: SortedRows,
-    work: WorkList,
-    forward: tuple[Outputs[Tensor], Maps[Tensor], Upstream[Tensor]],
-    norm: Tensor | None,
+    call: Call, c: Tensor, rows: SortedRows, live: Tensor, found: Scaled, outputs: Outputs[Tensor], maps: Maps[Tensor]
 ) -> Dead:
     """The products with the dead tiles' mass.
 
     Args:
         c: (V, D) aligned.
-        rows, work: in the work list's order, and that.
-        forward: its outputs, its maps, and the outputs' gradients, which are to be divided by ``norm``.
+        rows: in the work list's order; live: (T, B) bool.
+        found: gradients of the forward's ``outputs``, whose ``maps`` these are.
     """
     problem, tiles, width = call.problem, call.tiles, call.e.shape[1]
-    piece = max(1, min(tiles, call.spec.scratch_bytes // (2 * _MASS_BYTES * problem.n)))
-    de = None
+    mass = Mass(call, rows.row_order, live, found, outputs, maps)
+    piece = max(1, min(tiles, call.spec.scratch_bytes // (4 * problem.n * problem.dtype.itemsize)))
+    m = call.empty(piece, problem.n, dtype=problem.dtype)
+    de, means = None, None
+    if problem.grad_e:
+        means = call.empty(tiles, width, dtype=problem.dtype)
+        call.kernels.mean_rows(problem, call.spec, c, call.order, means)
     mass_e = call.empty(tiles, width) if problem.grad_c else None
-    mass = call.empty(tiles) if problem.grad_bias else None
+    total = call.empty(tiles) if problem.grad_bias else None
     for t0 in range(0, tiles, piece):
         t1 = min(tiles, t0 + piece)
-        m = _mass(call, work, forward, norm, t0, t1)  # (t1 - t0, N)
-        if problem.grad_e:
-            de = product(m.T, mean_rows(call, c, t0, t1), torch.float32, de)
+        part = mass.of(t0, t1, m[: t1 - t0])
+        if means is not None:
+            de = product(part.T, means[t0:t1], torch.float32, de)
         if mass_e is not None:
-            _times_e(rows, m, mass_e[t0:t1])
-        if mass is not None:
-            mass[t0:t1] = m.sum(1, dtype=torch.float32)
-    return Dead(de, mass_e, mass)
+            _times_e(rows, part, mass_e[t0:t1])
+        if total is not None:
+            torch.sum(part, 1, dtype=torch.float32, out=total[t0:t1])
+    return Dead(de, mass_e, total)
 
 
-def _mass(
-    call: Call,
-    work: WorkList,
-    forward: tuple[Outputs[Tensor], Maps[Tensor], Upstream[Tensor]],
-    norm: Tensor | None,
-    t0: int,
-    t1: int,
-) -> Tensor:
-    """(t1 - t0, N) in the products' dtype: sums of dx over the columns of dead tiles, rows in the work list's order."""
-    m = dead_mass(call.problem, call.spec, *forward, work.row_live, t0, t1)
-    if norm is not None:
-        m /= norm
-    return m.to(call.problem.dtype).index_select(1, work.row_order)
+class Mass:
+    """The sum of dx over the columns of each dead tile, rows in the work list's order; 0 where a tile is live."""
 
+    def __init__(
+        self,
+        call: Call,
+        row_order: Tensor,
+        live: Tensor,
+        found: Scaled,
+        outputs: Outputs[Tensor],
+        maps: Maps[Tensor],
+    ) -> None:
+        self._call, self._row_order, self._live, self._maps = call, row_order, live, maps
+        # Gradients that have the scale in them, and are in float16's range.
+        self._upstream = rows_of(Upstream(found.rows.a, found.rows.g, found.rows.h), row_order)
+        self._outputs = rows_of(Outputs(outputs.lse, outputs.target_logits, found.rows.entropy), row_order)
+        varies = found.rows.h is not None or call.problem.softcap is not None
+        # A number of the mass takes 4 bytes on its way, or several float32 where its weight is not the row's alone.
+        self._dtype, taken = (torch.float32, 32) if varies else (call.problem.map_dtype(call.spec), 4)
+        self._step = max(1, call.spec.scratch_bytes // (4 * taken * call.problem.n))
 
-def mean_rows(call: Call, c: Tensor, t0: int, t1: int) -> Tensor:
-    """(t1 - t0, D) the mean row of ``c`` of some vocabulary blocks, in its dtype."""
-    v0, v1 = t0 * call.block_v, min(call.problem.v, t1 * call.block_v)
-    entries = torch.arange(v0, v1, device=c.device) if call.order is None else call.order[v0:v1]
-    first = torch.arange(0, v1 - v0, call.block_v, device=c.device)
-    # Rows are gathered and added in registers, in float32, and rounded once.
-    return torch.nn.functional.embedding_bag(entries, c, first, mode="mean")
+    def of(self, t0: int, t1: int, out: Tensor) -> Tensor:
+        """Fills ``out`` (t1 - t0, N)."""
+        for start in range(t0, t1, self._step):
+            end = min(t1, start + self._step)
+            self._fill(start, end, out[start - t0 : end - t0])
+        return out
+
+    def _fill(self, t0: int, t1: int, out: Tensor) -> None:
+        call, maps = self._call, self._maps
+        assert maps.tile_mass is not None
+        p = self._sorted(maps.tile_mass[t0:t1]).clamp_(min=0)  # of tiles hit it is negative
+        entropy = None if self._upstream.h is None or maps.tile_entropy is None else maps.tile_entropy[t0:t1]
+        entropy = None if entropy is None else self._sorted(entropy)
+        weight = dead_weight(call.problem, call.spec, self._outputs, p, entropy, self._upstream, t0, t1)
+        torch.mul(p, weight, out=out)
+        of_rows = self._live[t0:t1, :, None].expand(-1, -1, call.block_n).reshape(t1 - t0, -1)
+        out.masked_fill_(of_rows[:, : call.problem.n], 0)
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self._row_order).to(self._dtype)
 
 
 def _times_e(rows: SortedRows, m: Tensor, out: Tensor) -> None:

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cce.backends.gpu.plan import Plan
@@ -231,6 +232,19 @@ class Kernels(ABC):
             column_sums: (blocks of ``gradient_rows`` rows, C) float32 or None: sums over the block's rows of dx, before
                 it is rounded.
         """
+
+    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
+        """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
+
+        Not abstract: this is the library's, which on a GPU takes about three times as long as reading ``c`` once.
+
+        Args:
+            c: (V, D) aligned; order: (V,) int64 or None; out: contiguous, in the products' dtype.
+        """
+        assert spec.block_v is not None
+        entries = torch.arange(problem.v, device=c.device) if order is None else order
+        first = torch.arange(0, problem.v, spec.block_v, device=c.device)
+        out.copy_(torch.nn.functional.embedding_bag(entries, c, first, mode="mean"))
 
     @abstractmethod
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:

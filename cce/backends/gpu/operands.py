@@ -8,24 +8,16 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Sizes
-from cce.backends.gpu.sizes import cdiv
+from cce.backends.gpu.sizes import ALIGNMENT, Blocks, padded
 from cce.problem import Inputs, Problem
 from cce.spec import Spec
-
-_ALIGNMENT = 16  # bytes, of rows
-
-
-def padded(d: int, dtype: torch.dtype) -> int:
-    """D and what makes a row of it a multiple of 16 bytes."""
-    unit = _ALIGNMENT // dtype.itemsize
-    return cdiv(d, unit) * unit
 
 
 def is_aligned(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a matrix is in the products' dtype and its rows begin, end and follow one another at whole 16 bytes."""
     rows = x.shape[1] <= x.stride(0) and x.stride(1) == 1
     sizes = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
-    return x.dtype == dtype and rows and not any(size % _ALIGNMENT for size in sizes)
+    return x.dtype == dtype and rows and not any(size % ALIGNMENT for size in sizes)
 
 
 def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
@@ -45,18 +37,15 @@ def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: 
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Blocks):
     """A problem and the kernels that run it.
 
     Attributes:
-        spec: resolved.
         e: (N, D) aligned, rows in use only. c: (V, D) as given. bias: (V,) float32 or None.
         order: (V,) vocabulary order or None.
     """
 
     kernels: Kernels
-    problem: Problem
-    spec: Spec
     sizes: Sizes
     e: Tensor
     c: Tensor
@@ -67,22 +56,7 @@ class Call:
     def of(cls, kernels: Kernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
         e = aligned(inputs.e, problem.dtype, inputs.rows)
         bias = None if inputs.bias is None else inputs.bias.to(torch.float32).contiguous()
-        return cls(kernels, problem, spec, kernels.sizes(problem, spec), e, inputs.c, bias, inputs.vocab_order)
-
-    @property
-    def block_n(self) -> int:
-        assert self.spec.block_n is not None
-        return self.spec.block_n
-
-    @property
-    def block_v(self) -> int:
-        assert self.spec.block_v is not None
-        return self.spec.block_v
-
-    @property
-    def tiles(self) -> int:
-        """T, the number of vocabulary blocks."""
-        return self.spec.tiles(self.problem.v)
+        return cls(problem, spec, kernels, kernels.sizes(problem, spec), e, inputs.c, bias, inputs.vocab_order)
 
     @property
     def own_e(self) -> Tensor:

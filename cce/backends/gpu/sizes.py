@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -10,6 +14,31 @@ BLOCKS_N = (16, 32, 64, 128)
 BLOCKS_V = (16, 32, 64, 128, 256)
 #: Columns of the narrowest chunk of the exact backward: no tile of it may be wider.
 LEAST_COLUMNS = 256
+#: Bytes, of the rows of an operand.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A problem, a resolved spec, and its blocks."""
+
+    problem: Problem
+    spec: Spec
+
+    @property
+    def block_n(self) -> int:
+        assert self.spec.block_n is not None
+        return self.spec.block_n
+
+    @property
+    def block_v(self) -> int:
+        assert self.spec.block_v is not None
+        return self.spec.block_v
+
+    @property
+    def tiles(self) -> int:
+        """T, the number of vocabulary blocks."""
+        return self.spec.tiles(self.problem.v)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -69,3 +98,15 @@ def busiest_splits(blocks: int, tiles: int, programs: int, most: int) -> int:
         return cdiv(blocks * splits, programs) * cdiv(tiles, splits)
 
     return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
+
+
+def rows_are_copied(problem: Problem, spec: Spec) -> bool:
+    """Whether a filtered backward has the rows of ``e`` in the work list's order: half of the scratch holds a copy."""
+    copy = problem.n * padded(problem.d, problem.dtype) * problem.dtype.itemsize
+    return 2 * copy <= spec.scratch_bytes and copy + least_scratch(problem, spec) <= spec.scratch_bytes
+
+
+def padded(d: int, dtype: torch.dtype) -> int:
+    """D and what makes a row of it a multiple of 16 bytes."""
+    unit = ALIGNMENT // dtype.itemsize
+    return cdiv(d, unit) * unit

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, least_scratch, logits_bytes
+from cce.backends.gpu.refusals import common_refusals
+from cce.backends.gpu.sizes import logits_bytes
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -40,19 +41,7 @@ class TritonBackend(Backend):
         return reasons
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        reasons = []
-        if problem.dtype == torch.float64:
-            reasons.append("float64 inputs: its sums are float32; backend 'torch' has float64")
-        elif spec.accumulate == "float64":
-            reasons.append("accumulate='float64': its sums are float32; backend 'torch' has float64")
-        if spec.filter != "none":
-            for name, block, known in (("block_n", spec.block_n, BLOCKS_N), ("block_v", spec.block_v, BLOCKS_V)):
-                if block not in known:
-                    reasons.append(f"{name}={block} with a filter: its matrix tiles need one of {known}")
-        needed = least_scratch(problem, spec) if problem.needs_grad and not reasons else 0
-        if spec.scratch_bytes < needed:
-            reasons.append(f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of its least chunk")
-        return reasons
+        return common_refusals(problem, spec)
 
     def note(self, problem: Problem, spec: Spec) -> str:
         from cce.backends.triton.call import gpu_of

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from cce.backends.gpu.sizes import Blocks
 from cce.backends.triton.choice import choose
 from cce.backends.triton.launch import Device, Launch, Tile
 from cce.backends.triton.operands import dot_dtype, matrix, needs_wide, tma_ready
@@ -62,7 +63,7 @@ def launched_with(launch: Launch) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Blocks):
     """A problem on a device.
 
     Attributes:
@@ -71,8 +72,6 @@ class Call:
         launch: configuration.
     """
 
-    problem: Problem
-    spec: Spec
     launch: Launch
     e: Tensor
     c: Tensor
@@ -88,21 +87,6 @@ class Call:
             # Without the vocabulary order, whose values a cache would compare, and so wait for.
             launch = choose(problem, Spec.from_key(spec.key), gpu, inputs.vocab_order is not None)
         return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, gpu.precision)
-
-    @property
-    def block_n(self) -> int:
-        assert self.spec.block_n is not None
-        return self.spec.block_n
-
-    @property
-    def block_v(self) -> int:
-        assert self.spec.block_v is not None
-        return self.spec.block_v
-
-    @property
-    def tiles(self) -> int:
-        """T, the number of vocabulary blocks."""
-        return self.spec.tiles(self.problem.v)
 
     @property
     def softcap(self) -> float:

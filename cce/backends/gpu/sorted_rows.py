@@ -1,0 +1,44 @@
+"""The rows of ``e`` in the work list's order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from cce.backends.gpu.operands import Call
+from cce.backends.gpu.sizes import rows_are_copied
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """The rows of ``e`` in the work list's order, zeros where no gradient is wanted; copied as a whole or in pieces.
+
+    Attributes:
+        row_order: (N,). keep: (N,) bool, the row wants a gradient, in its own place.
+        e: (N, D) aligned copy of all, or None.
+    """
+
+    call: Call
+    row_order: Tensor
+    keep: Tensor
+    e: Tensor | None
+
+    @classmethod
+    def of(cls, call: Call, row_order: Tensor, keep: Tensor) -> SortedRows:
+        """A copy of all, if the scratch memory has room for it."""
+        rows = cls(call, row_order, keep, None)
+        return replace(rows, e=rows.part(0, len(keep))) if rows_are_copied(call.problem, call.spec) else rows
+
+    def part(self, n0: int, n1: int) -> Tensor:
+        """(n1 - n0, D) aligned: rows n0 to n1 of the order."""
+        if self.e is not None:
+            return self.e[n0:n1]
+        index = self.row_order[n0:n1]
+        return self.call.e.index_select(0, index).masked_fill_(~self.keep.index_select(0, index)[:, None], 0)
+
+    @property
+    def step(self) -> int:
+        """Rows of a piece that is small beside the scratch memory."""
+        n, one = self.call.problem.n, self.call.e.shape[1] * self.call.e.element_size()
+        return n if self.e is not None else max(1, self.call.spec.scratch_bytes // 8 // one)
