@@ -27,8 +27,8 @@ AUTO_ELSEWHERE = ("torch",)
 _BUILT_IN = {
     "triton": "cce.backends.triton:TritonBackend",
     "torch": "cce.backends.torch:TorchBackend",
-    "numba": "cce.backends.numba:NumbaBackend",
     "reference": "cce.backends.reference:ReferenceBackend",
+    "numba": "cce.backends.numba:NumbaBackend",
 }
 _registered: dict[str, Callable[[], Backend]] = {}
 _loaded: dict[str, Backend] = {}

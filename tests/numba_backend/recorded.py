@@ -23,7 +23,7 @@ def recorded(gpu: GPU) -> Iterator[list[Kernel]]:
     found: list[Kernel] = []
 
     def keep(kernel: Kernel, grid: int, *arguments: Any) -> None:
-        if not any(kernel.make is x.make and kernel.options == x.options for x in found):
+        if not any(kernel.make == x.make and kernel.options == x.options for x in found):
             found.append(kernel)
 
     def prepare(kernel: Kernel, grid: int, *arguments: Any) -> Any:
@@ -38,7 +38,9 @@ def recorded(gpu: GPU) -> Iterator[list[Kernel]]:
         yield found
 
 
-def kernels_of_loss(gpu: GPU, n: int, d: int, v: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> list[Kernel]:
+def kernels_of_loss(
+    gpu: GPU, n: int, d: int, v: int, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> list[Kernel]:
     """Those of a loss and its gradients."""
     e = torch.zeros(n, d, dtype=dtype, requires_grad=True)
     c = torch.zeros(v, d, dtype=dtype, requires_grad=True)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numba import config, cuda
 
 from cce.backends.numba import numpy_names  # noqa: F401  # before anything of Numba's
-
-from numba import config, cuda  # noqa: E402, I001
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
@@ -31,6 +30,8 @@ else:
         """A function for kernels to call, which becomes part of them."""
         return cuda.jit(device=True, forceinline=True)(f)
 
+
+pointer = int64  # to global memory; the type of a kernel's parameter
 
 # float32, all of them: a Python number would make a double of what it meets.
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)

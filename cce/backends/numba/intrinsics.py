@@ -174,10 +174,7 @@ def copy_16(typing, address, pointer, place, valid):
 
     ``cp.async.cg.shared.global``: past the registers and the first cache.
     """
-    body = (
-        "{ .reg .b64 from; mad.lo.s64 from, $2, 16, $1; "
-        "cp.async.cg.shared.global.L2::128B [$0], [from], 16, $3; }"
-    )
+    body = "{ .reg .b64 from; mad.lo.s64 from, $2, 16, $1; cp.async.cg.shared.global.L2::128B [$0], [from], 16, $3; }"
     signature = types.void(I32, I64, I64, types.boolean)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

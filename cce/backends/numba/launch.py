@@ -1,7 +1,6 @@
-"""From a kernel in Python to a launch: compiled once for a set of options and an architecture, kept on disk, called
-through the driver. In the simulator kernels run as they are.
+"""From a kernel in Python to a launch: compiled once, kept on disk, called through the driver.
 
-Numba makes PTX and the CUDA toolkit's linker a cubin; both take seconds, so cubins are kept in a folder: a process that
+In the simulator kernels run as they are. Elsewhere Numba makes PTX and the CUDA toolkit's linker a cubin; both take seconds, so cubins are kept in a folder: a process that
 finds all it needs there never imports Numba's compiler. Numba's own launch takes some 50 microseconds for so many
 arguments, the driver's takes 5.
 """
@@ -16,7 +15,8 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +28,8 @@ from torch import Tensor
 
 VARIABLE = "CCE_NUMBA_CACHE"
 #: How an argument lies in memory, each in 8 bytes.
-_FORMATS = {"pointer": "Q", "int32": "i4x", "int64": "q", "float32": "f4x"}
-_SOURCES = ("device.py", "intrinsics.py", "wgmma.py", "tile.py", "kernels/*.py")
+_FORMATS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
+_SOURCES = ("device.py", "intrinsics.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
 
 
 def simulated() -> bool:
@@ -39,9 +39,10 @@ def simulated() -> bool:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel for a kind of GPU: the name of its entry, and the cubin."""
+    """A kernel for a kind of GPU: the name of its entry, how its arguments lie in memory, and the cubin."""
 
     entry: str
+    format: str
     cubin: bytes
 
 
@@ -49,15 +50,25 @@ class Kernel:
     """A kernel to be called with numbers and tensors.
 
     Args:
-        make: makes the Python function of its options; its parameters are annotated with their types.
+        make: module of the folder ``kernels``, and the function there that makes the Python function of its options;
+            the parameters of that are annotated with their types.
         options: a frozen dataclass, whose repr says all.
         threads: of a block. shared: bytes of shared memory of a block. resident: blocks on a multiprocessor.
     """
 
-    def __init__(self, make: Callable[[Any], Any], options: Any, threads: int, shared: int, resident: int = 1) -> None:
+    def __init__(self, make: str, options: Any, threads: int, shared: int, resident: int = 1) -> None:
         self.make, self.options = make, options
         self.threads, self.shared, self.resident = threads, shared, resident
         self._loaded: dict[int, tuple[int, str]] = {}
+
+    @property
+    def name(self) -> str:
+        return self.make.split(".")[1].removeprefix("make_")
+
+    def build(self) -> Callable[..., None]:
+        """The Python function; this imports Numba."""
+        module, name = self.make.split(".")
+        return getattr(import_module(f"cce.backends.numba.kernels.{module}"), name)(self.options)
 
     def __call__(self, grid: int, *arguments: Any) -> None:
         """Launches so many blocks on torch's current stream."""
@@ -76,7 +87,7 @@ class Kernel:
         """The driver's handle, and how its arguments lie in memory."""
         if device not in self._loaded:
             code = compiled(self, torch.cuda.get_device_capability(device))
-            self._loaded[device] = _load(code, self.shared), format_of(self.make, self.options)
+            self._loaded[device] = _load(code, self.shared), code.format
         return self._loaded[device]
 
 
@@ -134,35 +145,35 @@ def _load(code: Code, shared: int) -> int:
     return function
 
 
-def format_of(make: Callable[[Any], Any], options: Any) -> str:
-    """Of the arguments; a list beside the function would have to agree with it."""
-    return "".join(_FORMATS[kind] for kind in _annotations(make, options))
-
-
-@lru_cache(maxsize=256)
-def _annotations(make: Callable[[Any], Any], options: Any) -> tuple[str, ...]:
-    return tuple(make(options).__annotations__.values())
-
-
 def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
     """From the folder of cubins, or newly compiled."""
     path = _path(kernel, capability)
     if path is not None and path.exists():
-        entry, cubin = path.read_bytes().split(b"\n", 1)
-        return Code(entry.decode(), cubin)
-    code = assemble(*ptx_of(kernel, capability), capability)
+        head, cubin = path.read_bytes().split(b"\n", 1)
+        return Code(*head.decode().split(" "), cubin)  # type: ignore[arg-type]
+    program = ptx_of(kernel, capability)
+    code = Code(program.entry, program.format, assemble(program.text, capability))
     if path is not None:
-        _write(path, code.entry.encode() + b"\n" + code.cubin)
+        _write(path, f"{code.entry} {code.format}\n".encode() + code.cubin)
     return code
 
 
-def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, str]:
-    """Name of the entry, and the program."""
+@dataclass(frozen=True)
+class Program:
+    """What Numba makes of a kernel: PTX, the name of its entry, how arguments lie in memory."""
+
+    entry: str
+    format: str
+    text: str
+
+
+def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
+    """Compiles a kernel as far as Numba does it."""
     from numba import cuda, types
 
-    function = kernel.make(kernel.options)
-    numbers = {"pointer": types.int64, "int32": types.int32, "int64": types.int64, "float32": types.float32}
-    signature = types.void(*(numbers[x] for x in function.__annotations__.values()))
+    function = kernel.build()
+    parameters = function.__annotations__.values()
+    signature = types.void(*parameters)
     cc = (*capability, "a") if capability[0] >= 9 else capability
     bounds = (kernel.threads, kernel.resident)
     with _no_device_needed(capability):
@@ -170,7 +181,8 @@ def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, str]:
             function, signature, cc=cc, device=False, abi="numba", output="ptx", launch_bounds=bounds
         )
     text = found if isinstance(found, str) else found.decode()
-    return text.split(".entry ", 1)[1].split("(", 1)[0].strip(), text
+    entry = text.split(".entry ", 1)[1].split("(", 1)[0].strip()
+    return Program(entry, "".join(_FORMATS[str(x)] for x in parameters), text)
 
 
 @contextmanager
@@ -182,13 +194,12 @@ def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def assemble(entry: str, ptx: str, capability: tuple[int, int]) -> Code:
+def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
     """The cubin of a program."""
-    from cuda.core import Program, ProgramOptions
+    from cuda import core
 
     arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
-    cubin = Program(ptx, "ptx", ProgramOptions(arch=arch)).compile("cubin").code
-    return Code(entry, bytes(cubin))
+    return bytes(core.Program(ptx, "ptx", core.ProgramOptions(arch=arch)).compile("cubin").code)
 
 
 def folder() -> Path | None:
@@ -208,9 +219,9 @@ def _path(kernel: Kernel, capability: tuple[int, int]) -> Path | None:
     place = folder()
     if place is None:
         return None
-    names = (kernel.make.__name__, repr(kernel.options), kernel.threads, kernel.resident, capability)
+    names = (kernel.make, repr(kernel.options), kernel.threads, kernel.resident, capability)
     text = repr((names, _sources(), version("numba-cuda"), version("numba")))
-    return place / f"{kernel.make.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+    return place / f"{kernel.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
 
 
 @cache
@@ -237,4 +248,4 @@ def _simulate(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
     if grid:
         from cce.backends.numba.twins import EXCHANGE, run
 
-        run(kernel.make(kernel.options), grid, kernel.threads, kernel.shared + EXCHANGE * kernel.threads, arguments)
+        run(kernel.build(), grid, kernel.threads, kernel.shared + EXCHANGE * kernel.threads, arguments)

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from cce.backends.gpu.kernels import Live
 from cce.backends.numba.choice import KINDS, Choice
 from cce.backends.numba.compile import dbias_kernel, dc_kernel, de_kernel, live_kernel
-from cce.backends.numba.kernels.gradient import Gradient
-from cce.backends.numba.kernels.sums import Product
 from cce.backends.numba.operands import pieces_of, pitch_of
+from cce.backends.numba.options import Gradient, Product
 from cce.problem import Problem
 from cce.spec import Spec
 

@@ -9,12 +9,12 @@ def _import_arrays() -> None:
     """Imports the one module that says ``np.row_stack``, with that name there while it runs."""
     missing = not hasattr(np, "row_stack")
     if missing:
-        np.row_stack = np.vstack  # type: ignore[attr-defined]
+        np.vstack = np.vstack  # type: ignore[attr-defined]
     try:
         import numba.cuda.np.arrayobj  # noqa: F401
     finally:
         if missing:
-            del np.row_stack  # type: ignore[attr-defined]
+            del np.vstack  # type: ignore[attr-defined]
 
 
 _import_arrays()

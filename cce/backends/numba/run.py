@@ -9,11 +9,9 @@ from torch import Tensor
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
 from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
-from cce.backends.numba.kernels.forward import Statistics
-from cce.backends.numba.kernels.gradient import Gradient
-from cce.backends.numba.kernels.targets import Targets
 from cce.backends.numba.live import launches
 from cce.backends.numba.operands import pieces_of, pitch_of
+from cce.backends.numba.options import Gradient, Statistics, Targets
 from cce.problem import Problem
 from cce.spec import Spec
 

@@ -67,3 +67,7 @@ class Tile:
     @property
     def thread_columns(self) -> int:
         return self.columns // 4
+
+    def panels(self, columns: int) -> int:
+        """Panels that so many columns of a matrix take."""
+        return -(-columns // self.depth)

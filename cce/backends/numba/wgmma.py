@@ -46,7 +46,9 @@ def panel_descriptor(typing, address):
 def start_product(columns: int, kind: str, a_transposed: bool = False, b_transposed: bool = False) -> Any:
     """The intrinsic for tiles of so many columns and factors of this kind, which lie as in ``products.py``."""
     transposes = "" if kind == "tf32" else f", {int(a_transposed)}, {int(b_transposed)}"
-    steps = [128 if transposed else 2 for transposed in (a_transposed, b_transposed)]  # in 16 bytes, from slice to slice
+    steps = [
+        128 if transposed else 2 for transposed in (a_transposed, b_transposed)
+    ]  # in 16 bytes, from slice to slice
     registers = columns // 2
     sums = ", ".join(f"${i}" for i in range(registers))
     lines = ["wgmma.fence.sync.aligned;"]
@@ -68,7 +70,9 @@ def start_product(columns: int, kind: str, a_transposed: bool = False, b_transpo
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             factors = [
-                builder.add(x, _number(step * s)) for x, step in zip(args[1:], steps, strict=True) for s in range(SLICES)
+                builder.add(x, _number(step * s))
+                for x, step in zip(args[1:], steps, strict=True)
+                for s in range(SLICES)
             ]
             _change_all(context, builder, signature.args[0], args[0], registers, body, constraints, factors)
             return context.get_dummy_value()

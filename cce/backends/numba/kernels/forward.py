@@ -5,8 +5,6 @@ walks along it. Each thread keeps a maximum and sums of its own columns; only at
 order that is always the same. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numba import cuda, float32, int32, uint8
 
@@ -23,30 +21,11 @@ from cce.backends.numba.device import (
     lane_xor,
     lane_xor_int,
     log2,
+    pointer,
     shared_address,
 )
 from cce.backends.numba.kernels.epilogue import finite, make_cap, quad_max, quad_sum
 from cce.backends.numba.kernels.tiles import make_logit_tile
-from cce.backends.numba.tile import Tile
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a forward kernel is compiled for."""
-
-    tile: Tile
-    bias: bool = False
-    scale: bool = False
-    softcap: bool = False
-    online: bool = False
-    entropy: bool = False
-    weighted: bool = False
-    prediction: bool = False
-    maps: bool = False
-    element: bool = False
-    tile_entropy: bool = False
-    block_v: int = 0
-    group: int = 16
 
 
 @function
@@ -86,12 +65,12 @@ def make_statistics(options):
     begin, product, e_copies, c_copies = make_logit_tile(tile)
 
     def statistics(
-        e: "pointer", c: "pointer", bias: "pointer", weight: "pointer",
-        split_max: "pointer", split_sum: "pointer", split_gap: "pointer", split_weighted: "pointer",
-        split_best: "pointer",  # [SPLITS, N] each
-        tile_lse: "pointer", tile_max: "pointer", tile_entropy: "pointer",  # [T, N] each
-        N: "int32", V: "int32", pieces: "int32", e_pitch: "int32", c_pitch: "int32", splits: "int32",
-        first_tile: "int32", scale: "float32", softcap: "float32",
+        e: pointer, c: pointer, bias: pointer, weight: pointer,
+        split_max: pointer, split_sum: pointer, split_gap: pointer, split_weighted: pointer,
+        split_best: pointer,  # [SPLITS, N] each
+        tile_lse: pointer, tile_max: pointer, tile_entropy: pointer,  # [T, N] each
+        N: int32, V: int32, pieces: int32, e_pitch: int32, c_pitch: int32, splits: int32,
+        first_tile: int32, scale: float32, softcap: float32,
     ):  # fmt: skip
         # Tile origin: rows of block i, and for each t of the split TILE_V places of the window from t TILE_V.
         thread = np.int32(cuda.threadIdx.x)

@@ -4,8 +4,6 @@
 work list. Both recompute a tile as the forward does, and differ in which rows of e and c it is made of.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numba import cuda, float32, int32, uint8
 
@@ -25,41 +23,15 @@ from cce.backends.numba.device import (
     ints,
     lane_xor,
     longs,
+    pointer,
     read_float,
     shared_address,
     write_float,
 )
 from cce.backends.numba.kernels.epilogue import make_store, repeat
 from cce.backends.numba.kernels.tiles import make_logit_tile
-from cce.backends.numba.tile import Tile
-
 
 FOUR, MOST = np.float32(4), np.float32(1e30)
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """What a kernel for dx is compiled for; ``ordered``, ``sorted`` and the blocks belong to live tiles."""
-
-    tile: Tile
-    bias: bool = False
-    scale: bool = False
-    softcap: bool = False
-    entropy: bool = False
-    weighted: bool = False
-    sums: bool = False
-    one_target: bool = True
-    ordered: bool = False
-    sorted: bool = False
-    block_n: int = 0
-    block_v: int = 0
-    group: int = 16
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory: panels, and a sum of each warp and column."""
-        tile = self.tile
-        return tile.stages * tile.stage_bytes + (4 * tile.warps * tile.columns if self.sums else 0)
 
 
 def make_dx(options, width):
@@ -209,10 +181,10 @@ def make_gradient(options):
     all_rows = repeat(finish_row, 0, R)
 
     def gradient(
-        e: "pointer", c: "pointer", bias: "pointer", weight: "pointer", dz: "pointer", column_sums: "pointer",
-        lse: "pointer", entropy: "pointer", a: "pointer", g: "pointer", h: "pointer", s: "pointer", targets: "pointer",
-        N: "int32", V: "int32", targets_a_row: "int32", pieces: "int32", e_pitch: "int32", c_pitch: "int32",
-        dz_pitch: "int32", first: "int32", scale: "float32", softcap: "float32",
+        e: pointer, c: pointer, bias: pointer, weight: pointer, dz: pointer, column_sums: pointer,
+        lse: pointer, entropy: pointer, a: pointer, g: pointer, h: pointer, s: pointer, targets: pointer,
+        N: int32, V: int32, targets_a_row: int32, pieces: int32, e_pitch: int32, c_pitch: int32,
+        dz_pitch: int32, first: int32, scale: float32, softcap: float32,
     ):  # fmt: skip
         thread = np.int32(cuda.threadIdx.x)
         shared = shared_address(cuda.shared.array(0, uint8))
@@ -339,12 +311,12 @@ def make_live(options):
     all_rows = repeat(finish_row, 0, R)
 
     def live(
-        e: "pointer", c: "pointer", bias: "pointer", order: "pointer", row_order: "pointer", keep: "pointer",
-        dz: "pointer", column_sums: "pointer", tile_list: "pointer", item_block: "pointer", item_first: "pointer",
-        item_slot: "pointer", item_tiles: "pointer", items: "pointer",
-        lse: "pointer", entropy: "pointer", a: "pointer", g: "pointer", h: "pointer", targets: "pointer",
-        N: "int32", V: "int32", T: "int32", targets_a_row: "int32", pieces: "int32", e_pitch: "int32",
-        c_pitch: "int32", max_items: "int32", scale: "float32", softcap: "float32", chunk: "int32",
+        e: pointer, c: pointer, bias: pointer, order: pointer, row_order: pointer, keep: pointer,
+        dz: pointer, column_sums: pointer, tile_list: pointer, item_block: pointer, item_first: pointer,
+        item_slot: pointer, item_tiles: pointer, items: pointer,
+        lse: pointer, entropy: pointer, a: pointer, g: pointer, h: pointer, targets: pointer,
+        N: int32, V: int32, T: int32, targets_a_row: int32, pieces: int32, e_pitch: int32,
+        c_pitch: int32, max_items: int32, scale: float32, softcap: float32, chunk: int32,
     ):  # fmt: skip
         thread = np.int32(cuda.threadIdx.x)
         shared = shared_address(cuda.shared.array(0, uint8))

@@ -4,8 +4,6 @@ No atomics: the order in which a sum runs is that of the work list, so the bits 
 is ``depth`` places or rows, a panel's width; of a narrower tile the rest is zeros.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 from numba import cuda, float32, int32, uint8
 
@@ -19,46 +17,12 @@ from cce.backends.numba.device import (
     function,
     ints,
     longs,
+    pointer,
     shared_address,
 )
 from cce.backends.numba.kernels.epilogue import make_store
 from cce.backends.numba.kernels.tiles import make_load_panel, make_step
-from cce.backends.numba.tile import PANEL, PIECES, Tile
-
-
-@dataclass(frozen=True)
-class Product:
-    """What a kernel for dE, dC or dbias is compiled for.
-
-    Attributes:
-        out: arithmetic whose dtype dC is written in.
-    """
-
-    tile: Tile
-    block_n: int
-    block_v: int
-    out: str = ""
-    ordered: bool = False
-    sorted: bool = False
-    compensate: bool = False
-    norm: bool = False
-
-    @property
-    def stage(self) -> int:
-        """Bytes of a step's panels: of dx as it lies, and of rows of c or e."""
-        tile = self.tile
-        return PANEL * (tile.rows + tile.depth * _panels(tile.columns, tile))
-
-    @property
-    def stage_transposed(self) -> int:
-        """Likewise, with dx transposed."""
-        tile = self.tile
-        return PANEL * tile.depth * (_panels(tile.rows, tile) + _panels(tile.columns, tile))
-
-
-def _panels(columns, tile):
-    """Panels that so many columns take."""
-    return -(-columns // tile.depth)
+from cce.backends.numba.tile import PANEL, PIECES
 
 
 def make_de(options):
@@ -69,14 +33,16 @@ def make_de(options):
     )  # fmt: skip
     BLOCK_N, BLOCK_V, ORDERED = options.block_n, options.block_v, options.ordered
     STEPS, AHEAD, DX_BYTES, HEIGHT = -(-BLOCK_V // DEPTH), STAGES - 1, PANEL * tile.rows, PANEL * DEPTH
-    PIECES_D, PIECES_V, PANELS = TILE_D * tile.itemsize // 16, BLOCK_V * tile.itemsize // 16, _panels(TILE_D, tile)
+    PIECES_D, PIECES_V, PANELS = TILE_D * tile.itemsize // 16, BLOCK_V * tile.itemsize // 16, tile.panels(TILE_D)
     PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
     load_dx, dx_copies = make_load_panel(tile.rows, tile.threads)
     load_c, c_copies = make_load_panel(DEPTH, tile.threads)
     arrived, start, multiply, finish = make_step(tile, DX_BYTES, False, True)
 
     @function
-    def load(stage, step, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows, V, c_pitch, d_piece, pieces, thread):
+    def load(
+        stage, step, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows, V, c_pitch, d_piece, pieces, thread
+    ):
         """dx and the rows of c of a step, if there is one; one group of copies in any case."""
         if step < steps:
             t, part = ints(tile_list)[at + step // STEPS], step % STEPS * DEPTH
@@ -94,10 +60,10 @@ def make_de(options):
         copies_commit()
 
     def de(
-        dz: "pointer", c: "pointer", order: "pointer", tile_list: "pointer", block_slot: "pointer",
-        block_tiles: "pointer", block_first: "pointer", de: "pointer",
-        N: "int32", V: "int32", D: "int32", T: "int32", blocks: "int32", pieces: "int32", c_pitch: "int32",
-        chunk: "int32",
+        dz: pointer, c: pointer, order: pointer, tile_list: pointer, block_slot: pointer,
+        block_tiles: pointer, block_first: pointer, de: pointer,
+        N: int32, V: int32, D: int32, T: int32, blocks: int32, pieces: int32, c_pitch: int32,
+        chunk: int32,
     ):  # fmt: skip
         # Output tile: row block b, longest first, since the work list puts the rows with most hits last; columns from d0.
         thread = np.int32(cuda.threadIdx.x)
@@ -154,7 +120,7 @@ def make_dc(options):
     COMPENSATE, NORM = options.compensate, options.norm
     STEPS, AHEAD, HEIGHT = -(-BLOCK_N // DEPTH), STAGES - 1, PANEL * DEPTH
     PIECES_D, PIECES_M, PIECES_V = (x * tile.itemsize // 16 for x in (TILE_D, ROWS, BLOCK_V))
-    PANELS_V, PANELS_D, PARTS = _panels(ROWS, tile), _panels(TILE_D, tile), BLOCK_V // ROWS
+    PANELS_V, PANELS_D, PARTS = tile.panels(ROWS), tile.panels(TILE_D), BLOCK_V // ROWS
     PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
     load_panel, copies = make_load_panel(DEPTH, tile.threads)
     arrived, start, multiply, finish = make_step(tile, PANELS_V * HEIGHT, True, True)
@@ -185,11 +151,11 @@ def make_dc(options):
         copies_commit()
 
     def dc(
-        dz: "pointer", e: "pointer", order: "pointer", row_order: "pointer", keep: "pointer", live_count: "pointer",
-        block_list: "pointer", slot_list: "pointer", chunk_start: "pointer", mass_e: "pointer", norm: "pointer",
-        dc: "pointer",
-        N: "int32", V: "int32", D: "int32", dc_pitch: "int32", blocks: "int32", pieces: "int32", e_pitch: "int32",
-        chunk: "int32",
+        dz: pointer, e: pointer, order: pointer, row_order: pointer, keep: pointer, live_count: pointer,
+        block_list: pointer, slot_list: pointer, chunk_start: pointer, mass_e: pointer, norm: pointer,
+        dc: pointer,
+        N: int32, V: int32, D: int32, dc_pitch: int32, blocks: int32, pieces: int32, e_pitch: int32,
+        chunk: int32,
     ):  # fmt: skip
         thread = np.int32(cuda.threadIdx.x)
         shared = shared_address(cuda.shared.array(0, uint8))
@@ -250,8 +216,8 @@ def make_dbias(options):
     BLOCK_V, ORDERED, COMPENSATE, NORM = options.block_v, options.ordered, options.compensate, options.norm
 
     def dbias(
-        column_sums: "pointer", order: "pointer", live_count: "pointer", slot_list: "pointer", chunk_start: "pointer",
-        mass: "pointer", norm: "pointer", dbias: "pointer", V: "int32", blocks: "int32", chunk: "int32",
+        column_sums: pointer, order: pointer, live_count: pointer, slot_list: pointer, chunk_start: pointer,
+        mass: pointer, norm: pointer, dbias: pointer, V: int32, blocks: int32, chunk: int32,
     ):  # fmt: skip
         t0, t1 = ints(chunk_start)[chunk], ints(chunk_start)[chunk + 1]
         for t in range(t0 + np.int32(cuda.blockIdx.x), t1, np.int32(cuda.gridDim.x)):

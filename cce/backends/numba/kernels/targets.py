@@ -1,25 +1,11 @@
 """The targets' logits: a dot product each, by one warp."""
 
-from dataclasses import dataclass
-
 import numpy as np
-from numba import cuda
+from numba import cuda, float32, int32, int64
 
 from cce.backends.numba import device
-from cce.backends.numba.device import ZERO, floats, function, halves, lane_xor, longs
+from cce.backends.numba.device import ZERO, floats, function, halves, lane_xor, longs, pointer
 from cce.backends.numba.kernels.epilogue import make_cap
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the kernel is compiled for: kinds of numbers are those of ``Tile``."""
-
-    e: str
-    c: str
-    bias: bool = False
-    scale: bool = False
-    softcap: bool = False
-    warps: int = 4
 
 
 def make_element(kind):
@@ -47,9 +33,9 @@ def make_targets(options):
     cap = make_cap(options.bias, options.scale, options.softcap)
 
     def targets(
-        e: "pointer", c: "pointer", bias: "pointer", targets: "pointer", out: "pointer", N: "int32", K: "int32",
-        D: "int32", stride_en: "int64", stride_ed: "int64", stride_cv: "int64", stride_cd: "int64",
-        scale: "float32", softcap: "float32",
+        e: pointer, c: pointer, bias: pointer, targets: pointer, out: pointer, N: int32, K: int32,
+        D: int32, stride_en: int64, stride_ed: int64, stride_cv: int64, stride_cd: int64,
+        scale: float32, softcap: float32,
     ):  # fmt: skip
         lane, warp = np.int64(cuda.threadIdx.x & 31), np.int64(cuda.threadIdx.x >> 5)
         for pair in range(cuda.blockIdx.x * WARPS + warp, np.int64(N) * K, np.int64(cuda.gridDim.x) * WARPS):
