@@ -25,4 +25,4 @@ def test_in_the_simulator() -> None:
     lines = [line for text in texts for line in text.splitlines()]
     assert all(process.returncode == 0 for process in running), "\n".join(lines)
     assert not [line for line in lines if ": FAILED" in line], "\n".join(line for line in lines if "FAILED" in line)
-    assert sum(": passed" in line for line in lines) > 70, "\n".join(lines)
+    assert sum(": passed" in line for line in lines) > 60, "\n".join(lines)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 from numba import config, cuda
-
-from cce.backends.numba import numpy_names  # noqa: F401  # before anything of Numba's
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
@@ -31,7 +30,7 @@ else:
         return cuda.jit(device=True, forceinline=True)(f)
 
 
-pointer = int64  # to global memory; the type of a kernel's parameter
+pointer = numba.int64  # to global memory; the type of a kernel's parameter
 
 # float32, all of them: a Python number would make a double of what it meets.
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)

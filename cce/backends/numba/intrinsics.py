@@ -1,8 +1,8 @@
 """What a GPU can do and Python has no word for: each function here is a few instructions of PTX.
 
-``twins.py`` has the same functions in plain Python, for Numba's simulator; ``device.py`` picks one of the two. Addresses
-in shared memory are 32-bit integers, pointers to global memory 64-bit integers. Arrays that live in a thread's
-registers are ``cuda.local.array`` whose every index is a constant once loops are unrolled.
+``twins.py`` has the same functions in plain Python, for Numba's simulator; ``device.py`` picks one of the two.
+Addresses in shared memory are 32-bit integers, pointers to global memory 64-bit integers. Arrays that live in a
+thread's registers are ``cuda.local.array`` whose every index is a constant once loops are unrolled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from llvmlite import ir
 from numba.cuda import cgutils, types
 from numba.cuda.extending import intrinsic
-from numba.cuda.np.arrayobj import populate_array
+
+from cce.backends.numba.numpy_names import populate_array
 
 F32, I32, U32, I64 = types.float32, types.int32, types.uint32, types.int64
 SMEM = 3  # the address space of shared memory

@@ -1,8 +1,8 @@
 """From a kernel in Python to a launch: compiled once, kept on disk, called through the driver.
 
-In the simulator kernels run as they are. Elsewhere Numba makes PTX and the CUDA toolkit's linker a cubin; both take seconds, so cubins are kept in a folder: a process that
-finds all it needs there never imports Numba's compiler. Numba's own launch takes some 50 microseconds for so many
-arguments, the driver's takes 5.
+In the simulator kernels run as they are. Elsewhere Numba makes PTX of them and the toolkit's linker a cubin; both take
+seconds, so cubins are kept in a folder: a process that finds all it needs there never imports Numba. Numba's own launch
+takes some 50 microseconds for so many arguments, the driver's less.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
     path = _path(kernel, capability)
     if path is not None and path.exists():
         head, cubin = path.read_bytes().split(b"\n", 1)
-        return Code(*head.decode().split(" "), cubin)  # type: ignore[arg-type]
+        entry, layout = head.decode().split(" ")
+        return Code(entry, layout, cubin)
     program = ptx_of(kernel, capability)
     code = Code(program.entry, program.format, assemble(program.text, capability))
     if path is not None:

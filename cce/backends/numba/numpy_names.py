@@ -1,20 +1,23 @@
-"""Lets numba-cuda 0.30 be imported beside NumPy 2.5, which no longer has a name that it mentions."""
+"""What needs numba-cuda 0.30's array module, which mentions a name that NumPy 2.5 no longer has."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import numpy as np
 
 
-def _import_arrays() -> None:
-    """Imports the one module that says ``np.row_stack``, with that name there while it runs."""
+def _arrays() -> ModuleType:
+    """The module, imported with ``np.row_stack`` there; Numba itself imports it with the first kernel."""
     missing = not hasattr(np, "row_stack")
     if missing:
-        np.vstack = np.vstack  # type: ignore[attr-defined]
+        np.row_stack = np.vstack  # noqa: NPY201
     try:
-        import numba.cuda.np.arrayobj  # noqa: F401
+        from numba.cuda.np import arrayobj
     finally:
         if missing:
-            del np.vstack  # type: ignore[attr-defined]
+            del np.row_stack  # noqa: NPY201
+    return arrayobj
 
 
-_import_arrays()
+populate_array = _arrays().populate_array

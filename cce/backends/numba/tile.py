@@ -52,8 +52,8 @@ class Tile:
 
     @property
     def ahead(self) -> int:
-        """Panels on their way while one is multiplied."""
-        return self.stages - 1
+        """Panels on their way while one is multiplied. Hopper's unit may still read the one before."""
+        return self.stages - (2 if self.hopper else 1)
 
     @property
     def stage_bytes(self) -> int:

@@ -1,8 +1,8 @@
 """Forward: statistics of every row over a stretch of the vocabulary; the logits stay in registers.
 
-Steps 1 and 2 of docs/algorithm.md. A block of threads owns ROWS rows and one of SPLITS stretches of the vocabulary, and
-walks along it. Each thread keeps a maximum and sums of its own columns; only at the end are those of a row joined, in an
-order that is always the same. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter.
+Steps 1 and 2 of docs/algorithm.md. A block of threads owns ROWS rows and one of SPLITS stretches of the vocabulary,
+and walks along it. Each thread keeps a maximum and sums of its own columns; only at the end are those of a row joined,
+in an order that is always the same. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter.
 """
 
 import numpy as np

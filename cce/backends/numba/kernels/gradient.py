@@ -84,8 +84,8 @@ def make_dx(options, width):
     def dx(z, r, row, counts, starts, biases, us, gs, given):
         """scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), in place of the product.
 
-        0 where the row does not count. ``starts``: the place of this thread's first column in each block; biases and us: of its columns; gs: room for a
-        number of each. ``given``: a, g, h and s have been multiplied by the scale.
+        0 where the row does not count. ``starts``: the place of this thread's first column in each block; biases and
+        us: of its columns; gs: room for a number of each. ``given``: a, g, h and s have been multiplied by the scale.
         """
         lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
         row_lse, row_a = floats(lse)[row], floats(a)[row]
@@ -255,7 +255,7 @@ def make_gradient(options):
 
 
 def make_live(options):
-    """The kernel for dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into [BLOCK_N, BLOCK_V] slots."""
+    """The kernel for dx of live tiles: TILE_V / BLOCK_V of a row block at a time, into [BLOCK_N, BLOCK_V] slots."""
     tile = options.tile
     TILE_V, R, K, THREADS = tile.columns, tile.thread_rows, tile.thread_columns, tile.threads
     BLOCK_N, BLOCK_V, BLOCKS = options.block_n, options.block_v, tile.columns // options.block_v
@@ -265,7 +265,7 @@ def make_live(options):
     BIASES, GS, WIDTH = K if BIAS else 1, 1 if options.one_target else K, options.block_v // 4
     dx = make_dx(options, options.block_v)
     put, join = make_column_sums(tile)
-    store, store_pair = make_store(tile.kind)
+    _, store_pair = make_store(tile.kind)
     begin, product, e_copies, c_copies = make_logit_tile(tile)
 
     @function

@@ -65,7 +65,7 @@ def make_de(options):
         N: int32, V: int32, D: int32, T: int32, blocks: int32, pieces: int32, c_pitch: int32,
         chunk: int32,
     ):  # fmt: skip
-        # Output tile: row block b, longest first, since the work list puts the rows with most hits last; columns from d0.
+        # Output tile: row block b, longest first: the work list puts the rows with most hits last; columns from d0.
         thread = np.int32(cuda.threadIdx.x)
         shared = shared_address(cuda.shared.array(0, uint8))
         tiles_d = (D + TILE_D - 1) // TILE_D
@@ -212,7 +212,7 @@ def make_dc(options):
 
 
 def make_dbias(options):
-    """The kernel for dbias [V] of a chunk: column sums of live tiles, in the order of row blocks, and dead rows' mass."""
+    """The kernel for dbias [V] of a chunk: column sums of live tiles, in the order of row blocks, and dead mass."""
     BLOCK_V, ORDERED, COMPENSATE, NORM = options.block_v, options.ordered, options.compensate, options.norm
 
     def dbias(

@@ -35,8 +35,8 @@ def make_step(tile, b_offset, a_transposed=False, b_transposed=False):
     """A step of a pipeline: z += a b^T for the panels of a stage, a's first and b's ``b_offset`` bytes behind it.
 
     Returns four functions. ``arrived()``: the stage's copies are there, everybody's. ``start(z, stage, thread)``, then
-    copies may be started that take the place of the stage before, then ``multiply(z, stage, thread)``: with ``mma.sync``
-    the latter is the product; Hopper's unit is started by the former and works on alone. ``finish(z)``: z is complete.
+    copies may be started, ``ahead`` stages on, then ``multiply(z, stage, thread)``: this is the product with
+    ``mma.sync``; Hopper's unit is started by the other, and works on alone. ``finish(z)``: z is complete.
     """
     wait = copies_wait[tile.ahead - 1]
     if tile.hopper and not SIMULATED:
@@ -81,18 +81,16 @@ def make_hopper_step(tile, wait, b_offset, a_transposed, b_transposed):
     @function
     def start(z, stage, thread):
         start_product(z, panel_descriptor(stage + (thread >> 7) * QUARTER), panel_descriptor(stage + b_offset))
-        finish_but_one()
-        barrier()  # all are done with the stage before
 
     @function
     def multiply(z, stage, thread):
-        return
+        finish_but_one()  # once all have passed the next ``arrived``, copies may take the place of the stage before
 
     return arrived, start, multiply, wgmma.finish_products(tile.columns)
 
 
 def make_logit_tile(tile):
-    """Functions for the product of rows of e and of c: ``begin``, ``product``, and how many copies of each a thread makes."""
+    """``begin`` and ``product`` for rows of e and of c; how many copies of each of them a thread makes."""
     load_e, e_copies = make_load_panel(tile.rows, tile.threads)
     load_c, c_copies = make_load_panel(tile.columns, tile.threads)
     STAGES, AHEAD, STAGE, E_BYTES = tile.stages, tile.ahead, tile.stage_bytes, PANEL * tile.rows
