@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-_KNOWN: dict[tuple[str, str, str], int] = {}
+_KNOWN = {
+    ("sm_80", "filtered", "live"): 8,
+    ("sm_90a", "filtered", "live"): 176,
+    ("sm_90a", "filtered", "de"): 112,
+}
 
 
 def known(arch: str, setting: str, name: str) -> int:

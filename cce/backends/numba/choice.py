@@ -86,18 +86,20 @@ def _choose(
         de, dc = (_rows(kind, rows, 32, 3) for rows in (block_n, min(block_v, 128)))
         return Choice(small, small, _rows(kind, block_n, pack * block_v, 3), de, dc, pack, 2)
     hopper = gpu.hopper and kind != "ieee"
+    stages = 3 if gpu.capability[0] >= 9 else 2  # two blocks of threads share 164 KiB of memory on sm_80
     if hopper:
         wide = Tile(kind, 8, 1, 256, 4, hopper=True)
     else:
-        wide = Tile(kind, 8, 1, 256, 2) if widest == 256 else Tile(kind, 4, 2, 128, 3, resident=2)
-    many = (
-        Tile(kind, 8, 1, 128, 6, hopper=True) if hopper else wide
-    )  # columns: fewer, for epilogues that need registers
+        wide = Tile(kind, 8, 1, 256, 2) if widest == 256 else Tile(kind, 4, 2, 128, stages, resident=2)
+    # For epilogues that need registers: fewer columns.
+    many = Tile(kind, 8, 1, 128, 6, hopper=True) if hopper else wide
     forward, gradient = (many if busy and widest <= 128 else wide for busy in (busy_forward, busy_gradient))
     live = gradient if block_n == 128 and block_v <= gradient.columns else _rows(kind, block_n, max(block_v, 64), 2)
-    sums = Tile(kind, 8, 1, 256, 4, hopper=True)
-    halves = hopper and kind != "tf32"  # which cannot be read transposed
-    de, dc = (sums if halves and rows == 128 else _rows(kind, rows, 128, 3) for rows in (block_n, min(block_v, 128)))
+    transposed = hopper and kind != "tf32"  # its matrix unit can read such factors
+    de, dc = (
+        Tile(kind, 8, 1, 256, 4, hopper=True) if transposed and rows == 128 else _rows(kind, rows, 128, stages)
+        for rows in (block_n, min(block_v, 128))
+    )
     return Choice(forward, gradient, live, de, dc, max(1, live.columns // block_v), gpu.programs * wide.resident)
 
 
