@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import PlainKernels
 from plain_backend import PlainBackend
 
 import cce
@@ -19,6 +20,8 @@ from cce.testing.behaviours import Behaviour
 from cce.testing.check_option import check_option
 from cce.testing.data import make_problem
 from cce.testing.options import OPTIONS, Option
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REFUSED = {"float64-sums", "plain-float64", "filtered-float64", "full-float64"}  # and blocks of odd sizes
 ODD = {"filtered-natural-rows", "filtered-single-rows", "filtered-odd-blocks"}
@@ -71,6 +74,24 @@ MORE = [
 def test_more(case: Case) -> None:
     result = run_case(registry.load("plain"), case)
     assert result.passed, "\n".join([*result.failures, *result.refused])
+
+
+LIBRARY = {"filtered", "filtered-mass", "filtered-entropy-softcap", "filtered-order", "filtered-float16", MORE[-1].name}
+
+
+@pytest.mark.parametrize("case", [case for case in (*CASES, *MORE) if case.name in LIBRARY], ids=str)
+def test_with_the_librarys_compensation(case: Case) -> None:
+    """What kernels need not bring."""
+
+    class LibraryKernels(PlainKernels):
+        mean_rows = Kernels.mean_rows
+        dead_mass = Kernels.dead_mass
+
+    class Library(PlainBackend):
+        def kernels(self) -> Kernels:
+            return LibraryKernels()
+
+    assert not run_case(Library(), case).failures
 
 
 def test_rows_in_place_are() -> None:

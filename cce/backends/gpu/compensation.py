@@ -74,7 +74,8 @@ class Mass:
         outputs: Outputs[Tensor],
         maps: Maps[Tensor],
     ) -> None:
-        self._call, self._row_order, self._live, self._maps = call, row_order, live, maps
+        self._call, self._row_order, self._live, self._maps = call, row_order, live.contiguous(), maps
+        self._rows = found.rows
         # Gradients that have the scale in them, and are in float16's range.
         self._upstream = rows_of(Upstream(found.rows.a, found.rows.g, found.rows.h), row_order)
         self._outputs = rows_of(Outputs(outputs.lse, outputs.target_logits, found.rows.entropy), row_order)
@@ -85,6 +86,10 @@ class Mass:
 
     def of(self, t0: int, t1: int, out: Tensor) -> Tensor:
         """Fills ``out`` (t1 - t0, N)."""
+        call = self._call
+        given = (self._rows, self._maps, self._row_order, self._live)
+        if call.kernels.dead_mass(call.problem, call.spec, *given, t0, out):
+            return out
         for start in range(t0, t1, self._step):
             end = min(t1, start + self._step)
             self._fill(start, end, out[start - t0 : end - t0])

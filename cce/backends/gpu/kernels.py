@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.plan import Plan
-from cce.problem import Problem
+from cce.problem import Maps, Problem
 from cce.spec import Spec
 
 
@@ -253,3 +253,29 @@ class Kernels(ABC):
         It is called for every chunk of the plan, in ascending order; most find nothing to do. What costs time on the
         host is to be done once, here.
         """
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        row_order: Tensor,
+        live: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> bool:
+        """Fills ``out`` with the sums of dx over the columns of dead tiles, 0 of live ones; or leaves it.
+
+        ``softcap'(zbar) p (a + h (tile_entropy - log p - H))``, p the tile's mass; zbar, the log of its mean exp(z),
+        stands for its logits.
+
+        Args:
+            rows, maps: by row of the problem.
+            row_order: (N,) int64; live: (T, B) bool, contiguous.
+            first: vocabulary block of the first row of ``out`` (blocks, N), whose columns are in ``row_order``.
+
+        Returns:
+            Whether it did; if not, the library does.
+        """
+        return False
