@@ -27,6 +27,7 @@ AUTO_ELSEWHERE = ("torch",)
 _BUILT_IN = {
     "triton": "cce.backends.triton:TritonBackend",
     "cupy": "cce.backends.cupy:CupyBackend",
+    "numba": "cce.backends.numba:NumbaBackend",
     "torch": "cce.backends.torch:TorchBackend",
     "reference": "cce.backends.reference:ReferenceBackend",
 }

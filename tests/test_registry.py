@@ -96,7 +96,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 def test_entry_point(install: Callable[[str, str, str], None]) -> None:
     """A third party's backend is used by its name, forward and backward, with the same result."""
     install("loopback", "cce_loopback:Loopback", LOOPBACK)
-    assert cce.backends() == ["triton", "cupy", "torch", "reference", "loopback"]
+    assert cce.backends() == ["triton", "cupy", "numba", "torch", "reference", "loopback"]
     assert cce.explain(E, C, T, backend="loopback").backend == "loopback"
     calls = registry.load("loopback").calls
     for options, made in (({}, ["loss_and_gradients"]), ({"z_loss": 1e-4}, ["forward", "backward"])):

@@ -19,7 +19,7 @@ from cce.testing.options import OPTIONS
 from cce.testing.options_table import options_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
-BUILT_IN = ["triton", "cupy", "torch", "reference"]
+BUILT_IN = ["triton", "cupy", "numba", "torch", "reference"]
 # Which backend runs it, how it is split, and what is not the backend's to support.
 ELSEWHERE = {"backend", "spec", "vocab_parallel"}
 

@@ -1,0 +1,53 @@
+"""One kernel object for each set of options."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from cce.backends.numba.launch import Kernel, simulated
+from cce.backends.numba.options import Gradient, Product, Statistics, Targets
+
+
+@lru_cache(maxsize=256)
+def statistics_kernel(options: Statistics) -> Kernel:
+    """Statistics of the logits."""
+    tile = options.tile
+    return Kernel("forward.make_statistics", options, tile.threads, tile.stages * tile.stage_bytes, tile.resident)
+
+
+@lru_cache(maxsize=256)
+def gradient_kernel(options: Gradient) -> Kernel:
+    """dx of a window."""
+    return Kernel("gradient.make_gradient", options, options.tile.threads, options.shared, options.tile.resident)
+
+
+@lru_cache(maxsize=256)
+def live_kernel(options: Gradient) -> Kernel:
+    """dx of live tiles."""
+    return Kernel("gradient.make_live", options, options.tile.threads, options.shared, options.tile.resident)
+
+
+@lru_cache(maxsize=256)
+def de_kernel(options: Product) -> Kernel:
+    """dE of live tiles."""
+    tile = options.tile
+    return Kernel("sums.make_de", options, tile.threads, tile.stages * options.stage, tile.resident)
+
+
+@lru_cache(maxsize=256)
+def dc_kernel(options: Product) -> Kernel:
+    """dC of live tiles."""
+    tile = options.tile
+    return Kernel("sums.make_dc", options, tile.threads, tile.stages * options.stage_transposed, tile.resident)
+
+
+@lru_cache(maxsize=256)
+def dbias_kernel(options: Product) -> Kernel:
+    """Of live tiles' column sums."""
+    return Kernel("sums.make_dbias", options, 32 if simulated() else 128, 0)
+
+
+@lru_cache(maxsize=256)
+def targets_kernel(options: Targets) -> Kernel:
+    """The targets' logits."""
+    return Kernel("targets.make_targets", options, 32 * options.warps, 0)

@@ -1,0 +1,38 @@
+"""The words that kernels are written in: Numba's and those of ``intrinsics.py``, or their twins in the simulator.
+
+Which of the two is settled when Numba is imported, by NUMBA_ENABLE_CUDASIM=1 in the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import config, cuda
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+
+if SIMULATED:
+    from cce.backends.numba.twins import *  # noqa: F403
+
+    def function(f: Callable[..., Any]) -> Callable[..., Any]:
+        """A function for kernels to call; it does not say ``cuda`` itself."""
+        return f
+else:
+    from cce.backends.numba.intrinsics import *  # noqa: F403
+
+    barrier = cuda.syncthreads
+
+    def function(f: Callable[..., Any]) -> Callable[..., Any]:
+        """A function for kernels to call, which becomes part of them."""
+        return cuda.jit(device=True, forceinline=True)(f)
+
+
+pointer = numba.int64  # to global memory; the type of a kernel's parameter
+
+# float32, all of them: a Python number would make a double of what it meets.
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+LOG2E, LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
+NEG_INF, LEAST = np.float32(-np.inf), np.float32(-1e30)

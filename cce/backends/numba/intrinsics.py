@@ -1,0 +1,322 @@
+"""What a GPU can do and Python has no word for: each function here is a few instructions of PTX.
+
+``twins.py`` has the same functions in plain Python, for Numba's simulator; ``device.py`` picks one of the two.
+Addresses in shared memory are 32-bit integers, pointers to global memory 64-bit integers. Arrays that live in a
+thread's registers are ``cuda.local.array`` whose every index is a constant once loops are unrolled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import cgutils, types
+from numba.cuda.extending import intrinsic
+
+from cce.backends.numba.numpy_names import populate_array
+
+F32, I32, U32, I64 = types.float32, types.int32, types.uint32, types.int64
+SMEM = 3  # the address space of shared memory
+_LLVM = {F32: ir.FloatType(), I32: ir.IntType(32), U32: ir.IntType(32), I64: ir.IntType(64), types.void: ir.VoidType()}
+_LLVM[types.uint16] = ir.IntType(16)
+
+
+def ptx(signature: Any, body: str, constraints: str, effect: bool = False) -> tuple[Any, Any]:
+    """An intrinsic that is one piece of assembly: what its function returns."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(_LLVM[signature.return_type], [_LLVM[x] for x in signature.args])
+        result = builder.call(ir.InlineAsm(kind, body, constraints, side_effect=effect), args)
+        return context.get_dummy_value() if signature.return_type == types.void else result
+
+    return signature, codegen
+
+
+# Arithmetic
+
+
+@intrinsic
+def exp2(typing, x):
+    """2^x, 0 for -inf: ``ex2.approx.ftz.f32``."""
+    return ptx(F32(F32), "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+
+
+@intrinsic
+def log2(typing, x):
+    """Logarithm to base 2, -inf for 0: ``lg2.approx.ftz.f32``."""
+    return ptx(F32(F32), "lg2.approx.ftz.f32 $0, $1;", "=f,f")
+
+
+@intrinsic
+def divide(typing, x, y):
+    """x / y to 2 units in the last place: ``div.full.f32``."""
+    return ptx(F32(F32, F32), "div.full.f32 $0, $1, $2;", "=f,f,f")
+
+
+@intrinsic
+def pack_bf16(typing, low, high):
+    """Two floats as bfloat16 in one word: ``cvt.rn.bf16x2.f32``."""
+    return ptx(U32(F32, F32), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f")
+
+
+@intrinsic
+def pack_fp16(typing, low, high):
+    """Two floats as float16 in one word: ``cvt.rn.f16x2.f32``."""
+    return ptx(U32(F32, F32), "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f")
+
+
+@intrinsic
+def widen_bf16(typing, bits):
+    """The float of 16 bits of bfloat16: they are its upper half (``mov.b32``)."""
+    return ptx(F32(types.uint16), "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "=f,h")
+
+
+@intrinsic
+def widen_fp16(typing, bits):
+    """The float of 16 bits of float16: ``cvt.f32.f16``."""
+    return ptx(F32(types.uint16), "cvt.f32.f16 $0, $1;", "=f,h")
+
+
+# Other lanes of the warp
+
+
+@intrinsic
+def lane_xor(typing, x, mask):
+    """x of the lane whose number differs in the bits of ``mask``: ``shfl.sync.bfly.b32``."""
+    return ptx(F32(F32, I32), "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", "=f,f,r", effect=True)
+
+
+@intrinsic
+def lane_xor_int(typing, x, mask):
+    """As ``lane_xor``, of an integer."""
+    return ptx(I32(I32, I32), "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", "=r,r,r", effect=True)
+
+
+# Global memory
+
+
+def _array(pointer: Any, dtype: Any) -> tuple[Any, Any]:
+    """An array without an end that begins at a pointer. Its length is never read: indices are not checked."""
+    kind = types.Array(dtype, 1, "C")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        item = ir.Constant(ir.IntType(64), dtype.bitwidth // 8)
+        nothing = ir.Constant(ir.IntType(64), 0)  # an index below 0 has it added: then that is no instruction
+        array = context.make_array(kind)(context, builder)
+        data = builder.inttoptr(args[0], context.get_data_type(dtype).as_pointer())
+        populate_array(array, data, [nothing], [item], item, None)
+        return array._getvalue()
+
+    return kind(I64), codegen
+
+
+@intrinsic
+def floats(typing, pointer):
+    """The float32 numbers at a pointer, to be indexed like an array."""
+    return _array(pointer, F32)
+
+
+@intrinsic
+def ints(typing, pointer):
+    """The int32 numbers at a pointer."""
+    return _array(pointer, I32)
+
+
+@intrinsic
+def longs(typing, pointer):
+    """The int64 numbers at a pointer."""
+    return _array(pointer, I64)
+
+
+@intrinsic
+def halves(typing, pointer):
+    """The 16-bit words at a pointer, of bfloat16 or float16 numbers."""
+    return _array(pointer, types.uint16)
+
+
+@intrinsic
+def flags(typing, pointer):
+    """The bytes at a pointer, of booleans."""
+    return _array(pointer, types.uint8)
+
+
+@intrinsic
+def words(typing, pointer):
+    """The 32-bit words at a pointer, of two 16-bit numbers each."""
+    return _array(pointer, U32)
+
+
+@intrinsic
+def store_16(typing, pointer, place, a, b, c, d):
+    """Four words to a pointer, as its 16-byte piece number ``place``: ``st.global.v4.b32``."""
+    signature = types.void(I64, I64, U32, U32, U32, U32)
+    body = "{ .reg .b64 at; mad.lo.s64 at, $1, 16, $0; st.global.v4.b32 [at], {$2, $3, $4, $5}; }"
+    return ptx(signature, body, "l,l,r,r,r,r,~{memory}", effect=True)
+
+
+# Shared memory
+
+
+@intrinsic
+def shared_address(typing, array):
+    """The address in shared memory of an array there (``cvta.to.shared``)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        inside = builder.addrspacecast(data, ir.PointerType(data.type.pointee, addrspace=SMEM))
+        return builder.ptrtoint(inside, ir.IntType(32))
+
+    return I32(array), codegen
+
+
+@intrinsic
+def copy_16(typing, address, pointer, place, valid):
+    """Starts a copy of the 16-byte piece number ``place`` at a pointer into shared memory; zeros if not ``valid``.
+
+    ``cp.async.cg.shared.global``: past the registers and the first cache.
+    """
+    body = "{ .reg .b64 from; mad.lo.s64 from, $2, 16, $1; cp.async.cg.shared.global.L2::128B [$0], [from], 16, $3; }"
+    signature = types.void(I32, I64, I64, types.boolean)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(32)
+        size = builder.select(args[3], ir.Constant(word, 16), ir.Constant(word, 0))
+        kind = ir.FunctionType(ir.VoidType(), [word, ir.IntType(64), ir.IntType(64), word])
+        builder.call(ir.InlineAsm(kind, body, "r,l,l,r,~{memory}", side_effect=True), [*args[:3], size])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def copies_commit(typing):
+    """Makes one group of the copies started since the last: ``cp.async.commit_group``."""
+    return ptx(types.void(), "cp.async.commit_group;", "~{memory}", effect=True)
+
+
+def _copies_wait(count: int) -> Any:
+    @intrinsic
+    def copies_wait(typing):
+        """Waits until all but the last ``count`` groups of copies have arrived: ``cp.async.wait_group``."""
+        return ptx(types.void(), f"cp.async.wait_group {count};", "~{memory}", effect=True)
+
+    return copies_wait
+
+
+#: By count, for it is part of the instruction.
+copies_wait = [_copies_wait(count) for count in range(8)]
+
+
+@intrinsic
+def read_float(typing, address):
+    """A float in shared memory: ``ld.shared.f32``."""
+    return ptx(F32(I32), "ld.shared.f32 $0, [$1];", "=f,r,~{memory}", effect=True)
+
+
+@intrinsic
+def write_float(typing, address, x):
+    """A float into shared memory: ``st.shared.f32``."""
+    return ptx(types.void(I32, F32), "st.shared.f32 [$0], $1;", "r,f,~{memory}", effect=True)
+
+
+# Matrix units
+
+
+def _item(context: Any, builder: Any, kind: Any, array: Any, *indices: Any) -> Any:
+    """Where an element of an array in registers is."""
+    made = context.make_array(kind)(context, builder, array)
+    wide = [context.cast(builder, x, types.int64, types.int64) for x in indices]
+    return cgutils.get_item_pointer(context, builder, kind, made, wide)
+
+
+def _number(n: int) -> Any:
+    return ir.Constant(ir.IntType(64), n)
+
+
+def _load_matrices(transposed: str) -> Any:
+    body = f"ldmatrix.sync.aligned.m8n8.x4{transposed}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
+
+    @intrinsic
+    def load_matrices(typing, fragment, row, address):
+        """Four 8 x 8 matrices of 16-bit numbers from shared memory: ``ldmatrix.sync.aligned.m8n8.x4``.
+
+        Lane l has the address of row l % 8 of matrix l // 8, 16 bytes; of matrix i it gets the two numbers 2 (l % 4)
+        and next of row l // 4 as word ``fragment[row, i]``. With ``.trans``, of the matrices' transposes.
+        """
+        signature = types.void(fragment, I64, I32)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            word = ir.IntType(32)
+            kind = ir.FunctionType(ir.LiteralStructType([word] * 4), [word])
+            asm = ir.InlineAsm(kind, body, "=r,=r,=r,=r,r,~{memory}", side_effect=True)
+            found = builder.call(asm, [args[2]])
+            for i in range(4):
+                where = _item(context, builder, signature.args[0], args[0], args[1], _number(i))
+                builder.store(builder.extract_value(found, i), where)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return load_matrices
+
+
+load_matrices = _load_matrices("")
+load_matrices_transposed = _load_matrices(".trans")
+
+
+def _multiply_16(shape: str, kind: str) -> Any:
+    body = (
+        f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+
+    @intrinsic
+    def multiply_16(typing, z, i, j, a, b, row, half):
+        """z += a b of a 16 x 8 piece of a tile: ``mma.sync.aligned`` m16n8k16 (bf16, fp16) or m16n8k8 (tf32).
+
+        The thread's piece is z[2 i : 2 i + 2, 2 j : 2 j + 2]; a[i] has four words of the factor's 16 rows and
+        b[row, 2 half : 2 half + 2] two of its 8 columns.
+        """
+        signature = types.void(z, I64, I64, a, b, I64, I64)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            word, real = ir.IntType(32), ir.FloatType()
+            two = _number(2)
+            z0, z1 = builder.mul(args[1], two), builder.mul(args[2], two)
+            where = [
+                _item(context, builder, signature.args[0], args[0],
+                      builder.add(z0, _number(q // 2)), builder.add(z1, _number(q % 2)))
+                for q in range(4)
+            ]  # fmt: skip
+            b0 = builder.mul(args[6], two)
+            factors = [
+                builder.load(_item(context, builder, signature.args[3], args[3], args[1], _number(q))) for q in range(4)
+            ] + [
+                builder.load(_item(context, builder, signature.args[4], args[4], args[5], builder.add(b0, _number(q))))
+                for q in range(2)
+            ]
+            sums = [builder.load(x) for x in where]
+            result = ir.FunctionType(ir.LiteralStructType([real] * 4), [word] * 6 + [real] * 4)
+            asm = ir.InlineAsm(result, body, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", side_effect=False)
+            found = builder.call(asm, factors + sums)
+            for q in range(4):
+                builder.store(builder.extract_value(found, q), where[q])
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return multiply_16
+
+
+multiply_pieces = {
+    "bf16": _multiply_16("m16n8k16", "bf16"),
+    "fp16": _multiply_16("m16n8k16", "f16"),
+    "tf32": _multiply_16("m16n8k8", "tf32"),
+}
+
+
+@intrinsic
+def read_tf32(typing, address):
+    """A float in shared memory, rounded to tf32: ``ld.shared.f32``, ``cvt.rna.tf32.f32``."""
+    body = "{ .reg .f32 x; ld.shared.f32 x, [$1]; cvt.rna.tf32.f32 $0, x; }"
+    return ptx(U32(I32), body, "=r,r,~{memory}", effect=True)

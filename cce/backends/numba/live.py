@@ -1,0 +1,92 @@
+"""The launches of a filtered backward: dx of a chunk's live tiles, and what is summed from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cce.backends.gpu.kernels import Live
+from cce.backends.numba.choice import KINDS, Choice
+from cce.backends.numba.compile import dbias_kernel, dc_kernel, de_kernel, live_kernel
+from cce.backends.numba.operands import pieces_of, pitch_of
+from cce.backends.numba.options import Gradient, Product
+from cce.problem import Problem
+from cce.spec import Spec
+
+_Launch = Callable[[int], None]
+
+
+def launches(problem: Problem, spec: Spec, live: Live, choice: Choice) -> list[_Launch]:
+    """Of a chunk, whose number is what each is called with."""
+    found = [_dx(problem, spec, live, choice)]
+    if live.de is not None:
+        found.append(_de(problem, spec, live, choice))
+    if live.dc is not None:
+        found.append(_dc(problem, spec, live, choice))
+    if live.dbias is not None:
+        found.append(_dbias(problem, spec, live, choice))
+    return found
+
+
+def _dx(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
+    plan, formula, rows = live.plan, live.formula, live.rows
+    kernel = live_kernel(
+        Gradient(
+            choice.live, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
+            entropy=rows.h is not None, sums=live.column_sums is not None, one_target=problem.k == 1,
+            ordered=live.order is not None, sorted=live.sorted_rows, block_n=spec.block_n or 0,
+            block_v=spec.block_v or 0,
+        )
+    )  # fmt: skip
+    return kernel.prepare(
+        min(choice.programs, plan.max_items), live.e, live.c, formula.bias, live.order, live.row_order, live.keep,
+        live.dz, live.column_sums, plan.tile_list, plan.item_block, plan.item_first, plan.item_slot, plan.item_tiles,
+        plan.items, rows.lse, rows.entropy, rows.a, rows.g, rows.h, rows.targets, problem.n, problem.v,
+        spec.tiles(problem.v), problem.k, pieces_of(live.e), pitch_of(live.e), pitch_of(live.c), plan.max_items,
+        formula.scale, formula.softcap or 0.0, 0,
+    )  # fmt: skip
+
+
+def _product(spec: Spec, live: Live, choice: Choice, name: str) -> Product:
+    assert spec.block_n is not None and spec.block_v is not None
+    tile = choice.de if name == "de" else choice.dc
+    if name == "de":
+        return Product(tile, spec.block_n, spec.block_v, ordered=live.order is not None)
+    assert live.dc is not None
+    return Product(
+        tile, spec.block_n, spec.block_v, out=KINDS.get(live.dc.dtype, "ieee"), ordered=live.order is not None,
+        sorted=live.sorted_rows, compensate=live.mass_e is not None, norm=live.norm is not None,
+    )  # fmt: skip
+
+
+def _de(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
+    assert live.de is not None
+    plan, d = live.plan, live.de.shape[1]
+    blocks = plan.block_slot.shape[1]
+    return de_kernel(_product(spec, live, choice, "de")).prepare(
+        blocks * -(-d // choice.de.columns), live.dz, live.c, live.order, plan.tile_list, plan.block_slot,
+        plan.block_tiles, plan.block_first, live.de, problem.n, problem.v, d, spec.tiles(problem.v), blocks,
+        pieces_of(live.c), pitch_of(live.c), 0,
+    )  # fmt: skip
+
+
+def _dc(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
+    assert live.dc is not None
+    plan = live.plan
+    return dc_kernel(_product(spec, live, choice, "dc")).prepare(
+        choice.programs * choice.dc.resident, live.dz, live.e, live.order, live.row_order, live.keep, plan.live_count,
+        plan.block_list, plan.slot_list, plan.chunk_start, live.mass_e, live.norm, live.dc, problem.n, problem.v,
+        live.e.shape[1], live.dc.shape[1], plan.block_list.shape[1], pieces_of(live.e), pitch_of(live.e), 0,
+    )  # fmt: skip
+
+
+def _dbias(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
+    assert spec.block_n is not None and spec.block_v is not None
+    plan = live.plan
+    options = Product(
+        choice.dc, spec.block_n, spec.block_v, ordered=live.order is not None, compensate=live.mass is not None,
+        norm=live.norm is not None,
+    )  # fmt: skip
+    return dbias_kernel(options).prepare(
+        choice.programs, live.column_sums, live.order, plan.live_count, plan.slot_list, plan.chunk_start, live.mass,
+        live.norm, live.dbias, problem.v, plan.block_list.shape[1], 0,
+    )  # fmt: skip

@@ -1,0 +1,93 @@
+"""What each kernel is compiled for; known without Numba."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cce.backends.numba.tile import PANEL, Tile
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a forward kernel is compiled for."""
+
+    tile: Tile
+    bias: bool = False
+    scale: bool = False
+    softcap: bool = False
+    online: bool = False
+    entropy: bool = False
+    weighted: bool = False
+    prediction: bool = False
+    maps: bool = False
+    element: bool = False
+    tile_entropy: bool = False
+    block_v: int = 0
+    group: int = 16
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a kernel for dx is compiled for; ``ordered``, ``sorted`` and the blocks belong to live tiles."""
+
+    tile: Tile
+    bias: bool = False
+    scale: bool = False
+    softcap: bool = False
+    entropy: bool = False
+    weighted: bool = False
+    sums: bool = False
+    one_target: bool = True
+    ordered: bool = False
+    sorted: bool = False
+    block_n: int = 0
+    block_v: int = 0
+    group: int = 16
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: panels, and a sum of each warp and column."""
+        tile = self.tile
+        return tile.stages * tile.stage_bytes + (4 * tile.warps * tile.columns if self.sums else 0)
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a kernel for dE, dC or dbias is compiled for.
+
+    Attributes:
+        out: arithmetic whose dtype dC is written in.
+    """
+
+    tile: Tile
+    block_n: int
+    block_v: int
+    out: str = ""
+    ordered: bool = False
+    sorted: bool = False
+    compensate: bool = False
+    norm: bool = False
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a step's panels: of dx as it lies, and of rows of c or e."""
+        tile = self.tile
+        return PANEL * (tile.rows + tile.depth * tile.panels(tile.columns))
+
+    @property
+    def stage_transposed(self) -> int:
+        """Likewise, with dx transposed."""
+        tile = self.tile
+        return PANEL * tile.depth * (tile.panels(tile.rows) + tile.panels(tile.columns))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the kernel is compiled for: kinds of numbers are those of ``Tile``."""
+
+    e: str
+    c: str
+    bias: bool = False
+    scale: bool = False
+    softcap: bool = False
+    warps: int = 4

@@ -1,0 +1,115 @@
+"""The numba backend's kernels behind the contract of ``cce/backends/gpu/kernels.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
+from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
+from cce.backends.numba.live import launches
+from cce.backends.numba.operands import pieces_of, pitch_of
+from cce.backends.numba.options import Gradient, Statistics, Targets
+from cce.problem import Problem
+from cce.spec import Spec
+
+
+class NumbaKernels(Kernels):
+    """Compiled for the options of a call, when it is made."""
+
+    def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
+        return []
+
+    def sizes(self, problem: Problem, spec: Spec) -> Sizes:
+        choice = _choice(problem, spec, True)
+        return Sizes(
+            choice.forward.rows, choice.forward.columns, choice.gradient.rows, choice.gradient.columns, choice.pack,
+            choice.programs,
+        )  # fmt: skip
+
+    def statistics(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+    ) -> None:
+        tile = _choice(problem, spec, formula.ieee).forward
+        kernel = statistics_kernel(
+            Statistics(
+                tile, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
+                online=spec.lse_accumulation == "online", entropy=splits.gap is not None,
+                weighted=splits.weighted is not None, prediction=splits.best is not None, maps=tiles is not None,
+                element=tiles is not None and tiles.max is not None,
+                tile_entropy=tiles is not None and tiles.entropy is not None,
+                block_v=(spec.block_v or 0) if tiles is not None else 0,
+            )
+        )  # fmt: skip
+        n, count = len(e), len(splits.max)
+        maps = (None, None, None) if tiles is None else (tiles.lse, tiles.max, tiles.entropy)
+        kernel(
+            -(-n // tile.rows) * count, e, c, formula.bias, weight, splits.max, splits.sum, splits.gap, splits.weighted,
+            splits.best, *maps, n, len(c), pieces_of(e), pitch_of(e), pitch_of(c), count, first // tile.columns,
+            formula.scale, formula.softcap or 0.0,
+        )  # fmt: skip
+
+    def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
+        simulated = gpu_of(e.device.type).simulated
+        options = Targets(
+            KINDS.get(e.dtype, "ieee"), KINDS.get(c.dtype, "ieee"), bias=formula.bias is not None,
+            scale=formula.scale != 1, softcap=formula.softcap is not None, warps=1 if simulated else 4,
+        )  # fmt: skip
+        blocks = 1 if simulated else -(-targets.numel() // 4)
+        targets_kernel(options)(
+            blocks, e, c, formula.bias, targets, out, len(e), targets.shape[1], e.shape[1], *e.stride(), *c.stride(),
+            formula.scale, formula.softcap or 0.0,
+        )  # fmt: skip
+
+    def gradient(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        rows: Rows,
+        weight: Tensor | None,
+        first: int,
+        dz: Tensor,
+        column_sums: Tensor | None,
+    ) -> None:
+        choice = _choice(problem, spec, formula.ieee)
+        tile = choice.gradient
+        kernel = gradient_kernel(
+            Gradient(
+                tile, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
+                entropy=rows.h is not None, weighted=weight is not None, sums=column_sums is not None,
+                one_target=problem.k == 1,
+            )
+        )  # fmt: skip
+        tiles = -(-len(e) // tile.rows) * -(-len(c) // tile.columns)
+        kernel(
+            min(tiles, choice.programs), e, c, formula.bias, weight, dz, column_sums, rows.lse, rows.entropy, rows.a,
+            rows.g, rows.h, rows.s, rows.targets, len(e), len(c), problem.k, pieces_of(e), pitch_of(e), pitch_of(c),
+            dz.stride(0), first, formula.scale, formula.softcap or 0.0,
+        )  # fmt: skip
+
+    def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
+        steps = launches(problem, spec, live, _choice(problem, spec, live.formula.ieee))
+
+        def chunk(number: int) -> None:
+            for launch in steps:
+                launch(number)
+
+        return chunk
+
+
+def _choice(problem: Problem, spec: Spec, ieee: bool) -> Choice:
+    return choose(problem, spec, gpu_of(problem.device), ieee)

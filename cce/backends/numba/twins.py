@@ -1,0 +1,227 @@
+"""The functions of ``intrinsics.py`` in plain Python, for Numba's simulator: same names, arguments and results.
+
+There each thread of a block is one of Python's, and no two of them are at the same instruction: what a warp does
+together needs a barrier of the block. Shared memory is one array of bytes, an address a place in it; a pointer is a
+:class:`Pointer`. The fragments of a matrix instruction are spread over a warp, so these have no twin of their own:
+``products.py`` has one of the product of two whole panels, in which a thread computes its own elements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numba import cuda, uint8
+from torch import Tensor
+
+F32 = np.float32
+#: Behind the panels, what threads hand to each other: a word of 8 bytes each.
+EXCHANGE = 8
+
+
+class Pointer:
+    """What stands for a pointer: the bytes from there to the end of a tensor's memory."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self.memory = memory
+
+    def view(self, dtype: Any) -> np.ndarray:
+        """The whole numbers of a dtype."""
+        size = np.dtype(dtype).itemsize
+        return self.memory[: len(self.memory) // size * size].view(dtype)
+
+
+# Arithmetic. A row that does not count may hold anything: no warnings of it.
+
+
+def exp2(x: Any) -> Any:
+    """2^x."""
+    with np.errstate(all="ignore"):
+        return np.exp2(F32(x))
+
+
+def log2(x: Any) -> Any:
+    """Logarithm to base 2."""
+    with np.errstate(all="ignore"):
+        return np.log2(F32(x))
+
+
+def divide(x: Any, y: Any) -> Any:
+    """x / y."""
+    with np.errstate(all="ignore"):
+        return F32(x) / F32(y)
+
+
+def _round_bf16(x: Any) -> int:
+    """The bits of a float's nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = int(np.array(x, np.float32).view(np.uint32))
+    if bits & 0x7FFFFFFF > 0x7F800000:
+        return 0x7FFF
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def _round_fp16(x: Any) -> int:
+    with np.errstate(all="ignore"):
+        return int(np.array(np.float16(x)).view(np.uint16))
+
+
+def pack_bf16(low: Any, high: Any) -> int:
+    """Two floats as bfloat16 in one word."""
+    return _round_bf16(low) | _round_bf16(high) << 16
+
+
+def pack_fp16(low: Any, high: Any) -> int:
+    """Two floats as float16 in one word."""
+    return _round_fp16(low) | _round_fp16(high) << 16
+
+
+def widen_bf16(bits: Any) -> Any:
+    """The float of 16 bits of bfloat16."""
+    return np.array(int(bits) << 16, np.uint32).view(np.float32)[()]
+
+
+def widen_fp16(bits: Any) -> Any:
+    """The float of 16 bits of float16."""
+    return F32(np.array(bits, np.uint16).view(np.float16))
+
+
+# Other lanes of the warp
+
+
+device = cuda.jit(device=True)  # of what says ``cuda``, which the simulator replaces
+
+
+@device
+def barrier() -> None:
+    """All threads of the block wait for one another."""
+    cuda.syncthreads()
+
+
+@device
+def _exchange(x: Any, mask: int, dtype: Any) -> Any:
+    shared = cuda.shared.array(0, uint8)
+    places = shared[len(shared) - EXCHANGE * cuda.blockDim.x :].view(np.int64 if dtype is np.int32 else np.float64)
+    me = cuda.threadIdx.x
+    places[me] = x
+    cuda.syncthreads()
+    other = dtype(places[me ^ mask])
+    cuda.syncthreads()
+    return other
+
+
+def lane_xor(x: Any, mask: int) -> Any:
+    """x of the lane whose number differs in the bits of ``mask``."""
+    return _exchange(x, mask, np.float32)
+
+
+def lane_xor_int(x: Any, mask: int) -> Any:
+    """As ``lane_xor``, of an integer."""
+    return _exchange(x, mask, np.int32)
+
+
+# Global memory
+
+
+def floats(pointer: Pointer) -> np.ndarray:
+    """The float32 numbers at a pointer."""
+    return pointer.view(np.float32)
+
+
+def ints(pointer: Pointer) -> np.ndarray:
+    """The int32 numbers at a pointer."""
+    return pointer.view(np.int32)
+
+
+def longs(pointer: Pointer) -> np.ndarray:
+    """The int64 numbers at a pointer."""
+    return pointer.view(np.int64)
+
+
+def halves(pointer: Pointer) -> np.ndarray:
+    """The 16-bit words at a pointer."""
+    return pointer.view(np.uint16)
+
+
+def flags(pointer: Pointer) -> np.ndarray:
+    """The bytes at a pointer."""
+    return pointer.view(np.uint8)
+
+
+def words(pointer: Pointer) -> np.ndarray:
+    """The 32-bit words at a pointer."""
+    return pointer.view(np.uint32)
+
+
+def store_16(pointer: Pointer, place: int, a: int, b: int, c: int, d: int) -> None:
+    """Four words to a pointer, as its 16-byte piece number ``place``."""
+    _inside(pointer, place).view(np.uint32)[:] = (a, b, c, d)
+
+
+def _inside(pointer: Pointer, place: int) -> np.ndarray:
+    """A 16-byte piece; IndexError where a GPU would touch memory that is not the tensor's."""
+    if not 0 <= 16 * place <= len(pointer.memory) - 16:
+        raise IndexError(f"piece {place} of {len(pointer.memory)} bytes")
+    return pointer.memory[16 * place : 16 * place + 16]
+
+
+# Shared memory
+
+
+def shared_address(array: np.ndarray) -> int:
+    """The address of the array that is all of shared memory."""
+    return 0
+
+
+@device
+def copy_16(address: int, pointer: Pointer, place: int, valid: bool) -> None:
+    """Copies a 16-byte piece into shared memory, at once; zeros if not ``valid``."""
+    shared = cuda.shared.array(0, uint8)
+    shared[address : address + 16] = _inside(pointer, place) if valid else 0
+
+
+def copies_commit() -> None:
+    """Nothing: copies are made at once."""
+
+
+def _copies_wait() -> None:
+    """Nothing: copies are made at once."""
+
+
+copies_wait = [_copies_wait] * 8
+
+
+@device
+def read_float(address: int) -> Any:
+    """A float in shared memory."""
+    return cuda.shared.array(0, uint8)[address : address + 4].view(np.float32)[0]
+
+
+@device
+def write_float(address: int, x: Any) -> None:
+    """A float into shared memory."""
+    cuda.shared.array(0, uint8)[address : address + 4].view(np.float32)[0] = x
+
+
+@device
+def read_panel(panel: int, rows: int) -> np.ndarray:
+    """The first rows of a panel as (rows, 128) bytes, pieces back at their places (``kernels/tiles.py``, ``spot``)."""
+    shared = cuda.shared.array(0, uint8)
+    pieces = shared[panel : panel + 128 * rows].reshape(rows, 8, 16)
+    order = np.arange(8)[None, :] ^ (np.arange(rows) & 7)[:, None]
+    return np.take_along_axis(pieces, order[:, :, None], 1).reshape(rows, 128)
+
+
+def pointer_to(x: Any) -> Any:
+    """A tensor's memory from its first element on; other arguments as they are."""
+    if x is None:
+        return Pointer(np.zeros(0, np.uint8))
+    if not isinstance(x, Tensor):
+        return x
+    size = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    return Pointer(np.ctypeslib.as_array(ctypes.cast(x.data_ptr(), ctypes.POINTER(ctypes.c_uint8)), (size,)))
+
+
+def run(kernel: Any, grid: int, threads: int, shared: int, arguments: Any) -> None:
+    """Runs a kernel, one block of threads after the other."""
+    cuda.jit(kernel)[grid, threads, 0, shared](*[pointer_to(x) for x in arguments])

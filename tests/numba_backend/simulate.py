@@ -1,0 +1,64 @@
+"""Checks of the numba backend in Numba's simulator: a process of its own, since it is chosen when Numba is imported.
+
+``python simulate.py PART PARTS`` prints a line for each check, and what was wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+
+import contract
+from contract_cases import CASES
+
+from cce.backends.numba.run import NumbaKernels
+from cce.testing.check_option import check_option
+from cce.testing.options import OPTIONS
+
+#: Of the contract: each kernel with every option, in each dtype, and what is special about rows, tiles and blocks.
+CONTRACT = (
+    "target_logits k3 bias softcap", "target_logits sliced float16", "target_logits bf16 and float32",
+    "statistics float32", "statistics ties", "statistics windows online", "statistics maps online",
+    "statistics maps windows", "statistics maps softcap", "statistics maps block_v=64",
+    "gradient float16 k3", "gradient tf32", "gradient softcap", "gradient masked k3", "gradient everything",
+    "gradient nan rows", "gradient wide d",
+    "live sorted ordered", "live nan rows", "live mixed", "live only de", "live odd d sorted",
+    "live everything float16", "live blocks 16 x 16", "live blocks 32 x 64",
+)  # fmt: skip
+
+#: Options of which no kernel hears: the front end makes them of the outputs.
+IN_FRONT = ("reduction", "shift", "ignore_index", "z_loss", "`weight` (classes)", "token_weight", "`nll`", "scratch")
+
+
+def of_contract(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    _, passed, message = contract.run_case(NumbaKernels(), case, "cpu", small=True)
+    assert passed and not message, message
+
+
+def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    for name in CONTRACT:
+        yield name, partial(of_contract, name)
+    for option in (x for options in OPTIONS.values() for x in options):
+        if not option.compiled and not any(name in option.name for name in IN_FRONT):
+            yield f"option {option.name}", partial(check_option, option, "numba", "cpu")
+
+
+def main(part: int, parts: int) -> None:
+    for name, check in list(checks())[part::parts]:
+        start = time.perf_counter()
+        try:
+            check()
+            outcome = "passed"
+        except Exception as error:
+            outcome = f"FAILED {type(error).__name__}: {error}".replace("\n", " ")[:500]
+        print(f"{name}: {outcome} ({time.perf_counter() - start:.1f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
