@@ -119,7 +119,7 @@ def head(rows: list[Row]) -> list[str]:
     data, timed = rows[0], [row for row in rows if row["kind"] == "time"]
     parts = [f"### {table.title(data)}\n", f"{table.data_line(data)}\n"]
     if not timed:
-        return parts
+        return [*parts, "Not measured: the run ended before.\n"]
     steps = [row for row in timed if row["pass"] == STEP]
     parts += [f"- **Fastest**: {best(steps, 'time_ms', 'ms')}", f"- **Least memory**: {best(steps, 'peak_mib', 'MiB')}"]
     parts += [f"- {line}" for line in missing(timed, only=("failed", "wrong"))] + [""]

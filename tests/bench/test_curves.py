@@ -12,12 +12,13 @@ import pytest
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_whole_study(tmp_path: Path) -> None:
+def test_whole_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "WINDOW", 5)
     for name, word in (("a", "tile"), ("b", "gradient")):
-        lines = (f"{word} {n} of {n * n % 89} is {n % 7}\n" for n in range(3000))
+        lines = (f"{word} {n} of {n * n % 89} is {n % 7}\n" for n in range(1500))
         (tmp_path / f"{name}.txt").write_text("".join(lines))
     out, plot = tmp_path / "x.json", tmp_path / "x.svg"
-    sizes = "--steps 40 --tune-steps 20 --seeds 2 --batch 2 --vocab 300 --width 16 --device cpu"
+    sizes = "--steps 15 --tune-steps 7 --seeds 2 --batch 2 --vocab 300 --width 16 --device cpu"
     texts = ["--text", str(tmp_path / "a.txt"), "--tune-text", str(tmp_path / "b.txt")]
     curves.main([*sizes.split(), *texts, "--out", str(out), "--plot", str(plot), "--commit", "abc"])
     found = json.loads(out.read_text())
