@@ -1,16 +1,20 @@
 """Every kernel once, on small problems, for a tool that watches them.
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [name ...]      (or racecheck, synccheck, initcheck)
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [--backend NAME] [name ...]
+
+Other tools: racecheck, synccheck, initcheck. Backends: triton (the default), cupy, cupy-portable, numba.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 
 import torch
 
-from cce.backends.triton import TritonBackend
+from cce import registry
+from cce.backends.base import Backend
 from cce.testing import CASES, Case, run_case
 
 BF16 = torch.bfloat16
@@ -36,13 +40,26 @@ _EXTRA = (
 SANITIZED = (*(case for case in CASES if case.name in _NAMES), *_EXTRA)
 
 
-def main(names: list[str]) -> int:
+def backend_of(name: str) -> Backend:
+    """A backend by name; "cupy-portable" is `cupy` with the kernels it has for every GPU."""
+    if name == "cupy-portable":
+        from cce.backends.cupy import CupyBackend
+
+        return CupyBackend(portable=True)
+    return registry.load(name)
+
+
+def main(arguments: list[str]) -> int:
     """Runs the cases named, or all; 1 if one fails or is refused."""
-    status = 0
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("names", nargs="*")
+    given = parser.parse_args(arguments)
+    backend, names, status = backend_of(given.backend), given.names, 0
     for case in SANITIZED:
         if names and case.name not in names:
             continue
-        result = run_case(TritonBackend(), case, "cuda")
+        result = run_case(backend, case, "cuda")
         torch.cuda.synchronize()
         print(case, "passed" if result.passed else "FAILED", *result.failures, *result.refused, sep="\n  ", flush=True)
         status |= not result.passed

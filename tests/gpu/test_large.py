@@ -42,11 +42,11 @@ def solved(request: pytest.FixtureRequest) -> Iterator[tuple[Head, Tensor, Truth
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_as_the_dense_computation(name: str, solved: tuple[Head, Tensor, Truth, Answer]) -> None:
+def test_as_the_dense_computation(backend: str, name: str, solved: tuple[Head, Tensor, Truth, Answer]) -> None:
     """Errors are at most twice those of the dense one, and what the filter may leave out."""
     head, rows, true, plain = solved
     e, c = head.leaves()
-    loss = cce.loss(e, c, head.targets, backend="triton", spec=SPECS[name])
+    loss = cce.loss(e, c, head.targets, backend=backend, spec=SPECS[name])
     de, dc = torch.autograd.grad(loss, (e, c))
     # A sum of D products, rounded to float32 at each step, and in the log-sum-exp likewise.
     longest = float(head.c.norm(dim=1, dtype=torch.float32).max())
