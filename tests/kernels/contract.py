@@ -13,12 +13,13 @@ from dataclasses import replace
 
 import torch
 from contract_cases import CASES, Case
-from contract_results import Results, compare
+from contract_results import Results, compare, operand
 from plain import PlainKernels, logits
-from plans import make_plan, plan_to, random_live, random_rows
+from plans import make_plan, plan_to, random_live, random_maps, random_rows
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.sizes import cdiv
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -93,15 +94,7 @@ class Bench:
         return None if x is None else x.to(self.device)
 
     def operand(self, x: Tensor) -> Tensor:
-        """An aligned copy in the products' dtype: D padded with zeros, a longer pitch, NaN where nobody may read."""
-        x = x.to(self.dtype)
-        unit = 16 // x.element_size()
-        width = cdiv(x.shape[1], unit) * unit
-        memory = torch.full(((len(x) + 2) * (width + unit) + unit,), torch.nan, dtype=x.dtype, device=self.device)
-        view = memory[unit:].view(len(x) + 2, width + unit)[1:-1, :width]
-        view[:, x.shape[1] :] = 0
-        view[:, : x.shape[1]] = x.to(self.device)
-        return view
+        return operand(x.to(self.device, self.dtype))
 
     @property
     def tolerance(self) -> float:
@@ -231,6 +224,25 @@ class Bench:
         # Twice the roundoff: on a CPU the library rounds the sum, and then the mean.
         return [*found.overruns(), *compare("means", means, expected, 2 * self.rounded)]
 
+    def dead_mass(self) -> list[str]:
+        case, n = self.case, self.case.n
+        rows, _ = self._rows(logits(self.e, self.c, replace(self.formula, bias=self.bias)))
+        assert self.spec.block_n is not None
+        tiles, blocks = self.spec.tiles(case.v), cdiv(n, self.spec.block_n)
+        live = random_live(tiles, blocks, case.density, self.rng).to(self.device)
+        row_order = torch.randperm(n, generator=self.rng).to(self.device)
+        maps = random_maps(self.problem, self.spec, self.device, self.rng)
+        found, wanted = Results(self.device), Results(self.device)
+        for kernels, results in ((self.kernels, found), (self.plain, wanted)):
+            for first, last in ((0, tiles // 3), (tiles // 3, tiles)):
+                out = results.new(f"mass from {first}", (last - first, n), self.dtype)
+                if not kernels.dead_mass(self.problem, self.spec, rows, maps, row_order, live, first, out):
+                    return []  # the library's then
+        faults = found.overruns()
+        for name, (_, out) in found.whole.items():
+            faults += compare(name, out, wanted.whole[name][1], self.rounded)
+        return faults
+
     def live(self) -> list[str]:
         case, order = self.case, None
         e, c, bias = self.e, self.c, self.bias
@@ -282,7 +294,3 @@ class Bench:
             mass=mass if case.compensate and "dbias" in wanted else None,
             norm=torch.tensor(0.125, device=self.device) if case.norm else None,
         )  # fmt: skip
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)

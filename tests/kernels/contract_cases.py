@@ -14,6 +14,9 @@ from cce.spec import Spec
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
+_FILTERED = ("live", "mean_rows", "dead_mass")
+
+
 @dataclass(frozen=True)
 class Case:
     """One call, or the calls of one pass, of a kernel.
@@ -69,7 +72,7 @@ class Case:
         return self.name.split(" ")[0]
 
     def problem(self, device: str) -> Problem:
-        live = self.method in ("live", "mean_rows")
+        live = self.method in _FILTERED
         return Problem(
             n=self.n, v=self.v, d=self.d, k=self.k, e_dtype=self.e_dtype or self.dtype,
             c_dtype=self.c_dtype or self.dtype, device=device, bias=bool(self.bias), softcap=self.softcap,
@@ -80,7 +83,7 @@ class Case:
 
     def spec(self) -> Spec:
         spec = Spec(
-            filter="element" if self.method in ("live", "mean_rows") else self.filter, threshold=2.0**-9,
+            filter="element" if self.method in _FILTERED else self.filter, threshold=2.0**-9,
             block_n=self.block_n, block_v=self.block_v, lse_accumulation=self.accumulation, vocab_order="natural",
         )  # fmt: skip
         return spec.resolve(self.problem("cpu"))
@@ -239,4 +242,18 @@ def _mean_rows() -> list[Case]:
     ]
 
 
-CASES: tuple[Case, ...] = (*_targets(), *_statistics(), *_gradient(), *_mean_rows(), *_live())
+def _dead_mass() -> list[Case]:
+    plain = Case("dead_mass", v=600)
+    return [
+        plain,
+        replace(plain, name="dead_mass float16 big blocks", dtype=F16, block_n=64, block_v=128, n=150),
+        replace(plain, name="dead_mass entropy", outputs=("entropy",), scale=1.5),
+        replace(plain, name="dead_mass softcap", softcap=9.0),
+        replace(plain, name="dead_mass entropy softcap float32", outputs=("entropy",), softcap=9.0, dtype=F32, d=33),
+        replace(plain, name="dead_mass all live", density=1.0),
+    ]
+
+
+CASES: tuple[Case, ...] = (
+    *_targets(), *_statistics(), *_gradient(), *_mean_rows(), *_dead_mass(), *_live()
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What kernels write, with guards around it, and how it is compared."""
+"""What kernels read and write, with guards around it, and how results are compared."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from cce.backends.gpu.sizes import cdiv
 
 _MARGIN = 64  # elements around a result
 _POISON = -7_777_777  # of integers; NaN of others
@@ -39,6 +41,17 @@ class Results:
             if not bool(clean.all()):
                 found.append(f"{name}: written outside, {int((~clean).sum())} elements")
         return found
+
+
+def operand(x: Tensor) -> Tensor:
+    """An aligned copy: D padded with zeros, a longer pitch, and NaN in all that nobody may read."""
+    unit = 16 // x.element_size()
+    width = cdiv(x.shape[1], unit) * unit
+    memory = x.new_full(((len(x) + 2) * (width + unit) + unit,), torch.nan)
+    view = memory[unit:].view(len(x) + 2, width + unit)[1:-1, :width]
+    view[:, x.shape[1] :] = 0
+    view[:, : x.shape[1]] = x
+    return view
 
 
 def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> list[str]:

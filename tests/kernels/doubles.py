@@ -88,6 +88,7 @@ class IdleKernels(PlainKernels):
         """Nothing."""
 
     mean_rows = Kernels.mean_rows  # the library's
+    dead_mass = Kernels.dead_mass
 
     def live(self, *arguments: Any) -> Callable[[int], None]:
         return lambda k: None

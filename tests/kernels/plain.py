@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
-from cce.problem import Problem
+from cce.problem import Maps, Problem
 from cce.spec import Spec
 
 SIZES = Sizes(forward_rows=32, forward_columns=64, gradient_rows=32, gradient_columns=64, pack=2, programs=4)
@@ -92,6 +92,34 @@ class PlainKernels(Kernels):
         rows = c if order is None else c[order]
         for t, block in enumerate(rows.split(spec.block_v)):
             out[t] = block.double().mean(0)
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        row_order: Tensor,
+        live: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> bool:
+        assert maps.tile_mass is not None and spec.block_n is not None and spec.block_v is not None
+        p = maps.tile_mass[first : first + len(out), row_order].double().clamp(min=0)
+        log_p = p.log().clamp(min=-1e4)
+        total = p * rows.a[row_order].double()
+        if rows.h is not None:
+            assert rows.entropy is not None and maps.tile_entropy is not None
+            gap = maps.tile_entropy[first : first + len(out), row_order].double() - log_p
+            total = total + p * rows.h[row_order].double() * (gap - rows.entropy[row_order].double())
+        if problem.softcap is not None:
+            blocks = torch.arange(first, first + len(out), device=p.device)
+            width = (problem.v - blocks * spec.block_v).clamp(max=spec.block_v).double()
+            zbar = log_p + rows.lse[row_order].double() - width.log()[:, None]
+            total = total * (1 - (zbar / problem.softcap).clamp(-1, 1).square())
+        block = torch.arange(problem.n, device=p.device) // spec.block_n
+        out.copy_(torch.where(live[first : first + len(out), block], 0.0, total))
+        return True
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         return LiveTiles(problem, spec, live).chunk

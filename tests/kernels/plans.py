@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cce.backends.gpu.kernels import Rows
 from cce.backends.gpu.plan import Plan
-from cce.problem import Problem
+from cce.problem import LEAST_HIT, Maps, Problem
+from cce.spec import Spec
 
 NOBODY = -1_000_000  # what no kernel may read
 
@@ -107,3 +108,16 @@ def random_rows(problem: Problem, z: Tensor, rng: torch.Generator, entropy: bool
         h=draw(n) if entropy else None,
         s=draw(n) if weighted else None,
     )
+
+
+def random_maps(problem: Problem, spec: Spec, device: str, rng: torch.Generator) -> Maps[Tensor]:
+    """Of masses in (0, 1), some of them hit, some of them 0; their rows are longer than N, with NaN behind."""
+    n = problem.n
+    shape, dtype = (spec.tiles(problem.v), n + 3), problem.map_dtype(spec)
+    mass = torch.rand(shape, generator=rng).pow(4)
+    mass = torch.where(torch.rand(shape, generator=rng) < 0.2, -mass.clamp(min=LEAST_HIT), mass)
+    mass[torch.rand(shape, generator=rng) < 0.1] = 0
+    entropy = torch.rand(shape, generator=rng) * 3
+    mass[:, n:], entropy[:, n:] = torch.nan, torch.nan
+    mass, entropy = (x.to(device, dtype)[:, :n] for x in (mass, entropy))
+    return Maps(mass, entropy if "entropy" in problem.outputs else None)

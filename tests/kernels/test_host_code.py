@@ -7,15 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from plain import PlainKernels
 from plain_backend import PlainBackend
 
 import cce
 from cce import registry
 from cce.backends.gpu.kernels import Kernels
+from cce.backends.gpu.sizes import rows_are_copied
 from cce.problem import Problem
 from cce.testing import BEHAVIOURS, CASES, Case, run_case
 from cce.testing.behaviours import Behaviour
 from cce.testing.check_option import check_option
+from cce.testing.data import make_problem
 from cce.testing.options import OPTIONS, Option
 
 REFUSED = {"float64-sums", "plain-float64", "filtered-float64", "full-float64"}  # and blocks of odd sizes
@@ -47,6 +50,49 @@ def test_case(case: Case) -> None:
     result = run_case(registry.load("plain"), case)
     assert bool(result.refused) == (case.name in REFUSED | ODD), result.refused
     assert not result.failures, "\n".join(result.failures)
+
+
+FILTER = {"filter": "element", "threshold": 2.0**-9, "block_n": 16, "block_v": 32}
+WIDE = Case("rows in place", n=90, d=600, v=800, data="peaked", bias=True, spec={**FILTER, "scratch_bytes": 2**18})
+#: What the kit's sizes do not come to: rows of ``e`` too many for the scratch, operands that are copied in pieces.
+MORE = [
+    WIDE,
+    replace(WIDE, name="rows in place, some left out", m=120, k=2, outputs=("entropy",)),
+    replace(WIDE, name="rows in place, in an order", vocab_order=True, spec={**WIDE.spec, "threshold": 2.0**-6}),
+    replace(WIDE, name="rows in place, strided", strided=True, outputs=("weighted_logit",)),
+    replace(WIDE, name="rows in place, float16", d=1200, e_dtype=torch.float16, c_dtype=torch.float16),
+    replace(WIDE, name="c in windows", d=601, spec={"filter": "none", "scratch_bytes": 2**19}),
+    replace(WIDE, name="c of another dtype", d=64, c_dtype=torch.bfloat16, outputs=("prediction", "weighted_logit")),
+    replace(WIDE, name="c of another dtype, exact", c_dtype=torch.bfloat16, spec={"filter": "none"}, softcap=6.0),
+    replace(WIDE, name="mass in pieces", d=40, v=4000, softcap=6.0, outputs=("entropy",)),
+]
+
+
+@pytest.mark.parametrize("case", MORE, ids=str)
+def test_more(case: Case) -> None:
+    result = run_case(registry.load("plain"), case)
+    assert result.passed, "\n".join([*result.failures, *result.refused])
+
+
+@pytest.mark.parametrize("case", [case for case in (*CASES, *MORE) if "filtered" in case.name or case in MORE], ids=str)
+def test_with_the_librarys_compensation(case: Case) -> None:
+    """What kernels need not bring."""
+
+    class LibraryKernels(PlainKernels):
+        mean_rows = Kernels.mean_rows
+        dead_mass = Kernels.dead_mass
+
+    class Library(PlainBackend):
+        def kernels(self) -> Kernels:
+            return LibraryKernels()
+
+    assert not run_case(Library(), case).failures
+
+
+def test_rows_in_place_are() -> None:
+    for case in MORE:
+        problem = make_problem(case, "cpu")
+        assert rows_are_copied(problem, case.make_spec().resolve(problem)) == ("rows in place" not in case.name)
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
