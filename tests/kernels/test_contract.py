@@ -13,6 +13,8 @@ from plain import PlainKernels, logits
 
 from cce.backends.gpu.kernels import Kernels, Sizes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 #: Other tiles than the oracle's own.
 OTHER = Sizes(forward_rows=16, forward_columns=256, gradient_rows=16, gradient_columns=32, pack=3, programs=2)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from cce.backends.gpu import plan as plans
 from cce.backends.gpu.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("pack", [1, 2, 3])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
