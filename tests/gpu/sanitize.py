@@ -1,7 +1,8 @@
 """Every kernel once, on small problems, for a tool that watches them.
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitize.py --backend cupy [name ...]
-(or racecheck, synccheck, initcheck)
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py [--backend NAME] [name ...]
+
+Other tools: racecheck, synccheck, initcheck. Backends: triton (the default), cupy, cupy-portable, numba.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from cce import registry
+from cce.backends.base import Backend
 from cce.testing import CASES, Case, run_case
 
 BF16 = torch.bfloat16
@@ -38,16 +40,24 @@ _EXTRA = (
 SANITIZED = (*(case for case in CASES if case.name in _NAMES), *_EXTRA)
 
 
-def main() -> int:
+def backend_of(name: str) -> Backend:
+    """A backend by name; "cupy-portable" is `cupy` with the kernels it has for every GPU."""
+    if name == "cupy-portable":
+        from cce.backends.cupy import CupyBackend
+
+        return CupyBackend(portable=True)
+    return registry.load(name)
+
+
+def main(arguments: list[str]) -> int:
     """Runs the cases named, or all; 1 if one fails or is refused."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="triton")
     parser.add_argument("names", nargs="*")
-    options = parser.parse_args()
-    backend = registry.load(options.backend)
-    status = 0
+    given = parser.parse_args(arguments)
+    backend, names, status = backend_of(given.backend), given.names, 0
     for case in SANITIZED:
-        if options.names and case.name not in options.names:
+        if names and case.name not in names:
             continue
         result = run_case(backend, case, "cuda")
         torch.cuda.synchronize()
@@ -57,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

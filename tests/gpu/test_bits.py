@@ -21,7 +21,7 @@ SPECS = {
 
 @pytest.mark.parametrize("rows", [512, 1024])
 @pytest.mark.parametrize("name", SPECS)
-def test_same_bits(name: str, rows: int, backend: str) -> None:
+def test_same_bits(backend: str, name: str, rows: int) -> None:
     head = peaked(rows, 256, 32_768)
     e, c = head.leaves()
     bias = torch.zeros(len(c), device="cuda", dtype=c.dtype, requires_grad=True)

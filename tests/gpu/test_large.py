@@ -42,7 +42,7 @@ def solved(request: pytest.FixtureRequest) -> Iterator[tuple[Head, Tensor, Truth
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_as_the_dense_computation(name: str, solved: tuple[Head, Tensor, Truth, Answer], backend: str) -> None:
+def test_as_the_dense_computation(backend: str, name: str, solved: tuple[Head, Tensor, Truth, Answer]) -> None:
     """Errors are at most twice those of the dense one, and what the filter may leave out."""
     head, rows, true, plain = solved
     e, c = head.leaves()

@@ -118,7 +118,7 @@ __device__ __forceinline__ void multiply(float (&acc)[J][4], unsigned a_base, un
     }
 #else
     constexpr int STEPS = KSTEP * SIZE / 32;
-#pragma unroll
+#pragma unroll 1  // unrolled, it takes more registers than two blocks of threads have, and spills some
     for (int k = 0; k < STEPS; ++k) {
         unsigned a[4];
         load_a<A_ALONG, KSTEP>(a, a_base, m0, k);

@@ -25,8 +25,8 @@ struct Columns {
     }
 };
 
-/// The warp's place for its nth array of columns, behind what the pipeline has; warps of the multipliers only. Asked for
-/// where it is used: an address kept through the product would take a register.
+/// The warp's place for its nth array of columns, behind what the pipeline has; warps of the multipliers only. Asked
+/// for where it is used: an address kept through the product would take a register.
 __device__ __forceinline__ float* warp_columns(int nth) {
     extern __shared__ char memory[];
     const u32 offset = Pipeline().rest() - shared_address(memory);

@@ -124,12 +124,14 @@ __device__ __forceinline__ void compute(const Arguments& x) {
         if constexpr (DBIAS) {
             const int block = row0 / 64;
             const float* first = warp_columns(BIAS + WEIGHTED) - threadIdx.x % WARPGROUP / 32 * TILE_V;
-            if (block * 64 < x.N) store_sums(first, half, x.column_sums + static_cast<i64>(block) * x.V + column0, room);
+            float* const to_sums = x.column_sums + static_cast<i64>(block) * x.V + column0;
+            if (block * 64 < x.N) store_sums(first, half, to_sums, room);
         }
     }
 }
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) gradient_sm90(const __grid_constant__ Arguments x) {
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
+gradient_sm90(const __grid_constant__ Arguments x) {
     Pipeline().start();
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();

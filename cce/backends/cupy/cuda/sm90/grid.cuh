@@ -3,8 +3,8 @@
 
 #include "pipeline.cuh"
 
-/// By every thread of the multipliers, when the block's part is done. They do not wait: a block without work may come to
-/// later barriers at once, so each has a counter of its own, 0 before the launch.
+/// By every thread of the multipliers, when the block's part is done. They do not wait: a block without work may come
+/// to later barriers at once, so each has a counter of its own, 0 before the launch.
 __device__ __forceinline__ void grid_arrive(u32* count) {
     __threadfence();
     fence_async_proxy();

@@ -80,7 +80,7 @@ struct Sum {
     }
 };
 
-/// What an item of the plan is: one or two live tiles of a row block, in two looks, the second of which needs the first.
+/// What an item of the plan is: one or two live tiles of a row block; two looks, of which the second needs the first.
 struct Item {
     int block, slot, count, first, tile[2];
 

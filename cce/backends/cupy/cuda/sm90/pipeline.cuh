@@ -2,7 +2,8 @@
 //
 // A block of 384 threads computes tiles of 128 rows and 256 columns. Warpgroup 0 gives its registers away and has one
 // thread that starts copies; warpgroups 1 and 2 hold the accumulator of 64 rows each. A stage is 64 deep: 16 KB of a
-// and 32 KB of b; there are STAGES (a macro, as CLUSTER). Blocks of a cluster work on neighbouring rows and the same columns: each loads a part of b for all.
+// and 32 KB of b; there are STAGES (a macro, as CLUSTER). Blocks of a cluster work on neighbouring rows and the same
+// columns: each loads a part of b for all.
 #pragma once
 
 #include "wgmma.cuh"

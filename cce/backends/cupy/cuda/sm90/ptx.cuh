@@ -1,6 +1,7 @@
 // Hopper's instructions that C++ has no name for: barriers in shared memory, the bulk copy engine, clusters.
 //
-// Shared memory is addressed by 32-bit numbers here, as the instructions take it. CLUSTER is a macro: blocks of a cluster.
+// Shared memory is addressed by 32-bit numbers here, as the instructions take it.
+// CLUSTER, a macro: blocks of a cluster.
 #pragma once
 
 using u16 = unsigned short;
@@ -56,7 +57,8 @@ __device__ __forceinline__ void load_shared(u32 from, u32 (&to)[4]) {
 }
 
 __device__ __forceinline__ void store_shared(u32 to, const u32 (&x)[4]) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
 }
 
 // ---- mbarrier ----
@@ -88,8 +90,9 @@ __device__ __forceinline__ void barrier_arrive(u32 barrier) {
 /// Arrives at the barrier of the same address in block ``rank`` of the cluster.
 __device__ __forceinline__ void barrier_arrive(u32 barrier, u32 rank) {
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::
-            "r"(barrier), "r"(rank)
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
+        " mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+        "r"(rank)
         : "memory");
 }
 
@@ -118,7 +121,9 @@ __device__ __forceinline__ void cluster_sync() {
 
 /// What ordinary instructions have written comes before what the copy engine and the matrix unit read.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
-__device__ __forceinline__ void fence_async_proxy_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_async_proxy_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // ---- copies ----
 
@@ -140,7 +145,8 @@ __device__ __forceinline__ void barrier_arrive_copied(u32 barrier) {
 /// The box of a matrix at column x, row y; what lies outside the matrix arrives as 0.
 __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
         "l"(&map), "r"(x), "r"(y), "r"(barrier)
         : "memory");
 }
