@@ -127,7 +127,7 @@ def head(rows: list[Row]) -> list[str]:
     for row in timed:
         if "peak_mib" in row or "time_ms" in row:
             ms, spread, *others = table.figures(row)
-            ms = f"{ms} ± {float(spread.rstrip('%')) / 2:.0f} %" if ms else "–"
+            ms = f"{ms} {spread if spread == 'once' else f'± {float(spread[:-1]) / 2:.0f} %'}" if ms else "–"
             parts.append("| " + " | ".join([f"{label(row)}, {step(row)}", ms, *others]) + " |")
     return [*parts, ""]
 

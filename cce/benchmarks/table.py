@@ -66,6 +66,8 @@ def figures(row: Row) -> list[str]:
         return f"{row[name]:{form}}" if row.get(name) is not None else ""
 
     spread = f"{(row['time_high_ms'] - row['time_low_ms']) / row['time_ms']:.0%}" if "time_ms" in row else ""
+    if row.get("rounds") == 1:
+        spread = "once"
     return [
         show("time_ms", ".4g"),
         spread,

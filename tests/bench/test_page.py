@@ -63,7 +63,10 @@ def test_a_peer_that_is_best() -> None:
         page_parts.best(rows, "peak_mib", "MiB")
         == "`triton` exact, 5 MiB; the best of the others: compiled, 50 MiB (10.00 ×)"
     )
-    assert page_parts.best([], "time_ms", "ms") == "nobody could be measured"
+    assert page_parts.best([], "peak_mib", "MiB") == "nobody could be measured"
+    once = [{**rows[0], "rounds": 1}]
+    assert page_parts.best(once, "time_ms", "ms") == "no time was taken more than once"
+    assert page_parts.best([*once, rows[1]], "time_ms", "ms") == "compiled, 8 ms"
 
 
 @pytest.mark.parametrize("status", ["absent", "failed", "refused", "wrong"])
