@@ -12,7 +12,7 @@ from known_stack import known
 from recorded import A100, H100, kernels_of_loss
 
 import cce
-from cce.backends.numba.choice import GPU
+from cce.backends.numba.choice import GPU, HOPPER_SUMS
 from cce.backends.numba.launch import Kernel, ptx_of
 
 GPUS = {"sm_80": A100, "sm_90a": H100}
@@ -56,7 +56,8 @@ def faults(arch: str, kernel: Kernel, ptx: str) -> list[str]:
     if f".target {arch}" not in ptx:
         found.append(f"not made for {arch}")
     if name in PRODUCTS:
-        wanted = "wgmma.mma_async" if arch == "sm_90a" else "mma.sync"
+        hopper = arch == "sm_90a" and (HOPPER_SUMS or name not in ("de", "dc"))
+        wanted = "wgmma.mma_async" if hopper else "mma.sync"
         if wanted not in ptx or "cp.async" not in ptx:
             found.append(f"no {wanted}, or no cp.async")
     if kernel.shared > SHARED[arch] // kernel.resident:

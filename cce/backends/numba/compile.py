@@ -24,7 +24,7 @@ def gradient_kernel(options: Gradient) -> Kernel:
 @lru_cache(maxsize=256)
 def live_kernel(options: Gradient) -> Kernel:
     """dx of live tiles."""
-    return Kernel("gradient.make_live", options, options.tile.threads, options.shared, options.tile.resident)
+    return Kernel("live.make_live", options, options.tile.threads, options.shared, options.tile.resident)
 
 
 @lru_cache(maxsize=256)

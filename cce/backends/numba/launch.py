@@ -29,7 +29,7 @@ from torch import Tensor
 VARIABLE = "CCE_NUMBA_CACHE"
 #: How an argument lies in memory, each in 8 bytes.
 _FORMATS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
-_SOURCES = ("device.py", "intrinsics.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
+_SOURCES = ("device.py", "intrinsics.py", "matrix.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
 
 
 def simulated() -> bool:

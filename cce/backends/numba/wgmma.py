@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cce.backends.numba.intrinsics import I32, I64, _item, _number, ptx
+from cce.backends.numba.intrinsics import I32, I64, ptx
+from cce.backends.numba.matrix import item, number
 
 #: Elements of the factors that one instruction takes, and their types. tf32 factors cannot be transposed.
 KINDS = {"bf16": "k16.f32.bf16.bf16", "fp16": "k16.f32.f16.f16", "tf32": "k8.f32.tf32.tf32"}
@@ -70,9 +71,7 @@ def start_product(columns: int, kind: str, a_transposed: bool = False, b_transpo
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             factors = [
-                builder.add(x, _number(step * s))
-                for x, step in zip(args[1:], steps, strict=True)
-                for s in range(SLICES)
+                builder.add(x, number(step * s)) for x, step in zip(args[1:], steps, strict=True) for s in range(SLICES)
             ]
             _change_all(context, builder, signature.args[0], args[0], registers, body, constraints, factors)
             return context.get_dummy_value()
@@ -119,9 +118,7 @@ def _change_all(
     Register 4 j + q belongs to row 8 (q // 2) + lane // 4 and column 8 j + 2 (lane % 4) + q % 2 of the warp's 16 rows.
     """
     real = ir.FloatType()
-    where = [
-        _item(context, builder, kind, z, _number(r % 4 // 2), _number(r // 4 * 2 + r % 2)) for r in range(registers)
-    ]
+    where = [item(context, builder, kind, z, number(r % 4 // 2), number(r // 4 * 2 + r % 2)) for r in range(registers)]
     arguments = [builder.load(x) for x in where] + more
     result = ir.LiteralStructType([real] * registers)
     asm_type = ir.FunctionType(result, [real] * registers + [ir.IntType(64)] * len(more))

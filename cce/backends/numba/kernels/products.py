@@ -25,11 +25,13 @@ def make_multiply(tile, a_transposed, b_transposed):
 
 def make_16(tile, a_transposed, b_transposed):
     """bfloat16 and float16: fragments come as four 8 x 8 matrices each, transposed on the way where need be."""
+    from cce.backends.numba import matrix
+
     PARTS, PAIRS, ROWS = tile.parts, tile.columns // 16, 16 * tile.parts
     A_T, B_T, HEIGHT = a_transposed, b_transposed, PANEL * tile.depth
-    load_a = device.load_matrices_transposed if A_T else device.load_matrices
-    load_b = device.load_matrices_transposed if B_T else device.load_matrices
-    multiply_pieces = device.multiply_pieces[tile.kind]
+    load_a = matrix.load_matrices_transposed if A_T else matrix.load_matrices
+    load_b = matrix.load_matrices_transposed if B_T else matrix.load_matrices
+    multiply_pieces = matrix.multiply_pieces[tile.kind]
 
     @function
     def multiply(z, a_panel, b_panel, thread):
@@ -75,9 +77,11 @@ def make_address(tile, transposed):
 
 def make_tf32(tile, a_transposed, b_transposed):
     """float32 factors rounded to tf32, 8 steps of the sum at a time."""
+    from cce.backends.numba import matrix
+
     PARTS, PAIRS, ROWS = tile.parts, tile.columns // 16, 16 * tile.parts
     at_a, at_b = make_address(tile, a_transposed), make_address(tile, b_transposed)
-    read_tf32, multiply_pieces = device.read_tf32, device.multiply_pieces["tf32"]
+    read_tf32, multiply_pieces = matrix.read_tf32, matrix.multiply_pieces["tf32"]
 
     @function
     def multiply(z, a_panel, b_panel, thread):

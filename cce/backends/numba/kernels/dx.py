@@ -1,0 +1,140 @@
+"""The gradient of a row's logits, in place of their products, and its sums over rows (docs/algorithm.md, step 4)."""
+
+import numpy as np
+
+from cce.backends.numba.device import (
+    LEAST,
+    LOG2E,
+    NEG_INF,
+    ONE,
+    TWO,
+    ZERO,
+    barrier,
+    divide,
+    exp2,
+    floats,
+    function,
+    ints,
+    lane_xor,
+    read_float,
+    write_float,
+)
+from cce.backends.numba.kernels.epilogue import repeat
+
+FOUR, MOST = np.float32(4), np.float32(1e30)
+
+
+def make_dx(options, width):
+    """The function that turns a row of logits into the gradient of e c^T; its columns come in blocks of ``width``."""
+    K, WIDTH, BLOCKS = options.tile.thread_columns, width // 4, options.tile.columns // width
+    BIAS, SOFTCAP, SCALE, ENTROPY = options.bias, options.softcap, options.scale, options.entropy
+    WEIGHTED, ONE_TARGET = options.weighted and options.softcap, options.one_target
+    PART = min(8, WIDTH)  # columns written out as a loop of their own
+
+    @function
+    def columns(part, state):
+        """dx of some columns of a row."""
+        z, r, start, biases, us, gs, row_values, scale, softcap = state
+        base, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
+        power_scale = TWO * scale / softcap * LOG2E if SOFTCAP else ZERO
+        b = part * PART // WIDTH
+        for k in range(part * PART, (part + 1) * PART):
+            x, slope = z[r, k], ONE
+            if BIAS:
+                x = x + biases[k]
+            if SOFTCAP:
+                # tanh y = 1 - 2 u with u = 1 / (1 + exp 2y); its derivative without the cancellation of 1 - tanh^2.
+                power = min(exp2(x * power_scale), MOST)
+                u = divide(ONE, ONE + power)
+                x = softcap - TWO * softcap * u
+                slope = FOUR * u * (power * u)
+            elif SCALE:
+                x = x * scale
+            d = exp2(x * LOG2E - base)
+            if ENTROPY:  # p is 0 where z = -inf
+                d = d * (row_a + row_h * (centre - max(x, LEAST)))
+            else:
+                d = d * row_a
+            if ONE_TARGET:
+                if target == start[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1):
+                    d = d - row_g
+            elif near:
+                d = d - gs[k]
+            if WEIGHTED:
+                d = d + row_s * us[k]
+            if SOFTCAP:
+                d = d * slope
+            if (BIAS and x == NEG_INF) or not counts:
+                d = ZERO
+            z[r, k] = d
+
+    all_columns = repeat(columns, 0, K // PART)
+
+    @function
+    def dx(z, r, row, counts, starts, biases, us, gs, given):
+        """scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), in place of the product.
+
+        0 where the row does not count. ``starts``: the place of this thread's first column in each block; biases and
+        us: of its columns; gs: room for a number of each. ``given``: a, g, h and s have been multiplied by the scale.
+        """
+        lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
+        row_lse, row_a = floats(lse)[row], floats(a)[row]
+        row_h, centre, row_s, row_g, target, near = ZERO, ZERO, ZERO, ZERO, np.int32(-1), False
+        if ENTROPY:
+            row_h, centre = floats(h)[row], row_lse - floats(entropy)[row]
+        if WEIGHTED:
+            row_s = floats(s)[row]
+        if ONE_TARGET:
+            target, row_g = ints(targets)[row], floats(g)[row]
+        else:
+            near = put_targets(row, starts, gs, g, targets, targets_a_row)
+        row_values = (row_lse * LOG2E, row_a, row_h, centre, row_s, row_g, target, near, counts)
+        all_columns((z, r, starts, biases, us, gs, row_values, scale, softcap))
+
+    @function
+    def put_targets(row, starts, gs, g, targets, targets_a_row):
+        """gs: of each of this thread's columns the sum of g_k whose target it is; False where that is 0 for all."""
+        near = False
+        for q in range(targets_a_row):
+            target = ints(targets)[row * targets_a_row + q]
+            for b in range(BLOCKS):
+                offset = target - starts[b]
+                if offset >= 0 and offset < 4 * WIDTH and (offset & 7) < 2:
+                    if not near:
+                        for k in range(K):
+                            gs[k] = ZERO
+                    near = True
+                    gs[b * WIDTH + 2 * (offset >> 3) + (offset & 1)] += floats(g)[row * targets_a_row + q]
+        return near
+
+    return dx
+
+
+def make_column_sums(tile):
+    """The functions that sum dx over the rows of a tile: into shared memory, and joined from there."""
+    R, K, COLUMNS, WARPS = tile.thread_rows, tile.thread_columns, tile.columns, tile.warps
+
+    @function
+    def put(z, place, thread):
+        """Sums over the rows of each warp; all rows are there that do not count, with zeros."""
+        lane = thread & 31
+        at = place + 4 * (COLUMNS * (thread >> 5) + 2 * (lane & 3))
+        for k in range(K):
+            total = z[0, k]
+            for r in range(1, R):
+                total = total + z[r, k]
+            for mask in (4, 8, 16):
+                total = total + lane_xor(total, mask)
+            if lane < 4:
+                write_float(at + 4 * (8 * (k >> 1) + (k & 1)), total)
+        barrier()
+
+    @function
+    def join(place, column):
+        """The sum of a column, after ``put``."""
+        total = read_float(place + 4 * column)
+        for warp in range(1, WARPS):
+            total = total + read_float(place + 4 * (COLUMNS * warp + column))
+        return total
+
+    return put, join
