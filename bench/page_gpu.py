@@ -21,7 +21,8 @@ hidden states of a trained model. 256 rows are timed by the wall clock."""
 SPLIT = """\
 Made by `bench/vocab_parallel.py`: wall clock of the slowest process, forward and backward in bfloat16 on synthetic
 data; *dense* keeps its part of the logits in memory. *Alone*: the whole head on one GPU; efficiency: that time over the
-number of GPUs times the time together. Gaps: relative differences of loss, dE and dC to the result of one GPU."""
+number of GPUs times the time together. *Exchange*: the collectives alone; overlap: what of them does not add to the
+time that the parts take by themselves. Gaps: relative differences of loss, dE and dC to the result of one GPU."""
 
 
 def load(pattern: str, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -121,9 +122,10 @@ def split_section(records: list[tuple[Path, dict[str, Any]]]) -> list[str]:
                 parts.append(f"- **{title}**: {_who(first)}, {first[name]:,.4g} {unit}; {text}")
             parts += [
                 "",
-                "| | ms | peak MiB | sent MiB | alone, ms | alone, peak MiB | efficiency | gap loss | dE | dC |",
+                "| | ms | peak MiB | sent MiB | alone, ms | alone, peak MiB | efficiency | exchange, ms | overlap "
+                "| gap loss | dE | dC |",
             ]
-            parts += ["|---|" + "--:|" * 9, *(_split_line(row) for row in of_shape), ""]
+            parts += ["|---|" + "--:|" * 11, *(_split_line(row) for row in of_shape), ""]
     return parts
 
 
@@ -134,7 +136,8 @@ def _who(row: Row) -> str:
 def _split_line(row: Row) -> str:
     forms = {
         "ms": ".4g", "peak_mib": ",.0f", "sent_mib": ".0f", "alone_ms": ".4g", "alone_peak_mib": ",.0f",
-        "efficiency": ".0%", "gap_loss": ".1e", "gap_de": ".1e", "gap_dc": ".1e",
+        "efficiency": ".0%", "exchange_ms": ".2f", "overlap": ".0%",
+        "gap_loss": ".1e", "gap_de": ".1e", "gap_dc": ".1e",
     }  # fmt: skip
     cells = [f"{row[name]:{form}}" if row.get(name) is not None else "" for name, form in forms.items()]
     return "| " + " | ".join([_who(row), *cells]) + " |"

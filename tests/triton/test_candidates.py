@@ -120,7 +120,7 @@ ROUNDS = {
         {"forward": Tile(128, 128, 128, stages=3), "dense": Tile(256, 128, 64, stages=3, flatten=True)},
     ),
     "element": (
-        {"sparse": Tile(128, 256, 64, stages=3, flatten=True), "dc": Tile(128, 256, 64, stages=7)},
+        {"sparse": Tile(128, 256, 64, stages=4), "dc": Tile(128, 256, 64, stages=7)},
         {"sparse": Tile(128, 128, 128, stages=3), "de": Tile(128, 256, 64, stages=7)},
     ),
 }

@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,9 @@ class Program:
 
 def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
     """Compiles a kernel as far as Numba does it."""
-    from numba import cuda, types
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
+        from numba import cuda, types
 
     function = kernel.build()
     parameters = function.__annotations__.values()

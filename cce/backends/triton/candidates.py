@@ -39,7 +39,6 @@ _DENSE = (
 _SPARSE = (
     Tile(128, 256, 64, stages=4),
     Tile(128, 256, 64, stages=3),
-    Tile(128, 256, 64, stages=3, flatten=True),
     Tile(128, 128, 64, stages=4),
     Tile(128, 128, 64, warps=4, stages=3),
     Tile(128, 128, 128, stages=3),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, LEAST_COLUMNS
+from cce.backends.gpu.sizes import BLOCKS_V, LEAST_COLUMNS
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -186,14 +186,14 @@ def fitted(launch: Launch, problem: Problem, spec: Spec) -> Launch:
     assert spec.block_n is not None and spec.block_v is not None
     if problem.maps(spec):
         forward = replace(forward, columns=max(spec.block_v, forward.columns))
-    flat = sparse.flatten and plain and spec.block_n == BLOCKS_N[-1]
     # The widest block is stored from twice the shared memory of two narrower ones: what a stage takes.
     stages = min(sparse.stages, 3) if spec.block_v == BLOCKS_V[-1] else sparse.stages
     return replace(
         launch,
         forward=forward,
+        # Never one pipeline through all items: on an H100, Triton 3.6 made a kernel of it that gave another dE.
         sparse=replace(
-            sparse, rows=spec.block_n, columns=max(spec.block_v, sparse.columns), stages=stages, flatten=flat
+            sparse, rows=spec.block_n, columns=max(spec.block_v, sparse.columns), stages=stages, flatten=False
         ),
         # One kernel has both products: it is launched with the warps of dc.
         de=replace(de, rows=spec.block_n, depth=min(de.depth, spec.block_v), warps=dc.warps),
