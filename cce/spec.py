@@ -39,7 +39,7 @@ class Spec:
     A field left at None is chosen for the problem by :meth:`resolve`. The default is what a user should
     have: bf16 and fp16 inputs are filtered and compensated, to the accuracy of a dense computation in that
     dtype; float32 and float64 are exact, and so are problems on a GPU whose logits all fit into ``scratch_bytes``,
-    where a filter saves less time than it takes.
+    where a filter saves less time than it takes, and on devices that have no kernels of this package.
 
     Args:
         block_n: token rows of a tile of the filter.
@@ -162,6 +162,9 @@ def _resolve_filter(filter: str | None, scratch_bytes: int, problem: Problem) ->
     if filter is not None:
         return filter
     if problem.dtype not in (torch.bfloat16, torch.float16):
+        return "none"
+    # Only library products run there, which want to be large: live tiles take many times as long as all of them.
+    if problem.device not in ("cpu", "cuda", "meta") or (problem.device == "cuda" and torch.version.hip is not None):
         return "none"
     # Few rows on a GPU: finding the live tiles takes longer than computing them all (docs/performance-notes.md).
     small = problem.n * problem.v * problem.dtype.itemsize <= scratch_bytes

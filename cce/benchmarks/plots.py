@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,24 +63,27 @@ def heads_figure(rows: list[Row]) -> Figure:
     ):
         measured = [row for row in group if "peak_mib" in row]
         timed = sorted((row for row in group if "time_ms" in row), key=lambda row: row["time_ms"])
-        bars(left, timed, "time_ms", "{:.4g} ms")
+        # One candidate that takes a hundred times as long would leave the others without bars.
+        bars(left, timed, "time_ms", "{:.4g} ms", longest=12 * timed[0]["time_ms"] if timed else math.inf)
         left.set_title(f"{name}\ntime of forward and backward", loc="left", fontsize=9, color=INK)
         bars(right, sorted(measured, key=lambda row: row["peak_mib"]), "peak_mib", "{:,.0f} MiB")
         right.set_title("peak memory over the inputs", loc="left", fontsize=9, color=INK)
     return figure
 
 
-def bars(axes: Axes, rows: list[Row], name: str, form: str) -> None:
-    """A bar a row, the smallest on top; values as text."""
+def bars(axes: Axes, rows: list[Row], name: str, form: str, longest: float = math.inf) -> None:
+    """A bar a row, the smallest on top; values as text; bars beyond the ``longest`` are cut, and say so."""
     labels = [" ".join(filter(None, (row["name"], row["mode"]))) for row in rows]
     values = [row[name] for row in rows]
     positions = range(len(rows))
-    axes.barh(positions, values, color=[COLORS.get(row["name"], INK) for row in rows])
+    ends = [min(value, longest) for value in values]
+    axes.barh(positions, ends, color=[COLORS.get(row["name"], INK) for row in rows])
     axes.set_yticks(positions, labels)
     axes.invert_yaxis()
-    for y, value in zip(positions, values, strict=True):
-        axes.annotate(" " + form.format(value), (value, y), va="center", color=INK, fontsize=8)
-    axes.set_xlim(0, 1.25 * max(values, default=1))
+    for y, value, end in zip(positions, values, ends, strict=True):
+        text = form.format(value) + (" (bar cut)" if end < value else "")
+        axes.annotate(f" {text}", (end, y), va="center", color=INK, fontsize=8)
+    axes.set_xlim(0, 1.25 * max(ends, default=1))
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
@@ -99,7 +103,8 @@ def memory(record: Record, path: Path) -> None:
         gradients = rows[0]["peak_mib"] - rows[0]["over_gradients_mib"]
         axes.barh(range(len(rows)), gradients, color="#dddddd")
         axes.set_title(
-            f"Peak memory of forward and backward, {title(rows[0])}\ngrey: the two gradients, which every loss returns",
+            f"Peak memory of forward and backward over the inputs\n{title(rows[0])}\n"
+            "grey: the two gradients, which every loss returns",
             loc="left", fontsize=9, color=INK,
         )  # fmt: skip
         figure.savefig(path, metadata={"Date": None})
