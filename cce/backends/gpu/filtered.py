@@ -43,7 +43,7 @@ def filtered(
     total = dead.de
     if problem.grad_e:
         if total is None:
-            total = torch.zeros(problem.n, call.e.shape[1], device=call.e.device)
+            total = torch.zeros(problem.n, call.e.shape[1], dtype=torch.float32, device=call.e.device)
         if found.s is not None:
             add_mean_logit_to_de(call, inputs.logit_weight, found.s.index_select(0, row_order), total)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None

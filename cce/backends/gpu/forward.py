@@ -59,7 +59,7 @@ def closed_form(call: Call, logit_weight: Tensor | None, in_use: Tensor) -> Tens
 def weighted_rows(call: Call, logit_weight: Tensor | None) -> Tensor:
     """(D,) sum_v u_v c_v, float32, in pieces that fit into the scratch memory."""
     v, d = call.problem.v, call.problem.d
-    total = torch.zeros(d, device=call.e.device)
+    total = torch.zeros(d, dtype=torch.float32, device=call.e.device)
     step = max(1, call.spec.scratch_bytes // (8 * d))
     for c, u in zip(call.c.split(step), call.weights(logit_weight).split(step), strict=True):
         # Without weights nothing needs to be widened in memory.

@@ -62,7 +62,7 @@ def add_mean_logit_to_entries(
     if dc is None:
         return
     step = max(1, call.spec.scratch_bytes // (16 * call.problem.d))
-    total = torch.zeros(call.problem.d, device=call.e.device)
+    total = torch.zeros(call.problem.d, dtype=torch.float32, device=call.e.device)
     for e, part in zip(call.own_e.split(step), s.split(step), strict=True):
         total += part @ torch.where((part != 0)[:, None], e, 0).to(
             torch.float32

@@ -75,7 +75,7 @@ class Call(Blocks):
     def weights(self, logit_weight: Tensor | None) -> Tensor:
         """(V,) float32 weights u of the entries; 1 / V each if none are given."""
         if logit_weight is None:
-            return torch.full((self.problem.v,), 1 / self.problem.v, device=self.e.device)
+            return torch.full((self.problem.v,), 1 / self.problem.v, dtype=torch.float32, device=self.e.device)
         return logit_weight.to(torch.float32)
 
 
