@@ -107,12 +107,17 @@ def test_problem_is_the_one_that_runs(arguments: dict[str, Tensor], call: str) -
 def test_text(arguments: dict[str, Tensor]) -> None:
     spec = cce.Spec(filter="element", threshold=2.0**-10, block_n=16, block_v=64, scratch_bytes=2**20, compensate=False)
     found = cce.explain(**arguments, spec=spec)
+    refused = {name: found.reasons[name] for name in ("triton", "cupy", "numba")}
+    assert all(refused.values())
     assert str(found).splitlines() == [
         "N=12 D=6 V=50, e torch.float32, c torch.bfloat16, on cpu",
         "would run: torch",
         "filter='element' threshold=0.000977 compensate=False, tiles 16 x 64, scratch 1 MiB",
-        "  triton: " + found.reasons["triton"][0],
-        *("    " + more for more in found.reasons["triton"][1:]),
+        *(
+            line
+            for name, (first, *more) in refused.items()
+            for line in (f"  {name}: {first}", *(f"    {reason}" for reason in more))
+        ),
         "  torch: can run",
         "  reference: can run",
     ]
