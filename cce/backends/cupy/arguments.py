@@ -13,7 +13,7 @@ from cce.backends.gpu import kernels
 class Matrix(Arguments):
     """``Matrix`` of copies.cuh."""
 
-    _fields_ = [("data", c_void_p), ("pitch", c_longlong), ("bytes", c_int)]  # noqa: RUF012
+    _fields_ = (("data", c_void_p), ("pitch", c_longlong), ("bytes", c_int))
 
     @classmethod
     def of(cls, x: Tensor) -> Matrix:
@@ -24,7 +24,7 @@ class Matrix(Arguments):
 class Formula(Arguments):
     """``Formula`` of formula.cuh."""
 
-    _fields_ = [("scale", c_float), ("softcap", c_float)]  # noqa: RUF012
+    _fields_ = (("scale", c_float), ("softcap", c_float))
 
     @classmethod
     def of(cls, formula: kernels.Formula) -> Formula:
@@ -34,7 +34,7 @@ class Formula(Arguments):
 class Splits(Arguments):
     """``Splits`` of statistics.cuh."""
 
-    _fields_ = [(name, c_void_p) for name in ("max", "sum", "gap", "weighted", "best")]  # noqa: RUF012
+    _fields_ = tuple((name, c_void_p) for name in ("max", "sum", "gap", "weighted", "best"))
 
     @classmethod
     def of(cls, splits: kernels.Splits) -> Splits:
@@ -44,7 +44,7 @@ class Splits(Arguments):
 class Tiles(Arguments):
     """``Tiles`` of statistics.cuh."""
 
-    _fields_ = [(name, c_void_p) for name in ("lse", "max", "entropy")]  # noqa: RUF012
+    _fields_ = tuple((name, c_void_p) for name in ("lse", "max", "entropy"))
 
     @classmethod
     def of(cls, tiles: kernels.Tiles | None) -> Tiles:
@@ -54,9 +54,9 @@ class Tiles(Arguments):
 class Rows(Arguments):
     """``Rows`` of gradient.cuh."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         *((name, c_void_p) for name in ("lse", "a", "g", "entropy", "h", "s", "targets")), ("K", c_int)
-    ]  # fmt: skip
+    )  # fmt: skip
 
     @classmethod
     def of(cls, rows: kernels.Rows) -> Rows:
@@ -66,49 +66,49 @@ class Rows(Arguments):
 class TargetsArguments(Arguments):
     """Of targets.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("e", c_void_p), ("c", c_void_p),
         *((name, c_longlong) for name in ("stride_en", "stride_ed", "stride_cv", "stride_cd")),
         ("bias", c_void_p), ("targets", c_void_p), ("out", c_void_p), ("formula", Formula),
         ("count", c_longlong), ("D", c_int), ("K", c_int),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class StatisticsArguments(Arguments):
     """Of statistics.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("e", Matrix), ("c", Matrix), ("bias", c_void_p), ("weight", c_void_p), ("splits", Splits), ("tiles", Tiles),
         ("formula", Formula), *((name, c_int) for name in ("N", "V", "first", "S")),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class GradientArguments(Arguments):
     """Of gradient.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("e", Matrix), ("c", Matrix), ("bias", c_void_p), ("weight", c_void_p), ("rows", Rows), ("dz", c_void_p),
         ("pitch_dz", c_longlong), ("column_sums", c_void_p), ("formula", Formula),
         *((name, c_int) for name in ("N", "V", "first")),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class LiveArguments(Arguments):
     """Of live.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("e", Matrix), ("c", Matrix), ("order", c_void_p), ("bias", c_void_p), ("rows", Rows),
         *((name, c_void_p) for name in (
             "row_of", "tile_list", "item_block", "item_first", "item_slot", "item_tiles", "items", "dz", "column_sums",
         )),
         ("formula", Formula), *((name, c_int) for name in ("N", "V", "T", "max_items", "chunk")),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class ProductsArguments(Arguments):
     """Of products.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("dz", c_void_p), ("e", Matrix), ("c", Matrix),
         *((name, c_void_p) for name in (
             "order", "row_of", "tile_list", "block_slot", "block_tiles", "block_first", "de", "live_count",
@@ -116,4 +116,4 @@ class ProductsArguments(Arguments):
             "dbias",
         )),
         *((name, c_int) for name in ("N", "V", "D", "T", "blocks", "dc_columns", "chunk")),
-    ]  # fmt: skip
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from cce.backends.gpu.backend import KernelBackend
 from cce.backends.gpu.kernels import Kernels
+from cce.backends.gpu.refusals import missing_gpu
 
 
 class CupyBackend(KernelBackend):
@@ -27,16 +28,7 @@ class CupyBackend(KernelBackend):
         reasons = []
         if find_spec("cupy") is None:
             reasons.append("package 'cupy' is not installed: pip install 'cce[cupy]'")
-        if device != "cuda":
-            return [*reasons, f"runs on CUDA devices, not on {device!r}"]
-        if torch.version.hip is not None:
-            return [*reasons, "ROCm: its kernels are made of NVIDIA's instructions"]
-        if not torch.cuda.is_available():
-            return [*reasons, "no CUDA GPU is available to torch"]
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
-        return reasons
+        return reasons + missing_gpu(device, "its kernels are made of NVIDIA's instructions")
 
     def kernels(self) -> Kernels:
         """Those of the current device."""

@@ -21,20 +21,20 @@ _MEAN_THREADS, _MASS_THREADS, _MASS_EACH = 128, 256, 4
 class MeanArguments(Arguments):
     """Of mean_rows_kernel."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("c", c_void_p), ("pitch", c_longlong), ("order", c_void_p), ("out", c_void_p),
         *((name, c_int) for name in ("V", "pieces", "block_v", "first")),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class MassArguments(Arguments):
     """Of dead_mass_kernel."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("tile_mass", c_void_p), ("tile_entropy", c_void_p), ("pitch_mass", c_longlong), ("pitch_entropy", c_longlong),
         *((name, c_void_p) for name in ("live", "row_order", "lse", "entropy", "a", "h", "out")),
         ("softcap", c_float), *((name, c_int) for name in ("N", "V", "B", "block_n", "block_v", "first")),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 def mean_variant(gpu: Gpu, dtype: torch.dtype) -> Variant:

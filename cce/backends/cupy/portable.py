@@ -22,6 +22,7 @@ from cce.backends.cupy.variants import (
     targets_variant,
 )
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.sizes import cdiv
 from cce.problem import Maps, Problem
 from cce.spec import Spec
 
@@ -45,7 +46,7 @@ class PortableKernels(Kernels):
             D=e.shape[1], K=k,
         )  # fmt: skip
         variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula)
-        Launch(variant, _cdiv(n * k, THREADS // 32), THREADS, arguments)()
+        Launch(variant, cdiv(n * k, THREADS // 32), THREADS, arguments)()
 
     def statistics(
         self,
@@ -67,7 +68,7 @@ class PortableKernels(Kernels):
         )  # fmt: skip
         columns = self.sizes(problem, spec).forward_columns
         variant = statistics_variant(Gpu.current(), e.dtype, formula, spec, splits, tiles, columns)
-        Launch(variant, _cdiv(len(e), TILE_N) * number, THREADS, arguments)()
+        Launch(variant, cdiv(len(e), TILE_N) * number, THREADS, arguments)()
 
     def gradient(
         self,
@@ -88,7 +89,7 @@ class PortableKernels(Kernels):
             formula=structs.Formula.of(formula), N=len(e), V=len(c), first=first,
         )  # fmt: skip
         variant = gradient_variant(Gpu.current(), e.dtype, formula, rows, weight is not None, column_sums is not None)
-        Launch(variant, _cdiv(len(e), TILE_N) * _cdiv(len(c), TILE_V), THREADS, arguments)()
+        Launch(variant, cdiv(len(e), TILE_N) * cdiv(len(c), TILE_V), THREADS, arguments)()
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         launches = _launches(problem, spec, live, self.sizes(problem, spec).pack)
@@ -159,7 +160,3 @@ def _products(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> list[
     if live.dbias is not None:
         launches.append(Launch(dbias, gpu.processors, THREADS, arguments, [row_of, counters]))
     return launches
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -20,7 +20,7 @@ from cce.backends.cupy.portable import PortableKernels
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
-from cce.backends.gpu.sizes import rows_are_copied
+from cce.backends.gpu.sizes import cdiv, rows_are_copied
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -37,21 +37,21 @@ _GROUP = 16  # row blocks at work side by side, which share what they read of c
 class StatisticsArguments(Arguments):
     """Of sm90/statistics.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("e_map", TensorMap), ("c_map", TensorMap), ("bias", c_void_p), ("weight", c_void_p),
         ("splits", structs.Splits), ("tiles", structs.Tiles), ("formula", structs.Formula),
         *((name, c_int) for name in ("N", "V", "D", "S", "first", "carry")), ("padding", c_ubyte * 64),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class GradientArguments(Arguments):
     """Of sm90/gradient.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         ("e_map", TensorMap), ("c_map", TensorMap), ("bias", c_void_p), ("weight", c_void_p), ("rows", structs.Rows),
         ("dz", c_void_p), ("column_sums", c_void_p), ("pitch", c_longlong), ("formula", structs.Formula),
         *((name, c_int) for name in ("N", "V", "D", "first")), ("padding", c_ubyte * 64),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 _TABLES = (
@@ -63,22 +63,22 @@ _TABLES = (
 class PlanArguments(Arguments):
     """``Plan`` of sm90/live.cuh."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         *((name, c_void_p) for name in _TABLES), *((name, c_int) for name in ("max_items", "T", "B"))
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class LiveArguments(Arguments):
     """Of sm90/live.cu."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = (
         *((name, TensorMap) for name in ("e_map", "c_map", "dz_map")), ("plan", PlanArguments), ("rows", structs.Rows),
         ("order", c_void_p), ("row_of", c_void_p), ("c_rows", c_void_p), ("c_pieces", c_uint),
         *((name, c_void_p) for name in ("bias", "dz", "de", "dc", "mass_e", "norm", "counters")),
         ("formula", structs.Formula),
         *((name, c_int) for name in ("N", "V", "D", "width", "first_chunk", "last_chunk", "phases")),
         ("padding", c_ubyte * 64),
-    ]  # fmt: skip
+    )  # fmt: skip
 
 
 class Sm90Kernels(PortableKernels):
@@ -123,7 +123,7 @@ class Sm90Kernels(PortableKernels):
                 "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
             }  # fmt: skip
         variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
-        Launch(variant, _grid(_cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
+        Launch(variant, _grid(cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
 
     def gradient(
         self,
@@ -150,7 +150,7 @@ class Sm90Kernels(PortableKernels):
         dbias, weighted = column_sums is not None, weight is not None
         macros = rows_macros(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
         variant = variant_of("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
-        tiles = _cdiv(len(e), cluster * TILE_N) * _cdiv(len(c), TILE_V)
+        tiles = cdiv(len(e), cluster * TILE_N) * cdiv(len(c), TILE_V)
         Launch(variant, _grid(tiles, cluster), THREADS, arguments)()
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
@@ -219,7 +219,3 @@ def variant_of(
 def _grid(units: int, cluster: int) -> int:
     """Blocks of threads of a launch whose clusters take units in turn."""
     return min(Gpu.current().processors // cluster, units) * cluster
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

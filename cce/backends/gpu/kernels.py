@@ -10,7 +10,8 @@ library does as well (dense dE and dC). Kernels work on tiles. Conventions of al
 - A *place* is a column's position in the vocabulary order; the entry there is ``order[place]``, or the place itself
   where there is no order.
 - Nothing beyond a given shape is read or written. Launches go to torch's current stream; nothing waits for the GPU.
-- The same arguments give the same bits: no atomics on results; every sum runs in an order fixed by the problem.
+- The same arguments give the same bits: every sum runs in an order fixed by the problem. An atomic addition to a result
+  is in order only where one block of threads alone adds to the element, one addition after the other.
 - Rows that do not count may hold NaN or inf in ``e``: what is computed for them is unspecified and must not leak into
   other rows.
 """

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, least_scratch
 from cce.problem import Problem
 from cce.spec import Spec
+
+
+def missing_gpu(device: str, rocm: str, otherwise: str = "") -> list[str]:
+    """Why no kernel can run on this device type, here.
+
+    Args:
+        rocm: why not on ROCm.
+        otherwise: what runs on other device types, and how, in brackets.
+    """
+    if device != "cuda":
+        return [f"runs on CUDA devices{otherwise}, not on {device!r}"]
+    if torch.version.hip is not None:
+        return [f"ROCm: {rocm}"]
+    # The first question costs nothing in a process that uses the GPU; the second asks the driver.
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():
+        return ["no CUDA GPU is available to torch"]
+    major, minor = capability_of(torch.cuda.current_device())
+    if major < 8:
+        return [f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses"]
+    return []
+
+
+@lru_cache
+def capability_of(index: int) -> tuple[int, int]:
+    """Compute capability of a GPU; a call of torch's own takes ten times as long."""
+    return torch.cuda.get_device_capability(index)
 
 
 def common_refusals(problem: Problem, spec: Spec) -> list[str]:

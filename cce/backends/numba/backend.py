@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 
-import torch
-
 from cce.backends.gpu.backend import KernelBackend
 from cce.backends.gpu.kernels import Kernels
+from cce.backends.gpu.refusals import missing_gpu
 from cce.backends.numba.launch import simulated
 
 
@@ -28,14 +27,9 @@ class NumbaBackend(KernelBackend):
         ]
         if simulated():
             return [*reasons, *([] if device == "cpu" else ["NUMBA_ENABLE_CUDASIM=1: it runs on the CPU only"])]
-        if device != "cuda":
-            return [*reasons, f"runs on CUDA devices (or simulated, with NUMBA_ENABLE_CUDASIM=1), not on {device!r}"]
-        if torch.version.hip is not None:
-            return [*reasons, "ROCm: its kernels are made of PTX"]
-        major, minor = torch.cuda.get_device_capability()
-        if major < 8:
-            reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
-        return reasons
+        return reasons + missing_gpu(
+            device, "its kernels are made of PTX", " (or simulated, with NUMBA_ENABLE_CUDASIM=1)"
+        )
 
     def kernels(self) -> Kernels:
         return _kernels()

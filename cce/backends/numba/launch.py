@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -192,6 +191,8 @@ def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
 @contextmanager
 def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
     """Functions that a kernel calls are compiled for a device that Numba asks the driver for: here it is told."""
+    from unittest.mock import patch  # takes long to import, and is needed by what compiles only
+
     from numba.cuda import dispatcher
 
     with patch.object(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=capability)):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.sizes import ALIGNMENT, padded
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
 from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
 from cce.backends.numba.live import launches
@@ -20,7 +21,13 @@ class NumbaKernels(Kernels):
     """Compiled for the options of a call, when it is made."""
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        return []
+        # Kernels count 16 bytes at a time, in 32 bits.
+        pieces = padded(problem.d, problem.dtype) * problem.dtype.itemsize // ALIGNMENT
+        return [
+            f"{name} of {rows} x {problem.d} takes 2**35 bytes or more: its kernels cannot count them"
+            for name, rows in (("e", problem.n), ("c", problem.v))
+            if rows * pieces >= 2**31
+        ]
 
     def sizes(self, problem: Problem, spec: Spec) -> Sizes:
         choice = _choice(problem, spec, True)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.gpu.refusals import common_refusals
+from cce.backends.gpu.refusals import common_refusals, missing_gpu
 from cce.backends.gpu.sizes import MOST_WEIGHED, logits_bytes
-from cce.backends.triton.device import capability_of
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -32,14 +31,7 @@ class TritonBackend(Backend):
             reasons.append("package 'triton' is not installed: pip install 'cce[triton]'")
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return reasons
-        if device != "cuda":
-            return [*reasons, f"runs on CUDA devices (or interpreted, with TRITON_INTERPRET=1), not on {device!r}"]
-        if torch.version.hip is not None:
-            return [*reasons, "ROCm: not tried yet"]
-        major, minor = capability_of(torch.cuda.current_device())
-        if major < 8:
-            reasons.append(f"compute capability {major}.{minor}: 8.0 is the least whose matrix units it uses")
-        return reasons
+        return reasons + missing_gpu(device, "not tried yet", " (or interpreted, with TRITON_INTERPRET=1)")
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         return common_refusals(problem, spec)

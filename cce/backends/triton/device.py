@@ -1,9 +1,8 @@
-"""The current device, and what a GPU is."""
+"""The current device."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,9 +14,3 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device_of(x)
-
-
-@lru_cache
-def capability_of(index: int) -> tuple[int, int]:
-    """Compute capability of a GPU; a call of torch's own takes ten times as long."""
-    return torch.cuda.get_device_capability(index)
