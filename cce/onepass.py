@@ -44,9 +44,10 @@ class Call:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The weighted sum, and dE, dC and dbias (empty where not wanted) for an upstream gradient of 1."""
         rows, used = (None, targets) if self.backend.skips_ignored_rows else rows_in_use(targets)
-        if len(used) == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
+        count = used.shape[0]
+        if count == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
             return (weights.sum(), *zero_gradients(e, c, bias, self.grads))
-        problem = self.problem if len(used) == self.problem.n else replace(self.problem, n=len(used))
+        problem = self.problem if count == self.problem.n else replace(self.problem, n=count)
         weights = select(weights, rows)
         with own_dtypes(e):
             outputs, found = self.backend.loss_and_gradients(

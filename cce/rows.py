@@ -66,12 +66,17 @@ def place_gradients(
     found: Gradients[Tensor], e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients in their inputs' dtypes, dE at its rows' places."""
-    de = e.new_empty(0) if found.de is None else found.de.to(e.dtype)
+    de = e.new_empty(0) if found.de is None else _in(e, found.de)
     if rows is not None and found.de is not None:
         de = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, de)
-    dc = c.new_empty(0) if found.dc is None else found.dc.to(c.dtype)
-    dbias = c.new_empty(0) if found.dbias is None or bias is None else found.dbias.to(bias.dtype)
+    dc = c.new_empty(0) if found.dc is None else _in(c, found.dc)
+    dbias = c.new_empty(0) if found.dbias is None or bias is None else _in(bias, found.dbias)
     return de, dc, dbias
+
+
+def _in(like: Tensor, x: Tensor) -> Tensor:
+    """``x`` in the dtype of ``like``; most often it is, and not even asked for, as small calls are as fast as this is."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def zero_gradients(e: Tensor, c: Tensor, bias: Tensor | None, wanted: str) -> tuple[Tensor, Tensor, Tensor]:
