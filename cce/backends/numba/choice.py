@@ -107,6 +107,12 @@ def _choose(
     return Choice(forward, gradient, live, de, dc, max(1, live.columns // block_v), gpu.programs * wide.resident)
 
 
+@lru_cache
+def widest_tile(kind: str, gpu: GPU) -> Tile:
+    """Of a kernel whose epilogue needs few registers."""
+    return _choose(kind, 16, 128, 128, False, False, gpu).gradient
+
+
 def _rows(kind: str, rows: int, columns: int, stages: int) -> Tile:
     """A tile of so many rows: of 32 a warp, if there are as many and the columns leave it registers for them."""
     parts = 2 if rows >= 32 and columns <= 128 else 1

@@ -83,7 +83,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the kernel is compiled for: kinds of numbers are those of ``Tile``."""
+    """What the kernel is compiled for: kinds of numbers are those of ``Tile``; ``copy``: rows of e are copied, too."""
 
     e: str
     c: str
@@ -91,3 +91,4 @@ class Targets:
     scale: bool = False
     softcap: bool = False
     warps: int = 4
+    copy: bool = False
