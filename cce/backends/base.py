@@ -87,9 +87,7 @@ class Backend(ABC):
         in_use = targets >= 0
         return in_use / reduction.total(in_use, None, dtype)
 
-    def prepared(
-        self, targets: Tensor, v: int, ignore_index: int, mean: bool
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
         """What the front end makes of ordinary targets before :meth:`loss_and_gradients`, where kernels can do better.
 
         Args:

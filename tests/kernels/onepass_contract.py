@@ -152,4 +152,6 @@ class Bench:
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
-    return torch.equal(x.contiguous().view(torch.uint8) if x.ndim else x, y.contiguous().view(torch.uint8) if y.ndim else y)
+    """The same bits."""
+    x, y = (each.reshape(-1).contiguous().view(torch.uint8) for each in (x, y))
+    return torch.equal(x, y)

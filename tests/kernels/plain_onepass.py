@@ -27,7 +27,7 @@ class PlainOnePass(OnePassKernels):
     def prepare(self, targets: Tensor, v: int, ignore_index: int, out: Tensor, weights: Tensor | None) -> None:
         wide = targets.to(torch.int64)
         ignored = wide == ignore_index
-        assert bool(((0 <= wide) & (wide < v) | ignored).all())
+        assert bool(((wide >= 0) & (wide < v) | ignored).all())
         out.copy_(wide.masked_fill(ignored, -1).view_as(out))
         if weights is not None:
             counts = (out >= 0).double()

@@ -121,5 +121,3 @@ class PortableOnePass(OnePassKernels):
         first, (to, second) = x.numel(), (0, 0) if y is None else (y.data_ptr(), y.numel())
         blocks = max(1, min(1024, cdiv(max(first, second), 8 * THREADS)))
         launch(blocks, 1, x.data_ptr(), to, factor.data_ptr(), first, second)
-
-

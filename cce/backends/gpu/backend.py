@@ -56,11 +56,9 @@ class KernelBackend(Backend):
         with on_device_of(inputs.e):
             return onepass.loss_and_gradients(self._one_pass, inputs, problem, spec, weights)
 
-    def prepared(
-        self, targets: Tensor, v: int, ignore_index: int, mean: bool
-    ) -> tuple[Tensor, Tensor | None] | None:
+    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
         kernels = self.kernels().one_pass()
-        if kernels is None or mean and targets.numel() > MOST_WEIGHED:
+        if kernels is None or (mean and targets.numel() > MOST_WEIGHED):
             return None
         with on_device_of(targets):
             return onepass.prepared(kernels, targets, v, ignore_index, mean)

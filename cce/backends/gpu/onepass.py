@@ -45,7 +45,8 @@ def loss_and_gradients(
     used = e.new_empty((n, problem.d)) if problem.grad_c else None
     kernels.target_logits(e if e is inputs.e else e[:, : problem.d], c, targets, formula, target_logits, used)
     tile_max, tile_sum = e.new_empty((2, tiles, n), dtype=torch.float32).unbind()
-    lse, dz = e.new_empty(n, dtype=torch.float32), e.new_empty((n, pitch(v)))[:, :v]
+    lse, dz = e.new_empty(n, dtype=torch.float32), e.new_empty((n, pitch(v)))
+    dz = dz if dz.shape[1] == v else dz[:, :v]
     _store(kernels, problem, spec, e, c, formula, dz, tile_max, tile_sum)
     kernels.join(tile_max, tile_sum, target_logits, targets, lse)
     kernels.scale(dz, tile_max, lse, target_logits, targets, a, g)

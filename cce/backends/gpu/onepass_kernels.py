@@ -1,8 +1,8 @@
 """The kernels of a pass that computes gradients along with the loss: what a GPU backend brings for few rows.
 
 Such problems are short: the host's work counts. So what is an operation or two of the library elsewhere is a kernel
-here, and a launch should cost little. Conventions are those of ``kernels.py``; *q* is exp(z - m), m the largest logit of
-the row in the tile: float32 of float32 factors, of others float16 whatever their dtype, in whose place the gradient
+here, and a launch should cost little. Conventions are those of ``kernels.py``; *q* is exp(z - m), m the largest logit
+of the row in the tile: float32 of float32 factors, of others float16 whatever their dtype, in whose place the gradient
 comes.
 """
 

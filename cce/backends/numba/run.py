@@ -83,8 +83,8 @@ class NumbaKernels(Kernels):
         )  # fmt: skip
         blocks = 1 if simulated else -(-targets.numel() // 4)
         targets_kernel(options)(
-            blocks, e, c, formula.bias, targets, out, None, len(e), targets.shape[1], e.shape[1], *e.stride(), *c.stride(),
-            formula.scale, formula.softcap or 0.0,
+            blocks, e, c, formula.bias, targets, out, None, len(e), targets.shape[1], e.shape[1], *e.stride(),
+            *c.stride(), formula.scale, formula.softcap or 0.0,
         )  # fmt: skip
 
     def gradient(

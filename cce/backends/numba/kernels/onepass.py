@@ -26,7 +26,6 @@ from cce.backends.numba.device import (
     pointer,
     read_float,
     shared_address,
-    words,
     write_float,
 )
 from cce.backends.numba.kernels.epilogue import finite, make_cap, make_store, quad_max, quad_sum, repeat
@@ -311,7 +310,7 @@ def make_prepare(options):
 def make_multiply(options):
     """The kernel that multiplies numbers in place by a factor; nothing is done where that is 1."""
     THREADS, WIDE = options.threads, options.kind == "ieee"
-    store, store_pair = make_store(options.kind)
+    store, _ = make_store(options.kind)
     widen = device.widen_bf16 if options.kind == "bf16" else device.widen_fp16
 
     def multiply(x: pointer, factor: pointer, count: int64):

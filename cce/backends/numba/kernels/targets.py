@@ -27,7 +27,7 @@ def make_element(kind):
 
 
 def make_targets(options):
-    """The kernel for z[i, targets[i, k]], 0 where there is none; e and c have any strides. ``copy``: of rows of e, too."""
+    """The kernel for z[i, targets[i, k]], 0 where there is none; e and c have any strides. ``copy``: rows of e, too."""
     WARPS, BIAS, COPY = options.warps, options.bias, options.copy
     store, _ = make_store(options.e)
     e_element, c_element = make_element(options.e), make_element(options.c)
