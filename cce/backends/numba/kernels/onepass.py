@@ -39,40 +39,52 @@ def make_store_tiles(options):
     ROWS, TILE_V, R, K = tile.rows, tile.columns, tile.thread_rows, tile.thread_columns
     BIAS, CAPPED, GROUP = options.bias, options.bias or options.scale, options.group
     PART_ROWS, STEP = 16 * tile.parts, tile.threads // 8
-    PART = min(16, K)
+    PART = min(8, K)
     cap = make_cap(options.bias, options.scale, False)
     store, store_pair = make_store("fp16" if tile.itemsize == 2 else "ieee")
     begin, product, e_copies, c_copies = make_logit_tile(tile)
 
     @function
     def finish_columns(part, state):
-        """Logits of some columns from their products; the largest of each row."""
-        z, m, bias, tile0, column0, V, scale = state
+        """Logits of some columns from their products."""
+        z, bias, tile0, column0, V, scale = state
         for k in range(part * PART, (part + 1) * PART):
             place = tile0 + column0 + 8 * (k >> 1) + (k & 1)
             b = ZERO
             if BIAS:
                 b = floats(bias)[min(place, V - 1)]
             for r in range(R):
-                x = z[r, k]
                 if CAPPED:
-                    x = cap(x, b, scale, ONE)
+                    z[r, k] = cap(z[r, k], b, scale, ONE)
                 if place >= V:
-                    x = NEG_INF
-                z[r, k] = x
-                m[r] = max(m[r], x)
+                    z[r, k] = NEG_INF
 
     @function
     def keep_columns(part, state):
-        """q in place of the logits of some columns, and their sums."""
-        z, m, s = state
+        """q in place of the logits of some columns of a row; the sum."""
+        z, r, base, s = state
         for k in range(part * PART, (part + 1) * PART):
-            for r in range(R):
-                p = exp2(z[r, k] * LOG2E - finite(m[r]) * LOG2E)
-                z[r, k] = p
-                s[r] += p
+            p = exp2(z[r, k] * LOG2E - base)
+            z[r, k] = p
+            s[r] += p
 
     all_columns, keep_all = repeat(finish_columns, 0, K // PART), repeat(keep_columns, 0, K // PART)
+
+    @function
+    def keep_row(r, state):
+        """m of a row, q in place of its logits, and the sum of q; all stored but q."""
+        z, s, tile_max, tile_sum, where, row0, column0, N = state
+        m = NEG_INF
+        for k in range(K):
+            m = max(m, z[r, k])
+        m = quad_max(m)
+        keep_all((z, r, finite(m) * LOG2E, s))
+        total = quad_sum(s[r])
+        if column0 == 0 and row0 + 8 * r < N:
+            floats(tile_max)[where + 8 * r] = m
+            floats(tile_sum)[where + 8 * r] = total
+
+    all_rows = repeat(keep_row, 0, R)
 
     def store_tiles(
         e: pointer, c: pointer, bias: pointer, q: pointer, tile_max: pointer, tile_sum: pointer,  # the last [T, N]
@@ -84,7 +96,6 @@ def make_store_tiles(options):
         row_of_mine = PART_ROWS * (thread >> 5) + ((thread & 31) >> 2)
         column0 = 2 * (thread & 3)
         z = cuda.local.array((R, K), float32)
-        m = cuda.local.array(R, float32)
         s = cuda.local.array(R, float32)
         e_rows = cuda.local.array(e_copies, int32)
         c_rows = cuda.local.array(c_copies, int32)
@@ -103,7 +114,7 @@ def make_store_tiles(options):
             now_t, number = t, number + step
             # Logit tile, as in the forward.
             for r in range(R):
-                m[r], s[r] = NEG_INF, ZERO
+                s[r] = ZERO
                 for k in range(K):
                     z[r, k] = ZERO
             product(z, shared, e, c, e_rows, c_rows, pieces, thread)
@@ -115,15 +126,10 @@ def make_store_tiles(options):
                     c_rows[n] = min(t * TILE_V + (thread >> 3) + n * STEP, V - 1) * c_pitch
                 begin(shared, e, c, e_rows, c_rows, pieces, thread)
             # Epilogue: statistics of the tile; z becomes q.
-            all_columns((z, m, bias, tile0, column0, V, scale))
-            for r in range(R):
-                m[r] = quad_max(m[r])
-            keep_all((z, m, s))
-            for r in range(R):
-                total_s, row = quad_sum(s[r]), row0 + 8 * r
-                if column0 == 0 and row < N:
-                    where = np.int64(now_t) * N + row
-                    floats(tile_max)[where], floats(tile_sum)[where] = m[r], total_s
+            if CAPPED or tile0 + TILE_V > V:
+                all_columns((z, bias, tile0, column0, V, scale))
+            where = np.int64(now_t) * N + row0
+            all_rows((z, s, tile_max, tile_sum, where, row0, column0, N))
             # Store.
             for r in range(R):
                 if row0 + 8 * r < N:
