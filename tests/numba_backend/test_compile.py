@@ -12,16 +12,18 @@ from known_stack import known
 from recorded import A100, H100, kernels_of_loss
 
 import cce
+from cce.backends.numba import onepass
 from cce.backends.numba.choice import GPU, HOPPER_SUMS
 from cce.backends.numba.launch import Kernel, ptx_of
 
 GPUS = {"sm_80": A100, "sm_90a": H100}
 SHARED = {"sm_80": 166_912, "sm_90a": 232_448}  # bytes that a block of threads may have
 SETTINGS = {
-    "exact": {"spec": cce.Spec(filter="none")},
+    "exact": {"spec": cce.Spec(filter="none", scratch_bytes=2**18)},
+    "one pass": {"spec": cce.Spec(filter="none")},
     "filtered": {"spec": cce.Spec(filter="element")},
 }
-PRODUCTS = ("statistics", "gradient", "live", "de", "dc")
+PRODUCTS = ("statistics", "gradient", "live", "de", "dc", "store_tiles")
 
 
 @cache
@@ -76,6 +78,13 @@ def stack_bytes(arch: str, ptx: str, folder: Path) -> int:
 
 
 def test_settings_have_all_kernels() -> None:
-    """Every kernel but that of dbias, which has no product, is among those compiled."""
+    """Every kernel but those of dbias and of a GPU's targets, which have no product, is among those compiled."""
     made = {kernel.name for setting in SETTINGS for kernel in kernels(setting, H100)}
-    assert made == {*PRODUCTS, "targets"}
+    assert made == {*PRODUCTS, "targets", "join", "scale", "value", "multiply"}
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_the_kernel_of_a_gpus_targets(mean: bool, tmp_path: Path) -> None:
+    kernel = Kernel("onepass.make_prepare", onepass.Simple(256, mean=mean), 256, 1024)
+    for arch, gpu in GPUS.items():
+        assert stack_bytes(arch, ptx_of(kernel, gpu.capability).text, tmp_path) == 0

@@ -77,8 +77,13 @@ class Repeated:
 
 @lru_cache(maxsize=256)
 def _kernel(name: str, options: Any, threads: int, shared: int, resident: int, device: int) -> Callable[..., None]:
-    kernel = Kernel(f"{'targets' if name == 'targets' else 'onepass'}.make_{name}", options, threads, shared, resident)
+    kernel = Kernel(maker(name), options, threads, shared, resident)
     return kernel if simulated() else Repeated(kernel)
+
+
+def maker(name: str) -> str:
+    """Where the function is that makes a kernel."""
+    return f"{'targets' if name == 'targets' else 'onepass'}.make_{name}"
 
 
 class NumbaOnePass(OnePassKernels):
