@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from known_stack import known
-from recorded import A100, H100, kernels_of_loss
+from recorded import A100, B200, H100, kernels_of_loss
 
 import cce
 from cce.backends.numba import onepass
-from cce.backends.numba.choice import GPU, HOPPER_SUMS
+from cce.backends.numba.choice import GPU, HOPPER_SUMS, store_tile
 from cce.backends.numba.launch import Kernel, ptx_of
 
 GPUS = {"sm_80": A100, "sm_90a": H100}
@@ -81,6 +81,12 @@ def test_settings_have_all_kernels() -> None:
     """Every kernel but those of dbias and of a GPU's targets, which have no product, is among those compiled."""
     made = {kernel.name for setting in SETTINGS for kernel in kernels(setting, H100)}
     assert made == {*PRODUCTS, "targets", "join", "scale", "value", "multiply"}
+
+
+@pytest.mark.parametrize("gpu", [A100, H100, B200])
+def test_kept_logits_have_the_columns_that_are_scaled(gpu: GPU) -> None:
+    """Whatever the precision of float32: who scales them knows the dtype alone."""
+    assert store_tile("tf32", gpu).columns == store_tile("ieee", gpu).columns
 
 
 @pytest.mark.parametrize("mean", [False, True])

@@ -108,9 +108,10 @@ def _choose(
 
 
 @lru_cache
-def widest_tile(kind: str, gpu: GPU) -> Tile:
-    """Of a kernel whose epilogue needs few registers."""
-    return _choose(kind, 16, 128, 128, False, False, gpu).gradient
+def store_tile(kind: str, gpu: GPU) -> Tile:
+    """Of the logits that are kept; of both kinds of float32 equally many columns."""
+    wide = kind in ("tf32", "ieee")
+    return _choose(kind, 16, 128, 128, wide, wide, gpu).gradient
 
 
 def _rows(kind: str, rows: int, columns: int, stages: int) -> Tile:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cce.backends.gpu.kernels import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv
-from cce.backends.numba.choice import KINDS, gpu_of, widest_tile
+from cce.backends.numba.choice import KINDS, gpu_of, store_tile
 from cce.backends.numba.launch import Kernel, driver_of, simulated
 from cce.backends.numba.operands import pieces_of, pitch_of
 from cce.backends.numba.options import Targets
@@ -97,7 +97,7 @@ class NumbaOnePass(OnePassKernels):
 
     def _tile(self, dtype: torch.dtype, ieee: bool) -> Tile:
         kind = KINDS.get(dtype) or ("ieee" if ieee else "tf32")
-        return widest_tile(kind, gpu_of("cpu" if simulated() else "cuda"))
+        return store_tile(kind, gpu_of("cpu" if simulated() else "cuda"))
 
     def prepare(self, targets: Tensor, v: int, ignore_index: int, out: Tensor, weights: Tensor | None) -> None:
         wide, good = targets.to(torch.int64), targets.new_empty((), dtype=torch.int32)
