@@ -160,6 +160,7 @@ def _call(case: Case) -> None:
     if TritonBackend().one_pass(problem, spec):
         outputs, gradients = run.loss_and_gradients(inputs, problem, spec, upstream.g)
         run.mean_weights(inputs.targets)
+        run.prepared(inputs.targets, problem.v, -100)
         run.value(outputs, upstream.g)
         run.scale([x for x in vars(gradients).values() if x is not None], torch.ones(()))
 
