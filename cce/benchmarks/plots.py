@@ -40,8 +40,8 @@ def draw(record: Record, folder: Path, stem: str, suffix: str = ".svg") -> list[
 def pictures(record: Record) -> Iterator[tuple[str, Figure]]:
     """Names and pictures."""
     heads = [row for row in record.of("heads") if row.get("pass") == STEP]
-    if heads:
-        yield "heads", heads_figure(heads)
+    for data in dict.fromkeys(row["data"] for row in heads):
+        yield f"heads-{data}", heads_figure([row for row in heads if row["data"] == data])
     for study, axis in (("vocabulary", "v"), ("tokens", "n"), ("width", "d")):
         rows = [row for row in record.of(study) if row["kind"] == "time" and row["status"] == "ok"]
         if any(row["pass"] == STEP for row in rows):

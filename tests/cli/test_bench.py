@@ -51,7 +51,7 @@ def test_record(written: Path) -> None:
 
 def test_pictures_come_from_the_record_alone(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = {path.name: path.read_bytes() for path in written.parent.glob("*.svg")}
-    assert set(made) == {"found-heads.svg", "found-filter-synthetic.svg"}
+    assert set(made) == {"found-heads-synthetic.svg", "found-filter-synthetic.svg"}
     capsys.readouterr()
     assert main(["bench", "--plot", str(written), "--pictures", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_pictures_come_from_the_record_alone(written: Path, tmp_path: Path, caps
     for expected in ("torch, filtered, step", "eager, forward", "triton refused: ", "N=24 D=16 V=700", "commit abc"):
         assert expected in printed
     assert main(["bench", "--plot", str(written), "--pictures", str(tmp_path), "--png"]) == 0
-    assert (tmp_path / "found-heads.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "found-heads-synthetic.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_row_is_there_as_soon_as_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,17 +87,47 @@ def test_scaling_study_rows() -> None:
     assert "reference" not in vocabulary[0].backends and "triton" not in vocabulary[0].backends
 
 
-def test_trained_heads_are_extended(tmp_path: Path) -> None:
-    path = tmp_path / "trained.pt"
-    e, c = torch.randn(8, 4), torch.randn(300, 4)
-    kept = {"e": e, "c": c, "targets": torch.arange(8), "unigram_counts": torch.arange(300, 0, -1)}
-    torch.save(kept, path)
-    options = bench.options(_parsed(["--trained", str(path), *TINY]))
-    assert options.data == ("synthetic", "trained")
-    head = studies.make_head("trained", Shape("x", 12, 8, 400), options)
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files as ``bench/train_lm.py`` (with facts) and the demo write them."""
+    folder = tmp_path_factory.mktemp("states")
+    rng = torch.Generator().manual_seed(0)
+    for name in ("base", "demo"):
+        e, c = (torch.randn(size, 4, generator=rng) for size in (8, 300))
+        kept = {"e": e, "c": c, "targets": torch.arange(8), "unigram_counts": torch.arange(300, 0, -1)}
+        facts = {"held_out_loss": 3.5, "steps": 7, "packages": "x" * 1000}
+        torch.save({**kept, "facts": facts} if name == "base" else kept, folder / f"{name}.pt")
+    return [str(folder / f"{name}.pt") for name in ("base", "demo")]
+
+
+def test_trained_heads_are_extended(states: list[str]) -> None:
+    options = bench.options(_parsed(["--trained", *states, *TINY]))
+    assert options.data == ("synthetic", "trained-base", "trained-demo")
+    head = studies.make_head("trained-base", Shape("x", 12, 8, 400), options)
     assert head.e.shape == (12, 8) and head.c.shape == (400, 8) and head.e.dtype == torch.float32
     with pytest.raises(ValueError, match="only extended"):
-        studies.make_head("trained", Shape("x", 12, 2, 400), options)
+        studies.make_head("trained-base", Shape("x", 12, 2, 400), options)
+    other = studies.make_head("trained-demo", Shape("x", 12, 8, 400), options)
+    assert not torch.equal(other.c, head.c)
+
+
+def test_rows_say_of_which_state_they_are(states: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "found.jsonl"
+    argv = ["--trained", *states, "--data", "trained", *TINY, "--peers", "--modes", "filtered"]
+    assert main(["bench", *argv, "--studies", "heads", "filter", "--quick", "--out", str(path)]) == 0
+    found = record.read(path)
+    for study in ("heads", "filter"):
+        rows = found.of(study)
+        assert {row["data"] for row in rows} == {"trained-base", "trained-demo"}
+        assert len([row for row in rows if row["kind"] == "data" and row["entropy"] > 0]) == 2
+    assert found.facts["trained"] == {"trained-base": {"held_out_loss": 3.5, "steps": 7}, "trained-demo": {}}
+    assert {x.name for x in tmp_path.glob("*-base.svg")} == {f"found-{x}-trained-base.svg" for x in ("heads", "filter")}
+
+
+def test_sweeps_take_fewer_rounds_unless_told() -> None:
+    usual, told = (bench.options(_parsed(["--device", "cpu", *more])) for more in ([], ["--rounds", "7"]))
+    assert usual.effort.rounds == 5 and usual.sweep_effort.rounds == 3
+    assert told.effort.rounds == told.sweep_effort.rounds == 7
 
 
 def test_defaults_of_a_gpu_and_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +160,11 @@ def _parsed(argv: list[str]):
         (["--studies", "depth"], "--studies: got 'depth', expected some of heads, vocabulary"),
         (["--data", "trained"], "--data: got 'trained' without --trained PATH"),
         (["--trained", "/no/such.pt"], "--trained: got '/no/such.pt', expected a file that can be read"),
+        (
+            ["--trained", __file__, "--data", "random"],
+            "--trained: got files, expected 'trained' among --data, which has",
+        ),
+        (["--trained", __file__, __file__], "expected files of different names"),
         (["--rounds", "0"], "--rounds: got '0', expected a whole number"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["--device", "tpu0"], "--device: got 'tpu0', expected one that works here"),
