@@ -19,8 +19,8 @@ _SUFFIXES = (
 SUFFIXES = set(_SUFFIXES.split())
 #: Kinds of text that a fine-tuning can be on: files of these are then kept from the pre-training.
 DOMAINS = {
-    "c": set(".c .cc .cpp .cxx .cu .cuh .h .hh .hpp .inc .inl .ipp .tcc".split()),
-    "documentation": set(".md .rst .txt .tex .html .pod".split()),
+    "c": {".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hh", ".hpp", ".inc", ".inl", ".ipp", ".tcc"},
+    "documentation": {".md", ".rst", ".txt", ".tex", ".html", ".pod"},
 }
 NOT_TEXT = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # the packages are roots of their own
 
