@@ -1,4 +1,4 @@
-"""The training loop of ``train_lm.py``: exact loss, AdamW, an end by steps or by time, hidden states of held-out text."""
+"""The training loop of ``train_lm.py``: exact loss, AdamW, ended by steps or by time; hidden states of unseen text."""
 
 from __future__ import annotations
 
@@ -76,13 +76,10 @@ def rate_factor(progress: float) -> float:
 def train(model: lm.LanguageModel, ids: bpe.Ids, context: int, plan: Plan) -> dict[str, object]:
     """Trains ``model``, with a line of progress every ten seconds; facts about the run."""
     device, per_step = model.table.device, plan.batch * context
-    print(
-        f"{model.parameter_count / 1e6:.1f} million parameters, {plan.steps:,} steps of {per_step:,} tokens", flush=True
-    )
-    if plan.steps * per_step / len(ids) > 1.01:  # the last step may go a little beyond the text
-        print(
-            f"{len(ids):,} tokens are fewer than the {plan.steps * per_step:,} wanted: some are seen again", flush=True
-        )
+    wanted, size = plan.steps * per_step, model.parameter_count / 1e6
+    print(f"{size:.1f} million parameters, {plan.steps:,} steps of {per_step:,} tokens", flush=True)
+    if wanted / len(ids) > 1.01:  # the last step may go a little beyond the text
+        print(f"{len(ids):,} tokens are fewer than the {wanted:,} wanted: some are seen again", flush=True)
     optimizer = make_optimizer(model, plan.rate)
     tokens = torch.from_numpy(ids.astype(np.int32)).to(device)
     progress, done, report = Progress(plan), 0, _Report(per_step)

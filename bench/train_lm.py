@@ -118,9 +118,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results and the tokens")
     parser.add_argument("--models", type=_model, nargs="+", default=["base", "small"], help="small, base, large or WxL")
-    parser.add_argument(
-        "--seconds", type=_seconds, nargs="+", help="each pre-training ends by then; one for all or each"
-    )
+    parser.add_argument("--seconds", type=_seconds, nargs="+", help="limit of each pre-training; one or one each")
     parser.add_argument("--tune", choices=[*corpus.DOMAINS, "none"], default="c", help="what the first is tuned on")
     parser.add_argument("--tune-steps", type=int, default=300)
     parser.add_argument("--tune-batch", type=int, default=16, help="sequences a step of fine-tuning")

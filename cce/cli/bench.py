@@ -41,15 +41,13 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
         type=Path,
         nargs="+",
         metavar="PT",
-        help="of bench/train_lm.py or cce demo --save; rows have its name",
+        help="from bench/train_lm.py or cce demo --save",
     )
     parser.add_argument("--backends", **every, help="default: all of cce.backends()")
     parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all)")
     parser.add_argument("--passes", **every, help="forward, forward+backward (default: both)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="other implementations (default: all; may be none)")
-    parser.add_argument(
-        "--rounds", type=whole_number(1), help="turns of all candidates (default: 5, quick and sweeps 3)"
-    )
+    parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 5; quick, sweeps 3)")
     parser.add_argument("--out", metavar="JSONL", help="file for the record, written as rows are measured")
     parser.add_argument("--plot", type=Path, metavar="JSONL", help="measure nothing: show this record, draw pictures")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw here (default: beside the record)")

@@ -162,7 +162,7 @@ def _parsed(argv: list[str]):
         (["--trained", "/no/such.pt"], "--trained: got '/no/such.pt', expected a file that can be read"),
         (
             ["--trained", __file__, "--data", "random"],
-            "--trained: got files, expected 'trained' among --data, which has",
+            "--trained: got files, expected 'trained' among --data",
         ),
         (["--trained", __file__, __file__], "expected files of different names"),
         (["--rounds", "0"], "--rounds: got '0', expected a whole number"),
