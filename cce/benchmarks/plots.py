@@ -89,11 +89,18 @@ def bars(axes: Axes, rows: list[Row], name: str, form: str, longest: float = mat
 
 
 def memory(record: Record, path: Path) -> None:
-    """Peak memory of a step on the largest head of a record, the two gradients apart: the picture of the home page."""
+    """Peak memory of a step on the largest head of a record, the two gradients apart: the picture of the home page.
+
+    Of several data the synthetic are shown.
+    """
     found = [row for row in record.of("heads") if row.get("pass") == STEP and row["status"] == "ok"]
-    largest = max((row["n"] * row["v"], row["data"]) for row in found)
+
+    def rank(row: Row) -> tuple[int, bool, str]:
+        return row["n"] * row["v"], row["data"] == "synthetic", row["data"]
+
+    largest = max(map(rank, found))
     rows = sorted(
-        (row for row in found if (row["n"] * row["v"], row["data"]) == largest and row["mode"] != "uncompensated"),
+        (row for row in found if rank(row) == largest and row["mode"] != "uncompensated"),
         key=lambda row: row["peak_mib"],
     )
     with matplotlib.rc_context({"svg.hashsalt": "memory", "svg.fonttype": "none", "font.size": 9}):
