@@ -154,7 +154,7 @@ def errors(oracle: Oracle, candidate: Candidate, found: tuple[Tensor, ...]) -> R
         assert candidate.problem is not None and candidate.spec is not None
         live = live_tiles(oracle.head, candidate.name, candidate.problem, candidate.spec)
         row["filter_de"], row["filter_dc"] = sample.errors(found[1:], oracle.gradients(sample, live))
-        row["live"] = live.fraction(len(oracle.head.c), sample.block_v)
+        row |= {"live": live.fraction(len(oracle.head.c), sample.block_v), "threshold": candidate.spec.threshold}
     return row
 
 

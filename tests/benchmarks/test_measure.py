@@ -77,6 +77,7 @@ def test_rows(small: Head) -> None:
         gradients = (small.e.nbytes + small.c.nbytes) / 2**20
         assert row["peak_mib"] - row["over_gradients_mib"] == pytest.approx(gradients)
     exact, filtered, bare = (by(found, "torch", mode) for mode in MODES)
+    assert filtered["threshold"] == 2.0**-8 and "threshold" not in exact
     assert exact["live"] == 1.0 and 0 < filtered["live"] == bare["live"] < 1
     assert exact["error_de"] < 1e-5 < filtered["error_de"] < bare["error_de"]
     assert filtered["products"] == pytest.approx(1 + 3 * filtered["live"]) and exact["products"] == 3
