@@ -119,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results and the tokens")
     parser.add_argument("--models", type=_model, nargs="+", default=["base", "small"], help="small, base, large or WxL")
     parser.add_argument("--seconds", type=_seconds, nargs="+", help="limit of each pre-training; one or one each")
-    parser.add_argument("--tune", choices=[*corpus.DOMAINS, "none"], default="documentation", help="what the first is tuned on")
+    parser.add_argument("--tune", choices=[*corpus.DOMAINS, "none"], default="documentation", help="of the first model")
     parser.add_argument("--tune-steps", type=int, default=300)
     parser.add_argument("--tune-batch", type=int, default=8, help="sequences a step of fine-tuning")
     parser.add_argument("--roots", type=Path, nargs="+", help="folders of text; default: packages, headers, docs")
