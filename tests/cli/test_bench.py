@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cce.benchmarks import record, studies
+from cce.benchmarks import record, studies, timing
 from cce.benchmarks.shapes import Shape
 from cce.benchmarks.studies import Options
 from cce.cli import bench, main
@@ -17,6 +17,15 @@ from cce.cli import bench, main
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["--device", "cpu", "--shapes", "24x16x700", "--rounds", "1", "--backends", "torch", "triton"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_sweeps():
+    """One threshold, and no cache to be emptied a thousand times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "QUICK_POWERS", (13,))
+        patch.setattr(timing, "_CPU_CACHE", 2**12)
+        yield
 
 
 @pytest.fixture(scope="module")
