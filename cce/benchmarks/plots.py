@@ -119,7 +119,7 @@ def memory(record: Record, path: Path) -> None:
 
 def scaling_figure(rows: list[Row], axis: str) -> Figure:
     """Time and memory against one size, on logarithmic scales."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key in dict.fromkeys((row["name"], row["mode"]) for row in rows):
         line = sorted((row for row in rows if (row["name"], row["mode"]) == key), key=lambda row: row[axis])
@@ -135,7 +135,7 @@ def scaling_figure(rows: list[Row], axis: str) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel(axis.upper())
         finish(axes)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
 
