@@ -85,8 +85,7 @@ def section(path: Path, found: Record) -> list[str]:
     """All heads and sweeps of a record."""
     facts = found.facts
     name = f"{facts['hardware']}, {facts['threads']} threads" if "threads" in facts else facts["hardware"]
-    kinds = " and ".join(dict.fromkeys(_kind(row) for row in found.rows if row["kind"] != "run"))
-    parts = [f"## {name}: {kinds}\n", f"{provenance(facts)}; record `docs/benchmarks/{path.name}`.\n"]
+    parts = [f"## {name}: {contents(found)}\n", f"{provenance(facts)}; record `docs/benchmarks/{path.name}`.\n"]
     everywhere = missing(found.of("heads"), only=("refused", "absent"))
     parts += [f"- {line}" for line in everywhere] + [""] * bool(everywhere)
     for _, group in groupby(found.of("heads"), key=table.head_of):
@@ -105,9 +104,12 @@ def section(path: Path, found: Record) -> list[str]:
     return parts
 
 
-def _kind(row: Row) -> str:
-    of_heads = f"heads of models, {'trained' if row['data'].startswith('trained') else row['data']} data"
-    return {"heads": of_heads, "filter": "the filter"}.get(row["study"], "scaling")
+def contents(found: Record) -> str:
+    """What a record is of, for a heading."""
+    data = dict.fromkeys(row["data"].split("-")[0] for row in found.of("heads"))
+    parts = [f"heads of models, {' and '.join(data)} data"] if data else []
+    parts += ["scaling"] * any(found.of(study) for study in page_studies.SWEEPS)
+    return "; ".join([*parts, *["the filter"] * bool(found.of("filter"))])
 
 
 def image(path: Path, name: str) -> str:

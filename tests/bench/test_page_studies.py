@@ -70,6 +70,7 @@ def written(tiny_sweeps: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_section_has_every_study(written: Path) -> None:
     found = record.read(written)
     text = "\n".join(page.section(written, found))
+    assert text.startswith("## x86_64, 1 threads: heads of models, synthetic and trained data; scaling; the filter\n")
     images = re.findall(r"\(assets/([\w.-]+)\)", text)
     assert sorted(images) == sorted(path.name for path in written.parent.glob("*.svg"))
     assert len(images) == 3 + 3 + 3, "heads and filter of three data, three sweeps"
