@@ -133,6 +133,28 @@ def test_rows_say_of_which_state_they_are(states: list[str], tmp_path: Path) -> 
     assert {x.name for x in tmp_path.glob("*-base.svg")} == {f"found-{x}-trained-base.svg" for x in ("heads", "filter")}
 
 
+def test_what_is_slow_is_skipped_on_other_data_and_larger_sizes(
+    states: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SLOW_MS", {"cpu": 0})
+    fixed, _ = studies.SCALING["cpu"]["width"]
+    monkeypatch.setitem(studies.SCALING["cpu"], "width", (fixed, (8, 16)))
+    argv = [*TINY, "--shapes", "24x16x700", "24x16x800", "--studies", "heads", "width", "--trained", states[0]]
+    argv += ["--modes", "exact", "--passes", "forward+backward", "--peers", "--backends", "torch"]
+    rows = [row for row in studies.run(bench.options(_parsed(argv))) if not isinstance(row, str)]
+    found = [
+        (row["study"], row["v"], row["d"], row["data"], row["status"]) for row in rows if row.get("name") == "torch"
+    ]
+    assert found == [
+        ("heads", 700, 16, "synthetic", "ok"),
+        ("heads", 700, 16, "trained-base", "skipped"),
+        ("heads", 800, 16, "synthetic", "ok"),
+        ("heads", 800, 16, "trained-base", "skipped"),
+        ("width", 32_768, 8, "synthetic", "ok"),
+        ("width", 32_768, 16, "synthetic", "skipped"),
+    ]
+
+
 def test_sweeps_take_fewer_rounds_unless_told() -> None:
     usual, told = (bench.options(_parsed(["--device", "cpu", *more])) for more in ([], ["--rounds", "7"]))
     assert usual.effort.rounds == 5 and usual.sweep_effort.rounds == 3
