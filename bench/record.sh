@@ -6,7 +6,8 @@
 # heads: kernels, heads of models, conformance, trained states (8 to 9 minutes); scaling: sweeps and the filter's
 # threshold (4); models: loss curves, families of transformers (7); split: a vocabulary on both GPUs (3). Several parts
 # run one after another. Every step ends by the time it is given and keeps what it has found till then: $OUT/steps.log
-# has the time of each, $OUT/NAME.log what it printed. Nothing else may run on the GPUs. Then
+# has the time of each, $OUT/NAME.log what it printed; LIMIT=SECONDS ends a part sooner. Nothing else may run on the
+# GPUs. Then
 #
 #     cp -r /tmp/records/{benchmarks,conformance,assets} docs/ && python bench/page.py
 set -u
@@ -18,12 +19,16 @@ OUR="triton cupy numba"
 RECORDS=$OUT/benchmarks CONFORMANCE=$OUT/conformance
 mkdir -p "$RECORDS" "$CONFORMANCE" "$OUT/assets"
 
-step() { # step NAME SECONDS COMMAND...
+step() { # step NAME SECONDS COMMAND...: at most so long, and not beyond the end of the part
     local name=$1 limit=$2 start=$SECONDS
     shift 2
-    timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
-    local status=$?
-    echo "$(date +%T) GPU ${CUDA_VISIBLE_DEVICES:-0,1}: $name, $((SECONDS - start)) of $limit s, exit $status" |
+    ((limit > ends - SECONDS)) && limit=$((ends - SECONDS))
+    local status="no time left"
+    if ((limit > 0)); then
+        timeout -k 10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+        status="exit $?"
+    fi
+    echo "$(date +%T) GPU ${CUDA_VISIBLE_DEVICES:-0,1}: $name, $((SECONDS - start)) of $limit s, $status" |
         tee -a "$OUT/steps.log"
 }
 bench() { # bench RECORD SECONDS OPTION...
@@ -38,14 +43,15 @@ gpu() { # gpu RECORD SECONDS OPTION...
 }
 
 # GPU 0 times; GPU 1 trains, and times what was trained. The conformance kit runs beside the making of tokens and the
-# training, which are not timed. Rows timed by the wall clock come last: the making of tokens takes all cores.
+# training, which are not timed. The making of tokens takes all cores for a minute: rows timed by the wall clock, of few
+# tokens, come later.
 heads() {
     (
         export CUDA_VISIBLE_DEVICES=0
-        gpu "$NAME" 100 --only exact compiled
-        bench "suite-$NAME" 340
-        gpu "$NAME-imposed" 60 --only imposed --shapes gemma2
-        gpu "$NAME-few" 40 --only few
+        gpu "$NAME" 150 --only exact compiled
+        gpu "$NAME-imposed" 90 --only imposed --shapes gemma2
+        gpu "$NAME-few" 60 --only few
+        bench "suite-$NAME" 400
     ) &
     (
         export CUDA_VISIBLE_DEVICES=1
@@ -53,9 +59,9 @@ heads() {
             step "conformance-$backend" 180 "$PYTHON" -m cce.testing --backend "$backend" --device cuda \
                 --commit "$COMMIT" --out "$CONFORMANCE/$backend-$NAME.json" &
         done
-        step train 260 "$PYTHON" bench/train_lm.py --out "$LM" --seconds 115 45
+        step train 300 "$PYTHON" bench/train_lm.py --out "$LM" --seconds 115 55
         wait
-        bench "trained-$NAME" 275 --trained "$LM"/*.pt --data trained --studies heads filter \
+        bench "trained-$NAME" 400 --trained "$LM"/*.pt --data trained --studies heads filter \
             --peers compiled liger cut-cross-entropy
     ) &
     wait
@@ -80,9 +86,11 @@ split() { # NVLink multicast off
         --backends triton cupy --commit "$COMMIT" --out "$RECORDS/vocab-parallel.json"
 }
 
+# Seconds of each part.
+declare -A MOST=([heads]=535 [scaling]=250 [models]=450 [split]=240)
+
 for part in "${@:?heads, scaling, models or split}"; do
-    case $part in
-        heads | scaling | models | split) "$part" ;;
-        *) echo "got '$part', expected heads, scaling, models or split" >&2 && exit 2 ;;
-    esac
+    [[ -v "MOST[$part]" ]] || { echo "got '$part', expected heads, scaling, models or split" >&2 && exit 2; }
+    ends=$((SECONDS + ${LIMIT:-${MOST[$part]}}))
+    "$part"
 done
