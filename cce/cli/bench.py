@@ -28,7 +28,7 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
     text = "Time, memory and accuracy of every backend and of other libraries on the heads of real models."
     parser = commands.add_parser("bench", help=text[0].lower() + text[1:-1], description=text)
     every: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--quick", action="store_true", help="one head, fewer rounds: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="one head, two modes, fewer rounds: about two minutes")
     parser.add_argument("--device", help="cuda, cpu, ... (default: the fastest here)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument(
@@ -44,7 +44,7 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
         help="from bench/train_lm.py or cce demo --save",
     )
     parser.add_argument("--backends", **every, help="default: all of cce.backends()")
-    parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all)")
+    parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all; quick: two)")
     parser.add_argument("--passes", **every, help="forward, forward+backward (default: both)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="other implementations (default: all; may be none)")
     parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 5; quick, sweeps 3)")
@@ -109,7 +109,7 @@ def options(args: argparse.Namespace) -> Options:
         studies=_chosen("--studies", args.studies, studies.STUDIES, ("heads",)),
         data=tuple(name for kind in data for name in (trained if kind == "trained" else [kind])),
         backends=_chosen("--backends", args.backends, tuple(cce.backends())),
-        modes=_chosen("--modes", args.modes, tuple(MODES)),
+        modes=_chosen("--modes", args.modes, tuple(MODES), tuple(MODES)[: 2 if args.quick else None]),
         passes=_chosen("--passes", args.passes, PASSES),
         peers=_chosen("--peers", args.peers, tuple(PEERS)),
         trained=trained,

@@ -50,7 +50,7 @@ def test_record(written: Path) -> None:
         ("eager", "", "forward"),
         ("eager", "", step),
         *((name, "exact", "forward") for name in ("torch", "triton")),
-        *((name, mode, step) for name in ("torch", "triton") for mode in ("exact", "filtered", "uncompensated")),
+        *((name, mode, step) for name in ("torch", "triton") for mode in ("exact", "filtered")),
     }
     assert timed["torch", "filtered", step]["time_ms"] > 0
     assert timed["triton", "exact", step]["status"] == "refused"
@@ -168,7 +168,8 @@ def test_defaults_of_a_gpu_and_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = bench.options(_parsed(["--device", "cuda"]))
     assert gpu.dtype == torch.bfloat16 and gpu.data == ("random", "synthetic")
     assert [shape.v for shape in gpu.shapes] == [256_000, 128_256, 151_936]
-    assert len(bench.options(_parsed(["--device", "cuda", "--quick"])).shapes) == 1
+    quick = bench.options(_parsed(["--device", "cuda", "--quick"]))
+    assert len(quick.shapes) == 1 and quick.modes == ("exact", "filtered") and len(gpu.modes) == 3
     assert len(bench.options(_parsed(["--device", "cuda", "--shapes", "all"])).shapes) > 50
 
 
