@@ -53,10 +53,12 @@ def without_time(rows: list[Row], axis: str) -> list[str]:
 
 def threshold(found: Record, data: str, picture: str) -> list[str]:
     """The filter's study on one kind of data."""
-    rows = [row for row in found.of("filter") if row["kind"] == "time" and row["data"] == data and "filter_de" in row]
-    title = table.title(rows[0])
+    of_data = [row for row in found.of("filter") if row["data"] == data]
+    rows = [row for row in of_data if row["kind"] == "time" and "filter_de" in row]
+    (statistics,) = (row for row in of_data if row["kind"] == "data")
     parts = [
-        f"### The filter: {title}\n",
+        f"### The filter: {table.title(statistics)}\n",
+        f"{table.data_line(statistics)}\n",
         f"![Live fraction and error against the threshold]({picture})\n",
         "| threshold, vocabulary and row order | live | error of dE | error of dC | ms |",
         "|---|--:|--:|--:|--:|",

@@ -83,7 +83,12 @@ def test_a_section_has_every_study(written: Path) -> None:
             assert f"{fastest['time_ms']:,.4g} ms" in line.split(" | ")[1] and len(rows) == 3
             assert f"{min(row['peak_mib'] for row in rows):,.4g} MiB" in line.split(" | ")[2]
     for data in ("synthetic", "trained-base", "trained-tuned"):
-        assert f"### The filter: given, N=24 D=16 V=700, {data} data, float32" in text
+        part = text.split(f"### The filter: given, N=24 D=16 V=700, {data} data, float32\n")[1].split("\n### ")[0]
+        (statistics,) = (row for row in found.of("filter") if row["data"] == data and row["kind"] == "data")
+        assert part.startswith(f"\nentropy {statistics['entropy']:.2f} nats")
+        for row in found.of("filter"):
+            if row["data"] == data and "filter_de" in row:
+                assert f"| {row['mode']} | {row['live']:.0%} | {row['error_de']:.1e} | " in part
 
 
 def test_trained_states_stand_beside_synthetic_data(written: Path) -> None:
