@@ -10,18 +10,25 @@ from cce.benchmarks.record import Record, Row
 
 TITLE = "trained beside made-up data"
 TEXT = """\
-All states are extended to the heads' sizes (`python -m cce.benchmarks.extend` compares them with the states as they
-are). Random data have nothing a filter could tell apart: they are here to show what they hide."""
+Trained states are extended to
+the heads' sizes; `python -m cce.benchmarks.extend` compares them with the states as they are. In random data nearly all
+probabilities are below the threshold: what a filter gains there says nothing of a model."""
 
 
 def section(found: list[tuple[Path, Record]]) -> list[str]:
-    """All heads of GPUs, their data side by side, if some are trained."""
-    known = [(path, each) for path, each in found if "threads" not in each.facts]
+    """All heads of each GPU, their data side by side, if some are trained."""
+    known = [(path, each) for path, each in found if "threads" not in each.facts and each.of("heads")]
+    parts = []
+    for hardware in dict.fromkeys(each.facts["hardware"] for _, each in known):
+        parts += _of_hardware(hardware, [pair for pair in known if pair[1].facts["hardware"] == hardware])
+    return parts
+
+
+def _of_hardware(hardware: str, known: list[tuple[Path, Record]]) -> list[str]:
     states = {name: facts for _, each in known for name, facts in each.facts.get("trained", {}).items()}
     if not states:
         return []
-    (hardware, *_) = (each.facts["hardware"] for _, each in known)
-    names = ", ".join(f"`docs/benchmarks/{path.name}`" for path, each in known if each.of("heads"))
+    names = ", ".join(f"`docs/benchmarks/{path.name}`" for path, _ in known)
     parts = [f"## {hardware}: {TITLE}\n", f"From the records {names}. {TEXT}\n", *states_table(states)]
     rows = sorted((row for _, each in known for row in each.of("heads")), key=lambda row: row["shape"])  # stable
     for shape in dict.fromkeys(row["shape"] for row in rows):
