@@ -16,7 +16,7 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 #: dE and dC of live tiles with Hopper's matrix unit, in blocks of 128: it compiles and was timed, at 0.9 of the time of
 #: mma.sync (docs/numba-kernel.md), but its results were never compared on a GPU.
-HOPPER_SUMS = False
+HOPPER_SUMS = True
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from cce.backends.numba.launch import Kernel, simulated
-from cce.backends.numba.options import Gradient, Product, Statistics, Targets
+from cce.backends.numba.options import Gradient, Mass, Means, Product, Statistics, Targets
 
 
 @lru_cache(maxsize=256)
@@ -51,3 +51,15 @@ def dbias_kernel(options: Product) -> Kernel:
 def targets_kernel(options: Targets) -> Kernel:
     """The targets' logits."""
     return Kernel("targets.make_targets", options, 32 * options.warps, 0)
+
+
+@lru_cache(maxsize=256)
+def mean_rows_kernel(options: Means) -> Kernel:
+    """Mean rows of ``c``."""
+    return Kernel("compensation.make_mean_rows", options, 32 if simulated() else 128, 0)
+
+
+@lru_cache(maxsize=256)
+def dead_mass_kernel(options: Mass) -> Kernel:
+    """The mass of dead tiles."""
+    return Kernel("compensation.make_dead_mass", options, 32 if simulated() else 256, 0)

@@ -91,3 +91,28 @@ class Targets:
     scale: bool = False
     softcap: bool = False
     warps: int = 4
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the kernel for mean rows of ``c`` is compiled for."""
+
+    kind: str
+    block_v: int
+    ordered: bool = False
+
+
+@dataclass(frozen=True)
+class Mass:
+    """What the kernel for the mass of dead tiles is compiled for.
+
+    Attributes:
+        out: arithmetic whose dtype it is written in. half: the maps are float16.
+    """
+
+    out: str
+    block_n: int
+    block_v: int
+    half: bool = False
+    entropy: bool = False
+    softcap: bool = False

@@ -32,6 +32,7 @@ class Tile:
     stages: int
     hopper: bool = False
     resident: int = 1
+    fence: bool = True
 
     @property
     def rows(self) -> int:

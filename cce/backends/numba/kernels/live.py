@@ -37,7 +37,7 @@ def make_live(options):
 
     @function
     def entry_of(place, order, V):
-        """The vocabulary entry at a place; one beyond the last is read as the last."""
+        """The vocabulary entry at a place; one beyond the last is read as the last, and nobody reads its dx."""
         place = np.int32(min(place, V - 1))
         return np.int32(longs(order)[place]) if ORDERED else place
 
@@ -65,15 +65,10 @@ def make_live(options):
     @function
     def finish_row(r, state):
         """dx of a row in place of its products, 0 where nothing is wanted."""
-        z, row0, column0, N, V, starts, biases, gs, given, row_order, keep = state
+        z, row0, N, starts, biases, gs, given, row_order, keep = state
         row = longs(row_order)[min(row0 + 8 * r, N - 1)]
         counts = row0 + 8 * r < N and flags(keep)[row] != 0
         dx(z, r, row, counts, starts, biases, biases, gs, given)
-        for b in range(BLOCKS):
-            if starts[b] - column0 + BLOCK_V > V:
-                for k in range(b * WIDTH, (b + 1) * WIDTH):
-                    if starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1) >= V:
-                        z[r, k] = ZERO
 
     all_rows = repeat(finish_row, 0, R)
 
@@ -126,7 +121,7 @@ def make_live(options):
                         place = starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1)
                         biases[k] = floats(bias)[entry_of(place, order, V)]
             given = (lse, entropy, a, g, h, a, targets, targets_a_row, scale, softcap)
-            all_rows((z, row0, column0, N, V, starts, biases, gs, given, row_order, keep))
+            all_rows((z, row0, N, starts, biases, gs, given, row_order, keep))
             # Store.
             for r in range(R):
                 for b in range(BLOCKS):

@@ -32,7 +32,7 @@ def make_de(options):
         tile.columns, tile.thread_rows, tile.thread_columns, tile.depth, tile.stages, options.stage
     )  # fmt: skip
     BLOCK_N, BLOCK_V, ORDERED = options.block_n, options.block_v, options.ordered
-    STEPS, AHEAD, DX_BYTES, HEIGHT = -(-BLOCK_V // DEPTH), STAGES - 1, PANEL * tile.rows, PANEL * DEPTH
+    STEPS, AHEAD, DX_BYTES, HEIGHT = -(-BLOCK_V // DEPTH), tile.ahead, PANEL * tile.rows, PANEL * DEPTH
     PIECES_D, PIECES_V, PANELS = TILE_D * tile.itemsize // 16, BLOCK_V * tile.itemsize // 16, tile.panels(TILE_D)
     PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
     load_dx, dx_copies = make_load_panel(tile.rows, tile.threads)
@@ -43,17 +43,21 @@ def make_de(options):
     def load(
         stage, step, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows, V, c_pitch, d_piece, pieces, thread
     ):
-        """dx and the rows of c of a step, if there is one; one group of copies in any case."""
+        """dx and the rows of c of a step, if there is one; one group of copies in any case.
+
+        Places beyond the vocabulary have a dx, as if they were its last entry: their rows are zeros.
+        """
         if step < steps:
             t, part = ints(tile_list)[at + step // STEPS], step % STEPS * DEPTH
             for n in range(dx_copies):
                 dx_rows[n] = ((slot + step // STEPS) * BLOCK_N + (thread >> 3) + n * STRIDE) * PIECES_V
             for n in range(c_copies):
                 column = part + (thread >> 3) + n * STRIDE
-                entry = np.int64(min(t * BLOCK_V + column, V - 1))
+                place = t * BLOCK_V + column
+                entry = np.int64(min(place, V - 1))
                 if ORDERED:
                     entry = longs(order)[entry]
-                c_rows[n] = entry * c_pitch if column < BLOCK_V else -1
+                c_rows[n] = entry * c_pitch if column < BLOCK_V and place < V else -1
             load_dx(stage, dz, dx_rows, step % STEPS * PIECES, PIECES_V, thread)
             for p in range(PANELS):
                 load_c(stage + DX_BYTES + p * HEIGHT, c, c_rows, d_piece + p * PIECES, pieces, thread)
@@ -85,9 +89,9 @@ def make_de(options):
             row0 = b * BLOCK_N + PART_ROWS * (thread >> 5) + ((thread & 31) >> 2)
             d0 = nth_d * TILE_D + 2 * (thread & 3)
             for r in range(R):
-                row = np.int64(min(row0 + 8 * r, N - 1)) * D
+                row = np.int64(min(row0 + 8 * r, N - 1)) * D + d0
                 for k in range(K):
-                    z[r, k] = floats(de)[row + min(d0 + 8 * (k >> 1) + (k & 1), D - 1)]
+                    z[r, k] = floats(de)[row + 8 * (k >> 1) + (k & 1)] if 8 * (k >> 1) < D - d0 else ZERO
             now, later = 0, AHEAD
             for step in range(steps):
                 arrived()
@@ -100,11 +104,10 @@ def make_de(options):
             finish(z)
             for r in range(R):
                 if row0 + 8 * r < N:
-                    row = np.int64(row0 + 8 * r) * D
+                    row = np.int64(row0 + 8 * r) * D + d0
                     for k in range(K):
-                        d = d0 + 8 * (k >> 1) + (k & 1)
-                        if d < D:
-                            floats(de)[row + d] = z[r, k]
+                        if 8 * (k >> 1) < D - d0:  # D is even
+                            floats(de)[row + 8 * (k >> 1) + (k & 1)] = z[r, k]
 
     return de
 
@@ -118,7 +121,7 @@ def make_dc(options):
     )  # fmt: skip
     BLOCK_N, BLOCK_V, ORDERED, SORTED = options.block_n, options.block_v, options.ordered, options.sorted
     COMPENSATE, NORM = options.compensate, options.norm
-    STEPS, AHEAD, HEIGHT = -(-BLOCK_N // DEPTH), STAGES - 1, PANEL * DEPTH
+    STEPS, AHEAD, HEIGHT = -(-BLOCK_N // DEPTH), tile.ahead, PANEL * DEPTH
     PIECES_D, PIECES_M, PIECES_V = (x * tile.itemsize // 16 for x in (TILE_D, ROWS, BLOCK_V))
     PANELS_V, PANELS_D, PARTS = tile.panels(ROWS), tile.panels(TILE_D), BLOCK_V // ROWS
     PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
