@@ -45,10 +45,20 @@ class Gradient:
     group: int = 16
 
     @property
-    def shared(self) -> int:
-        """Bytes of shared memory: panels, and a sum of each warp and column."""
+    def biases(self) -> int:
+        """Where in shared memory the biases of a tile are: behind the panels, and a sum of each warp and column."""
         tile = self.tile
         return tile.stages * tile.stage_bytes + (4 * tile.warps * tile.columns if self.sums else 0)
+
+    @property
+    def weights(self) -> int:
+        """Where the weights of its columns are, which make a difference to dx with a softcap only."""
+        return self.biases + (4 * self.tile.columns if self.bias else 0)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.weights + (4 * self.tile.columns if self.weighted and self.softcap else 0)
 
 
 @dataclass(frozen=True)
