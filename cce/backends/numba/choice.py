@@ -14,10 +14,6 @@ from cce.spec import Spec
 #: Of arithmetic, by dtype; of float32 there are two.
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-#: dE and dC of live tiles with Hopper's matrix unit, in blocks of 128: it compiles and was timed, at 0.9 of the time of
-#: mma.sync (docs/numba-kernel.md), but its results were never compared on a GPU.
-HOPPER_SUMS = True
-
 
 @dataclass(frozen=True)
 class GPU:
@@ -101,7 +97,7 @@ def _choose(
         many = Tile(kind, 4, 2, 64, stages, resident=2)
     forward, gradient = (many if busy and widest <= 128 else wide for busy in (busy_forward, busy_gradient))
     live = gradient if block_n == 128 and block_v <= gradient.columns else _rows(kind, block_n, max(block_v, 64), 2, 64)
-    transposed = HOPPER_SUMS and hopper and kind != "tf32"  # its matrix unit can read such factors
+    transposed = hopper and kind != "tf32"  # its matrix unit can read such factors
     de, dc = (
         Tile(kind, 8, 1, 256, 4, hopper=True) if transposed and rows == 128 else _rows(kind, rows, 128, stages)
         for rows in (block_n, min(block_v, 128))

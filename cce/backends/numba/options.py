@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cce.backends.numba.tile import PANEL, Tile
+from cce.backends.numba.tile import PANEL, PIECE, Tile
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Product:
-    """What a kernel for dE, dC or dbias is compiled for.
+    """What dE, dC or dbias of live tiles is compiled for.
 
     Attributes:
         out: arithmetic whose dtype dC is written in.
@@ -89,6 +89,37 @@ class Product:
         """Likewise, with dx transposed."""
         tile = self.tile
         return PANEL * tile.depth * (tile.panels(tile.rows) + tile.panels(tile.columns))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a kernel for dE and dC is compiled for: both, if their tiles have as many threads; None for the other."""
+
+    de: Product | None
+    dc: Product | None
+
+    @property
+    def tile(self) -> Tile:
+        """Of one of them."""
+        product = self.de or self.dc
+        assert product is not None
+        return product.tile
+
+    @property
+    def panels(self) -> int:
+        """Bytes of shared memory before the number of the tile that was drawn."""
+        de = 0 if self.de is None else self.de.tile.stages * self.de.stage
+        return max(de, 0 if self.dc is None else self.dc.tile.stages * self.dc.stage_transposed)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.panels + PIECE
+
+    @property
+    def resident(self) -> int:
+        """Blocks of threads on a multiprocessor."""
+        return min(product.tile.resident for product in (self.de, self.dc) if product is not None)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ class Tile:
     stages: int
     hopper: bool = False
     resident: int = 1
-    fence: bool = True
 
     @property
     def rows(self) -> int:

@@ -72,13 +72,10 @@ def make_hopper_step(tile, wait, b_offset, a_transposed, b_transposed):
     # Four warps work together, on 64 rows; transposed, these are a panel of their own.
     QUARTER = PANEL * (tile.depth if a_transposed else 64)
 
-    FENCE = tile.fence
-
     @function
     def arrived():
         wait()
-        if FENCE:
-            fence_copies()
+        fence_copies()
         barrier()
 
     @function
