@@ -20,15 +20,12 @@ from importlib import import_module
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
-from rich.console import Console
-from rich.table import Table
-
 FILTERS = {"exact": "none", "filtered": "element"}
 N, D, V = 512, 256, 20_000
 
 
 def main() -> None:
-    """Measures, prints a table, writes the record."""
+    """Measures, prints what it finds, writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the record")
     parser.add_argument("--commit", help="to write into the record; default: the checkout's")
@@ -40,8 +37,9 @@ def main() -> None:
     rows = []
     for step in FILTERS:
         with tempfile.TemporaryDirectory() as folder:
-            rows += [{"step": step, "kernels": kept, **child(step, folder)} for kept in ("none", "kept")]
-    show(rows)
+            for kernels in ("none", "kept"):
+                rows.append({"step": step, "kernels": kernels, **child(step, folder)})
+                print({name: round(x, 2) if isinstance(x, float) else x for name, x in rows[-1].items()}, flush=True)
     if options.out:
         from cce.benchmarks import record
 
@@ -104,13 +102,6 @@ def seconds(run: Callable[[], None]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def show(rows: list[dict[str, float]]) -> None:
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()))
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Statistics:
     element: bool = False
     tile_entropy: bool = False
     block_v: int = 0
-    group: int = 16
+    group: int = 8
 
 
 @dataclass(frozen=True)
