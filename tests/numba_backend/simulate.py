@@ -29,6 +29,7 @@ CONTRACT = (
     "gradient nan rows", "gradient wide d",
     "live sorted ordered", "live nan rows", "live mixed", "live only de", "live odd d sorted",
     "live everything float16", "live blocks 16 x 16", "live blocks 32 x 64",
+    "mean_rows", "mean_rows odd d", "mean_rows float32", "dead_mass", "dead_mass entropy softcap float32",
 )  # fmt: skip
 
 #: Options of which no kernel hears: the front end makes them of the outputs.

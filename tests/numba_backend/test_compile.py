@@ -8,11 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from known_stack import known
 from recorded import A100, H100, kernels_of_loss
 
 import cce
-from cce.backends.numba.choice import GPU, HOPPER_SUMS
+from cce.backends.numba.choice import GPU
 from cce.backends.numba.launch import Kernel, ptx_of
 
 GPUS = {"sm_80": A100, "sm_90a": H100}
@@ -21,7 +20,7 @@ SETTINGS = {
     "exact": {"spec": cce.Spec(filter="none")},
     "filtered": {"spec": cce.Spec(filter="element")},
 }
-PRODUCTS = ("statistics", "gradient", "live", "de", "dc")
+PRODUCTS = ("statistics", "gradient", "live", "sums")
 
 
 @cache
@@ -44,9 +43,7 @@ def test_compiles(arch: str, setting: str, tmp_path: Path) -> None:
         ptx = ptx_of(kernel, GPUS[arch].capability).text
         name = kernel.name
         wrong += [f"{name}: {fault}" for fault in faults(arch, kernel, ptx)]
-        stack = stack_bytes(arch, ptx, tmp_path)
-        if stack > known(arch, setting, name):
-            wrong.append(f"{name}: {stack} bytes of stack, known are {known(arch, setting, name)}")
+        wrong += [f"{name}: {stack} bytes of stack" for stack in [stack_bytes(arch, ptx, tmp_path)] if stack]
     assert not wrong, "\n".join(wrong)
 
 
@@ -56,8 +53,7 @@ def faults(arch: str, kernel: Kernel, ptx: str) -> list[str]:
     if f".target {arch}" not in ptx:
         found.append(f"not made for {arch}")
     if name in PRODUCTS:
-        hopper = arch == "sm_90a" and (HOPPER_SUMS or name not in ("de", "dc"))
-        wanted = "wgmma.mma_async" if hopper else "mma.sync"
+        wanted = "wgmma.mma_async" if arch == "sm_90a" else "mma.sync"
         if wanted not in ptx or "cp.async" not in ptx:
             found.append(f"no {wanted}, or no cp.async")
     if kernel.shared > SHARED[arch] // kernel.resident:
@@ -78,4 +74,4 @@ def stack_bytes(arch: str, ptx: str, folder: Path) -> int:
 def test_settings_have_all_kernels() -> None:
     """Every kernel but that of dbias, which has no product, is among those compiled."""
     made = {kernel.name for setting in SETTINGS for kernel in kernels(setting, H100)}
-    assert made == {*PRODUCTS, "targets"}
+    assert made == {*PRODUCTS, "targets", "mean_rows", "dead_mass"}
