@@ -34,8 +34,8 @@ NEW = """
 import json, sys, torch
 had = set(sys.modules)
 import cce
-new = {name: hasattr(module, "__path__") for name, module in sys.modules.items() if name not in had}
-print(json.dumps({name: package for name, package in new.items() if name.partition(".")[0] not in sys.stdlib_module_names}))
+new = [name for name in sys.modules if name not in had and name.partition(".")[0] not in sys.stdlib_module_names]
+print(json.dumps({name: hasattr(sys.modules[name], "__path__") for name in new}))
 """
 
 

@@ -79,7 +79,7 @@ def _shapes() -> list[Case]:
         Case("odd-dim", n=65, d=33, v=257),
         Case("many-tiles", n=17, d=16, v=2051, spec={"filter": "none", "block_v": 64, "block_n": 16}),
         Case("online", n=70, d=24, v=700, outputs=("entropy",), spec={"filter": "none", "lse_accumulation": "online"}),
-        Case("small-scratch", n=150, d=16, v=900, bias=True, spec={"filter": "none", "scratch_bytes": 2**18}),
+        Case("small-scratch", n=150, d=80, v=2000, bias=True, spec={"filter": "none", "scratch_bytes": 2**18}),
     ]
 
 
@@ -128,7 +128,7 @@ def _filtered() -> list[Case]:
         replace(base, name="filtered-odd-blocks", spec={**_FILTERED, "block_n": 7, "block_v": 50}),
         replace(base, name="filtered-big-blocks", n=300, v=1500, spec={**_FILTERED, "block_n": 128, "block_v": 128}),
         replace(base, name="filtered-online", spec={**_FILTERED, "lse_accumulation": "online"}),
-        replace(base, name="filtered-small-scratch", spec={**_FILTERED, "scratch_bytes": 2**17}),
+        replace(base, name="filtered-small-scratch", d=80, v=2000, spec={**_FILTERED, "scratch_bytes": 2**17}),
         replace(base, name="filtered-softcap", softcap=6.0),
         replace(base, name="filtered-scale", logit_scale=1.3),
         replace(base, name="filtered-entropy", outputs=("entropy",)),
