@@ -24,7 +24,7 @@ class Case:
     Attributes:
         name: begins with the method's. method: of :class:`Kernels`.
         n, v, d, k: sizes; D is padded. dtype: of both operands, if e_dtype and c_dtype do not say otherwise.
-        bias: "", "random", "large" or "masked" (-inf, whole tiles too).
+        bias: "", "random", "large", "masked" (-inf, whole tiles too) or "masked low" (the same, the others near -1500).
         integers: operands in {-1, 0, 1}: products are exact, and the largest logits tie.
         outputs: "entropy" (a gap; a gradient h), "weighted_logit" (a gradient s), "prediction".
         filter: of :meth:`statistics`: what maps are there. windows, splits: of the vocabulary.
@@ -136,6 +136,7 @@ def _statistics() -> list[Case]:
         replace(plain, name="statistics online", accumulation="online", outputs=("entropy",), bias="large"),
         replace(plain, name="statistics large bias", bias="large", outputs=("entropy",)),
         replace(plain, name="statistics masked", bias="masked", outputs=("entropy", "prediction")),
+        replace(plain, name="statistics masked low", bias="masked low", outputs=("entropy",), splits=1),
         replace(plain, name="statistics softcap scale", softcap=2.0, scale=1.5, bias="random"),
         replace(plain, name="statistics prediction", outputs=("prediction",)),
         replace(plain, name="statistics ties", outputs=("prediction",), integers=True, d=16, windows=2),
@@ -150,6 +151,7 @@ def _statistics() -> list[Case]:
         replace(mapped, name="statistics maps tile", filter="tile"),
         replace(mapped, name="statistics maps entropy", outputs=("entropy",), bias="random"),
         replace(mapped, name="statistics maps online", outputs=("entropy",), accumulation="online"),
+        replace(mapped, name="statistics maps masked low", outputs=("entropy",), bias="masked low"),
         replace(mapped, name="statistics maps masked", outputs=("entropy",), bias="masked"),
         replace(
             mapped, name="statistics maps masked online", outputs=("entropy",), bias="masked", accumulation="online"
