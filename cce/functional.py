@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce import checks, onepass
+from cce import again, checks, onepass
 from cce import reduction as reductions
 from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
 from cce.spec import Spec
@@ -153,6 +153,14 @@ def loss(
     >>> loss(e, c, torch.tensor([0, 1, 2]))
     tensor(0.5514)
     """
+    kind = None
+    if weight is None and token_weight is None and target_weight is None and vocab_parallel is None:
+        numbers = (ignore_index, shift, softcap, logit_scale, label_smoothing, z_loss)
+        kind = again.kind_of(e, c, targets, bias, spec, (reduction, backend, *numbers))
+        if kind is not None:
+            value = again.run(kind, e, c, targets, bias, ignore_index, reduction)
+            if value is not None:
+                return value
     flat = flatten(
         e,
         c,
@@ -185,7 +193,7 @@ def loss(
         of_target = coefficients if weight is not None and target_weight is None else None
         total = partial(_total, flat, of_target, of_tokens)
     if reduction != "none" and not label_smoothing and not z_loss:
-        value = _in_one_pass(flat, coefficients, of_tokens, total)
+        value = _in_one_pass(flat, coefficients, of_tokens, total, kind)
         if value is not None:
             return value
     rows = run(flat, ("weighted_logit",), _smoothing(flat, weight)) if label_smoothing else run(flat)
@@ -224,12 +232,16 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
 
 
 def _in_one_pass(
-    flat: Flat, coefficients: Tensor | None, of_tokens: Tensor | None, total: Callable[[], Tensor] | None
+    flat: Flat,
+    coefficients: Tensor | None,
+    of_tokens: Tensor | None,
+    total: Callable[[], Tensor] | None,
+    kind: again.Kind | None,
 ) -> Tensor | None:
     """The sum (mean) of the losses with their gradients computed along with it; None where that is not to be had.
 
     ``total`` makes what a mean divides by. The weights must be known beforehand, and it is the caller's to multiply the
-    gradients by one number only.
+    gradients by one number only. A call of this ``kind`` is remembered.
     """
     grads = wanted_gradients(flat.e, flat.c, flat.bias)
     if flat.part is not None or any(x is not None and x.requires_grad for x in (coefficients, of_tokens)):
@@ -239,6 +251,8 @@ def _in_one_pass(
     )
     if call is None:
         return None
+    if kind is not None and not flat.shift:
+        again.remember(kind, call, flat.wide)
     if total is not None and coefficients is None and of_tokens is None:
         weights = call.backend.mean_weights(flat.targets, flat.wide)
     else:

@@ -20,7 +20,7 @@ from cce import registry, transforms
 from cce.backends.base import Backend
 from cce.ops import no_second_derivative
 from cce.problem import Inputs, Problem
-from cce.rows import own_dtypes, place_gradients, rows_in_use, select, zero_gradients
+from cce.rows import own_dtypes, placed_gradients, rows_in_use, select, zero_gradients
 from cce.spec import Spec
 
 
@@ -41,19 +41,20 @@ class Call:
 
     def run(
         self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The weighted sum, and dE, dC and dbias (empty where not wanted) for an upstream gradient of 1."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The weighted sum, and dE, dC and dbias (None where not wanted) for an upstream gradient of 1."""
         rows, used = (None, targets) if self.backend.skips_ignored_rows else rows_in_use(targets)
-        if len(used) == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
+        count = used.shape[0]
+        if count == 0:  # weights of ignored rows are 0, or NaN in a mean over nothing
             return (weights.sum(), *zero_gradients(e, c, bias, self.grads))
-        problem = self.problem if len(used) == self.problem.n else replace(self.problem, n=len(used))
+        problem = self.problem if count == self.problem.n else replace(self.problem, n=count)
         weights = select(weights, rows)
         with own_dtypes(e):
             outputs, found = self.backend.loss_and_gradients(
                 Inputs(e, c, used, bias, rows), problem, self.spec, weights
             )
             value = self.backend.value(outputs, weights)
-        return (value, *place_gradients(found, e, c, bias, rows))
+        return (value, *placed_gradients(found, e, c, bias, rows))
 
 
 def choose(
@@ -111,7 +112,7 @@ class _WeightedLoss(torch.autograd.Function):
         if gradients is None:
             gradients = ctx.call.run(e, c, bias, targets, weights)[1:]
         with torch.no_grad():
-            ctx.call.backend.scale(gradients, upstream)
+            ctx.call.backend.scale([x for x in gradients if x is not None], upstream)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _Once.apply(upstream, e, c, *gradients)  # type: ignore[no-untyped-call]
         found = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
@@ -122,8 +123,10 @@ class _Once(torch.autograd.Function):
     """The gradients, with a clear error in place of their derivative."""
 
     @staticmethod
-    def forward(ctx: Any, upstream: Tensor, e: Tensor, c: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in gradients)
+    def forward(
+        ctx: Any, upstream: Tensor, e: Tensor, c: Tensor, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.view_as(x) for x in gradients)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:

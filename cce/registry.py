@@ -32,6 +32,7 @@ _BUILT_IN = {
     "reference": "cce.backends.reference:ReferenceBackend",
 }
 _registered: dict[str, Callable[[], Backend]] = {}
+_changes = 0  # of what a name stands for
 _loaded: dict[str, Backend] = {}
 
 
@@ -56,7 +57,7 @@ def register_backend(name: str, factory: Callable[[], Backend], *, replace: bool
     if name in backends() and not replace:
         raise ValueError(f"name: a backend called {name!r} exists already, expected another name or replace=True")
     _registered[name] = factory
-    _loaded.pop(name, None)
+    _forget(name)
 
 
 def unregister_backend(name: str) -> None:
@@ -66,7 +67,18 @@ def unregister_backend(name: str) -> None:
     if name not in _registered:
         raise ValueError(f"name: got {name!r}, expected one of {sorted(_registered)}")
     del _registered[name]
+    _forget(name)
+
+
+def _forget(name: str) -> None:
+    global _changes
     _loaded.pop(name, None)
+    _changes += 1
+
+
+def generation() -> int:
+    """Another number after every change of what a name stands for."""
+    return _changes
 
 
 def backends() -> list[str]:

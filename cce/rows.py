@@ -65,13 +65,26 @@ def place_outputs(found: Outputs[Tensor], empty: Sequence[Tensor], rows: Tensor 
 def place_gradients(
     found: Gradients[Tensor], e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in their inputs' dtypes, dE at its rows' places."""
-    de = e.new_empty(0) if found.de is None else found.de.to(e.dtype)
-    if rows is not None and found.de is not None:
-        de = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, de)
-    dc = c.new_empty(0) if found.dc is None else found.dc.to(c.dtype)
-    dbias = c.new_empty(0) if found.dbias is None or bias is None else found.dbias.to(bias.dtype)
+    """The gradients in their inputs' dtypes, dE at its rows' places; those that were not asked for are empty."""
+    de, dc, dbias = (c.new_empty(0) if x is None else x for x in placed_gradients(found, e, c, bias, rows))
     return de, dc, dbias
+
+
+def placed_gradients(
+    found: Gradients[Tensor], e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same, with None for what was not asked for."""
+    de = None if found.de is None else _in(e, found.de)
+    if rows is not None and de is not None:
+        de = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, de)
+    dc = None if found.dc is None else _in(c, found.dc)
+    dbias = None if found.dbias is None or bias is None else _in(bias, found.dbias)
+    return de, dc, dbias
+
+
+def _in(like: Tensor, x: Tensor) -> Tensor:
+    """``x`` in the dtype of ``like``; most often it is, and ``to`` would take a small call's time to find out."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def zero_gradients(e: Tensor, c: Tensor, bias: Tensor | None, wanted: str) -> tuple[Tensor, Tensor, Tensor]:

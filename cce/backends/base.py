@@ -87,6 +87,19 @@ class Backend(ABC):
         in_use = targets >= 0
         return in_use / reduction.total(in_use, None, dtype)
 
+    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
+        """What the front end makes of ordinary targets before :meth:`loss_and_gradients`, where kernels can do better.
+
+        Args:
+            targets: (...) integers; another than those in [0, v) and ``ignore_index`` is a device-side assertion.
+            mean: their weights in a mean are wanted, too.
+
+        Returns:
+            None: the front end does it, with operations of the library. Or (N, 1) int64, with -1 for ``ignore_index``,
+            and (N, 1) float32 as :meth:`mean_weights` has it, or None.
+        """
+        return None
+
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         """``sum_ik weights_ik (lse_i - z[i, targets_ik])`` of what :meth:`loss_and_gradients` found: a scalar."""
         return (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.problem import Maps, Problem
 from cce.spec import Spec
 
@@ -32,6 +33,11 @@ class PlainKernels(Kernels):
             return self._sizes
         columns = max(SIZES.forward_columns, spec.block_v or 0) if problem.maps(spec) else SIZES.forward_columns
         return Sizes(SIZES.forward_rows, columns, SIZES.gradient_rows, SIZES.gradient_columns, SIZES.pack, 4)
+
+    def one_pass(self) -> OnePassKernels:
+        from plain_onepass import PlainOnePass
+
+        return PlainOnePass()
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
         for k in range(targets.shape[1]):

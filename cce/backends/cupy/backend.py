@@ -9,7 +9,7 @@ import torch
 
 from cce.backends.gpu.backend import KernelBackend
 from cce.backends.gpu.kernels import Kernels
-from cce.backends.gpu.refusals import missing_gpu
+from cce.backends.gpu.refusals import capability_of, missing_gpu
 
 
 class CupyBackend(KernelBackend):
@@ -32,7 +32,9 @@ class CupyBackend(KernelBackend):
 
     def kernels(self) -> Kernels:
         """Those of the current device."""
-        fast = not self._portable and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+        # A process that uses the GPU need not be asked whether there is one.
+        there = torch.cuda.is_initialized() or torch.cuda.is_available()
+        fast = not self._portable and there and capability_of(torch.cuda.current_device()) == (9, 0)
         return _kernels(fast)
 
 

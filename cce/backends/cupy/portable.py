@@ -11,6 +11,7 @@ from cce.backends.cupy import arguments as structs
 from cce.backends.cupy import compensation
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Launch
+from cce.backends.cupy.onepass import PortableOnePass
 from cce.backends.cupy.variants import (
     THREADS,
     TILE_N,
@@ -22,6 +23,7 @@ from cce.backends.cupy.variants import (
     targets_variant,
 )
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv
 from cce.problem import Maps, Problem
 from cce.spec import Spec
@@ -30,6 +32,9 @@ from cce.spec import Spec
 class PortableKernels(Kernels):
     """Tiles of 128 x 128; 256 columns where a vocabulary block has as many."""
 
+    def __init__(self) -> None:
+        self._one_pass: OnePassKernels = PortableOnePass()
+
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         return []
 
@@ -37,6 +42,9 @@ class PortableKernels(Kernels):
         wide = problem.maps(spec) and (spec.block_v or 0) > TILE_V
         pack = max(1, TILE_V // (spec.block_v or TILE_V))
         return Sizes(TILE_N, 2 * TILE_V if wide else TILE_V, TILE_N, TILE_V, pack, 2 * Gpu.current().processors)
+
+    def one_pass(self) -> OnePassKernels:
+        return self._one_pass
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
         n, k = targets.shape

@@ -16,8 +16,10 @@ from cce.backends.cupy import arguments as structs
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
 from cce.backends.cupy.module import Variant
+from cce.backends.cupy.onepass import PortableOnePass
 from cce.backends.cupy.portable import PortableKernels
-from cce.backends.cupy.tensor_maps import TensorMap, boxes
+from cce.backends.cupy.repeat import Repeated
+from cce.backends.cupy.tensor_maps import TensorMap, box_bytes, boxes
 from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.sizes import cdiv, rows_are_copied
@@ -54,6 +56,9 @@ class GradientArguments(Arguments):
     )  # fmt: skip
 
 
+#: Arguments of sm90/store.cu: two tensor maps, addresses and a pitch, the formula, sizes.
+STORE_LAYOUT = "128s128s5q2f3i"
+
 _TABLES = (
     "tile_list", "live_count", "block_list", "slot_list", "chunk_start", "block_slot", "block_tiles", "block_first",
     "item_block", "item_first", "item_slot", "item_tiles", "items",
@@ -83,6 +88,10 @@ class LiveArguments(Arguments):
 
 class Sm90Kernels(PortableKernels):
     """Tiles of 128 x 256; blocks of threads in pairs, which share what they load of ``c``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._one_pass = Sm90OnePass()
 
     def sizes(self, problem: Problem, spec: Spec) -> Sizes:
         if not _is_served(problem.dtype):
@@ -165,6 +174,30 @@ class Sm90Kernels(PortableKernels):
                 launch()
 
         return chunk
+
+
+class Sm90OnePass(PortableOnePass):
+    """Likewise."""
+
+    def columns(self, dtype: torch.dtype) -> int:
+        return TILE_V if _is_served(dtype) else super().columns(dtype)
+
+    def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
+        if not _is_served(e.dtype):
+            super().store(e, c, formula, q, tile_max, tile_sum)
+            return
+        (n, d), v, bias = e.shape, len(c), formula.bias
+        cluster = _cluster(n)
+        key = ("store", e.dtype, cluster, bias is None, formula.scale == 1.0, e.get_device())
+        launch = self._kernels.get(key)
+        if launch is None:
+            variant = variant_of("store", cluster, e.dtype, formula, {}, 0)
+            launch = self._kernels[key] = Repeated(variant, THREADS, STORE_LAYOUT)
+        launch(
+            _grid(cdiv(n, cluster * TILE_N) * cdiv(v, TILE_V), cluster), 1, box_bytes(e, TILE_N),
+            box_bytes(c, TILE_V // cluster), 0 if bias is None else bias.data_ptr(), q.data_ptr(), q.stride(0),
+            tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, 0.0, n, v, d,
+        )  # fmt: skip
 
 
 def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:

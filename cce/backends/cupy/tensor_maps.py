@@ -34,11 +34,17 @@ def boxes(x: Tensor, rows: int) -> TensorMap:
     Raises:
         RuntimeError: the driver refuses the matrix.
     """
-    return _encoded(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0) * x.element_size(), rows, _DTYPES[x.dtype])
+    return TensorMap.from_buffer_copy(box_bytes(x, rows))
+
+
+def box_bytes(x: Tensor, rows: int) -> bytes:
+    """The same as its bytes."""
+    (height, width), pitch = x.shape, x.stride(0)
+    return _encoded(x.data_ptr(), height, width, pitch * x.element_size(), rows, _DTYPES[x.dtype])
 
 
 @lru_cache(maxsize=1024)  # a training step has the same few matrices again and again
-def _encoded(address: int, height: int, width: int, pitch: int, rows: int, dtype: int) -> TensorMap:
+def _encoded(address: int, height: int, width: int, pitch: int, rows: int, dtype: int) -> bytes:
     memory = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
     to = -(-ctypes.addressof(memory) // _ALIGNMENT) * _ALIGNMENT
     error = _driver().cuTensorMapEncodeTiled(
@@ -48,7 +54,7 @@ def _encoded(address: int, height: int, width: int, pitch: int, rows: int, dtype
     )  # fmt: skip
     if error:
         raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for {height} x {width}, {pitch} bytes a row")
-    return TensorMap.from_buffer_copy(ctypes.string_at(to, _BYTES))
+    return ctypes.string_at(to, _BYTES)
 
 
 @lru_cache(maxsize=1)

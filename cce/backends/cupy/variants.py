@@ -15,9 +15,31 @@ _ROW_BYTES = 128  # of an operand in shared memory
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula) -> Variant:
-    """Of target_logits; ``e`` and ``c`` of these dtypes."""
-    return _variant(gpu, "targets", {"E_TYPE": DTYPES[e], "C_TYPE": DTYPES[c], **formula_macros(formula)})
+def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula, copy: bool = False) -> Variant:
+    """Of target_logits; ``e`` and ``c`` of these dtypes. ``copy``: the rows of ``e`` that count are copied, too."""
+    macros = {"E_TYPE": DTYPES[e], "C_TYPE": DTYPES[c], "COPY": copy, **formula_macros(formula)}
+    return _variant(gpu, "targets", macros)
+
+
+def small_variant(gpu: Gpu, name: str, targets: torch.dtype = torch.int64) -> Variant:
+    """Of a kernel of small.cu; prepare takes targets of this dtype."""
+    macros = {"TARGET_BYTES": targets.itemsize, "UNSIGNED": targets == torch.uint8}
+    return _variant(gpu, "small", macros if name == "prepare" else {}, kernel=name)
+
+
+def store_variant(gpu: Gpu, dtype: torch.dtype, formula: Formula) -> Variant:
+    """Of store."""
+    return _of_tiles(gpu, "store", formula_macros(formula) | dtype_macros(dtype, formula), TILE_N, TILE_V)
+
+
+def scale_variant(gpu: Gpu, dtype: torch.dtype) -> Variant:
+    """Of scale."""
+    return _variant(gpu, "scale", {"DTYPE": DTYPES[dtype]})
+
+
+def multiply_variant(gpu: Gpu, x: torch.dtype, y: torch.dtype) -> Variant:
+    """Of multiply; its tensors are of these dtypes."""
+    return _variant(gpu, "multiply", {"X_TYPE": DTYPES[x], "Y_TYPE": DTYPES[y]})
 
 
 def statistics_variant(
@@ -75,10 +97,10 @@ def products_variants(gpu: Gpu, spec: Spec, live: Live) -> tuple[Variant, Varian
     return products, dbias
 
 
-def _variant(gpu: Gpu, name: str, macros: dict[str, int], shared: int = 0) -> Variant:
+def _variant(gpu: Gpu, name: str, macros: dict[str, int], shared: int = 0, kernel: str = "") -> Variant:
     """Macros that are 0 are left out: they are that by default."""
     given = tuple(sorted((key, int(value)) for key, value in macros.items() if value))
-    return Variant(f"{name}.cu", f"{name}_kernel", given, gpu.architecture, shared)
+    return Variant(f"{name}.cu", f"{kernel or name}_kernel", given, gpu.architecture, shared)
 
 
 def _of_tiles(gpu: Gpu, name: str, macros: dict[str, int], rows: int, columns: int) -> Variant:

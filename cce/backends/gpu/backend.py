@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
+from cce.backends.gpu import onepass
+from cce.backends.gpu.device import on_device_of
 from cce.backends.gpu.exact import exact
 from cce.backends.gpu.filtered import filtered
 from cce.backends.gpu.forward import forward
 from cce.backends.gpu.kernels import Kernels
+from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.refusals import common_refusals
+from cce.backends.gpu.sizes import MOST_WEIGHED
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import used_rows
 from cce.spec import Spec
@@ -37,8 +41,38 @@ class KernelBackend(Backend):
             return reasons
         return [*reasons, *kernels.unsupported(problem, spec)]
 
+    def one_pass(self, problem: Problem, spec: Spec) -> bool:
+        return onepass.serves(problem, spec) and self.kernels().one_pass() is not None
+
+    @property
+    def _one_pass(self) -> OnePassKernels:
+        found = self.kernels().one_pass()
+        assert found is not None
+        return found
+
+    def loss_and_gradients(
+        self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+    ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+        with on_device_of(inputs.e):
+            return onepass.loss_and_gradients(self._one_pass, inputs, problem, spec, weights)
+
+    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
+        kernels = self.kernels().one_pass()
+        if kernels is None or (mean and targets.numel() > MOST_WEIGHED):
+            return None
+        with on_device_of(targets):
+            return onepass.prepared(kernels, targets, v, ignore_index, mean)
+
+    def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+        with on_device_of(weights):
+            return onepass.value(self._one_pass, outputs, weights)
+
+    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        with on_device_of(factor):
+            onepass.multiply(self._one_pass, gradients, factor)
+
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
-        with torch.cuda.device_of(inputs.e):
+        with on_device_of(inputs.e):
             return forward(self.kernels(), inputs, problem, spec, maps)
 
     def backward(
@@ -50,7 +84,7 @@ class KernelBackend(Backend):
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Gradients[Tensor]:
-        with torch.cuda.device_of(inputs.e):
+        with on_device_of(inputs.e):
             if spec.filter == "none":
                 return exact(self.kernels(), inputs, problem, spec, outputs, upstream)
             return filtered(self.kernels(), inputs, problem, spec, outputs, maps, upstream)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from torch import Tensor
 from cce.backends.gpu.plan import Plan
 from cce.problem import Maps, Problem
 from cce.spec import Spec
+
+if TYPE_CHECKING:
+    from cce.backends.gpu.onepass_kernels import OnePassKernels
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,10 @@ class Kernels(ABC):
     @abstractmethod
     def sizes(self, problem: Problem, spec: Spec) -> Sizes:
         """The tiles it would use on the current device."""
+
+    def one_pass(self) -> OnePassKernels | None:
+        """What a pass needs that computes gradients along with the loss; None if there is none of it."""
+        return None
 
     @abstractmethod
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:

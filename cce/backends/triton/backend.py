@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -63,6 +64,12 @@ class TritonBackend(Backend):
         found: Tensor = _kernels().mean_weights(targets)
         return found
 
+    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
+        if not mean or targets.numel() > MOST_WEIGHED:
+            return None
+        found: tuple[Tensor, Tensor] = _kernels().prepared(targets, v, ignore_index)
+        return found
+
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         found: Tensor = _kernels().value(outputs, weights)
         return found
@@ -90,6 +97,7 @@ class TritonBackend(Backend):
         return _kernels().work_list(inputs, problem, spec, maps, upstream)
 
 
+@cache
 def _kernels() -> ModuleType:
     from cce.backends.triton import run
 

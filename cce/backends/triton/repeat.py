@@ -6,8 +6,11 @@ some of them run. What it compiled can be launched again with a list of argument
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -57,10 +60,28 @@ class Repeated:
         """The first launch with arguments of these kinds, through Triton."""
         compiled = self._kernel[self._grid](**self._arguments, **changed, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
-            launch = compiled[self._grid + (1,) * (3 - len(self._grid))]
+            launch = _launcher(compiled, self._grid + (1,) * (3 - len(self._grid)))
             names = self._kernel.arg_names
             values = [self._arguments.get(name) for name in names]
             self._versions[key] = _Version(launch, values, [names.index(name) for name in changed])
+
+
+def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """``compiled[grid]``, without what that asks at each launch for the hooks of profilers, unless one is there."""
+    usual: Callable[..., None] = compiled[grid]
+    run, function, metadata = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
+    if run is None or function is None or metadata is None:
+        return usual
+    runtime = triton.knobs.runtime
+
+    def launch(*values: Any) -> None:
+        if runtime.launch_enter_hook or runtime.launch_exit_hook:
+            usual(*values)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        run(*grid, stream, function, metadata, None, None, None, *values)
+
+    return launch
 
 
 def _kind(x: Any) -> object:

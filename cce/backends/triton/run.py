@@ -14,7 +14,7 @@ from cce.backends.triton.forward import forward as launch_forward
 from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
 from cce.backends.triton.onepass import multiply
 from cce.backends.triton.onepass import value as launch_value
-from cce.backends.triton.targets import prepare, weigh
+from cce.backends.triton.targets import prepare, prepare_mean, weigh
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 from cce.worklist import WorkList
@@ -43,6 +43,12 @@ def mean_weights(targets: Tensor) -> Tensor:
     """As :meth:`cce.backends.base.Backend.mean_weights`, in float32."""
     with on_device_of(targets):
         return weigh(targets)
+
+
+def prepared(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """As :meth:`cce.backends.base.Backend.prepared`, for a mean."""
+    with on_device_of(targets):
+        return prepare_mean(targets, v, ignore_index)
 
 
 def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.backends.triton.kernels.targets import targets_kernel, weights_kernel
+from cce.backends.triton.kernels.targets import mean_targets_kernel, targets_kernel, weights_kernel
 from cce.backends.triton.repeat import Repeated
 
 # Triton leaves assertions out of what is not compiled for debugging.
 _prepare = Repeated(targets_kernel, (64,), {"BLOCK": 1024}, debug=True)
+_prepare_mean = Repeated(mean_targets_kernel, (1,), {"BLOCK": 1024}, debug=True)
 _weigh = Repeated(weights_kernel, (1,), {"BLOCK": 1024})
 
 
@@ -27,3 +28,13 @@ def weigh(targets: Tensor) -> Tensor:
     found = torch.empty_like(targets, dtype=torch.float32)
     _weigh(targets=targets, out=found, size=targets.numel())
     return found
+
+
+def prepare_mean(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(N, 1) each: what :func:`prepare` and :func:`weigh` give, in one kernel."""
+    targets = targets.contiguous()
+    count = targets.numel()
+    found = targets.new_empty((count, 1), dtype=torch.int64)
+    weights = targets.new_empty((count, 1), dtype=torch.float32)
+    _prepare_mean(targets=targets, out=found, weights=weights, v=v, ignore_index=ignore_index, size=count)
+    return found, weights

@@ -1,11 +1,16 @@
-// z[i, targets[i, k]]: a dot product for each, by one warp; 0 where there is none.
+// z[i, targets[i, k]]: a dot product for each, by one warp; 0 where there is none. With COPY, the rows of e that count.
 #include "formula.cuh"
+#include "numbers.cuh"
 
 #ifndef E_TYPE
 #define E_TYPE BFLOAT16
 #endif
 #ifndef C_TYPE
 #define C_TYPE BFLOAT16
+#endif
+// e is copied, too, with zeros in rows that have no target.
+#ifndef COPY
+#define COPY 0
 #endif
 
 struct TargetsArguments {
@@ -17,28 +22,33 @@ struct TargetsArguments {
     Formula formula;
     long long count;  // N K
     int D, K;
+    char* used_e;  // (N, D) of the dtype of e, or null
 };
 
-template <int TYPE>
-__device__ __forceinline__ float load(const char* x, long long where) {
-    if constexpr (TYPE == FLOAT32) return reinterpret_cast<const float*>(x)[where];
-    const half_word word = reinterpret_cast<const half_word*>(x)[where];
-    if constexpr (TYPE == BFLOAT16) return __uint_as_float(static_cast<unsigned>(word) << 16);
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(word));
-    return value;
+// Row i of e, 0 if none of its targets counts; by the warp of its first target.
+__device__ __forceinline__ void copy_row(const TargetsArguments& p, long long i) {
+    bool used = false;
+    for (int k = 0; k < p.K; ++k) used |= p.targets[i * p.K + k] >= 0;
+#pragma unroll 8
+    for (int d = lane_of_warp(); d < p.D; d += 32) {
+        const float x = used ? load_number<E_TYPE>(p.e, i * p.stride_en + d * p.stride_ed) : 0.0f;
+        store_number<E_TYPE>(p.used_e, i * p.D + d, x);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(256) targets_kernel(const __grid_constant__ TargetsArguments p) {
     const long long where = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
     if (where >= p.count) return;
     const long long i = where / p.K, target = p.targets[where];
+    if constexpr (COPY) {
+        if (where % p.K == 0) copy_row(p, i);
+    }
     float total = 0;
     if (target >= 0) {
 #pragma unroll 8
         for (int d = lane_of_warp(); d < p.D; d += 32) {
-            const float x = load<E_TYPE>(p.e, i * p.stride_en + d * p.stride_ed);
-            total = fmaf(x, load<C_TYPE>(p.c, target * p.stride_cv + d * p.stride_cd), total);
+            const float x = load_number<E_TYPE>(p.e, i * p.stride_en + d * p.stride_ed);
+            total = fmaf(x, load_number<C_TYPE>(p.c, target * p.stride_cv + d * p.stride_cd), total);
         }
         for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffff, total, lanes);
         // As the tiles have it: z = softcap tanh(scale (x + bias) / softcap).

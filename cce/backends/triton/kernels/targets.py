@@ -33,3 +33,25 @@ def weights_kernel(targets, out, size, BLOCK: tl.constexpr):
         where = start + tl.arange(0, BLOCK)
         used = (tl.load(targets + where, mask=where < size, other=-1) >= 0).to(tl.float32)
         tl.store(out + where, tl.div_rn(used, count), mask=where < size)
+
+
+@triton.jit(do_not_specialize=["v", "ignore_index", "size"])
+def mean_targets_kernel(targets, out, weights, v, ignore_index, size, BLOCK: tl.constexpr):
+    """Both at once: out as ``targets_kernel`` has it, and its weights. One program, launched with ``debug=True``."""
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, size, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        inside = where < size
+        target = tl.load(targets + where, mask=inside, other=0).to(tl.int64)
+        ignored = target == ignore_index
+        counts = (target >= 0) & (target < v)
+        tl.device_assert(counts | ignored, "cce: a target outside [0, V) that is not ignore_index", mask=inside)
+        counts = counts & (ignored == 0)
+        tl.store(out + where, tl.where(counts, target, -1), mask=inside)
+        total += (counts & inside).to(tl.int32)
+    count = tl.sum(total, 0).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        target = tl.load(targets + where, mask=where < size, other=0).to(tl.int64)
+        used = ((target >= 0) & (target < v) & (target != ignore_index)).to(tl.float32)
+        tl.store(weights + where, tl.div_rn(used, count), mask=where < size)

@@ -3,6 +3,7 @@
 // Clusters take tiles of CLUSTER x 128 rows and 256 columns in turn, GROUP of them side by side along the rows.
 #include "columns.cuh"
 #include "rows16.cuh"
+#include "turns.cuh"
 
 struct Arguments {
     TensorMap e_map, c_map;  // boxes of 64 columns and 128, TILE_V / CLUSTER rows
@@ -14,39 +15,6 @@ struct Arguments {
     Formula formula;
     int N, V, D, first;
 };
-
-/// Row block and tile of a turn.
-struct Turn {
-    int row_block, tile;
-
-    __device__ __forceinline__ Turn(int turn, int blocks, int tiles) {
-        const int group = turn / (GROUP * tiles);
-        const int inside = turn - group * GROUP * tiles;
-        const int size = min(blocks - group * GROUP, GROUP);
-        row_block = group * GROUP + inside % size;
-        tile = inside / size;
-    }
-};
-
-/// The loading thread: boxes of e and c, in the order in which they are multiplied.
-__device__ __forceinline__ void load(const Arguments& x) {
-    const int rank = cluster_rank();
-    const int blocks = (x.N + CLUSTER * TILE_N - 1) / (CLUSTER * TILE_N);
-    const int tiles = (x.V + TILE_V - 1) / TILE_V;
-    const int steps = (x.D + DEPTH - 1) / DEPTH;
-    const Pipeline pipe;
-    Ring ring;
-    for (int turn = blockIdx.x / CLUSTER; turn < blocks * tiles; turn += gridDim.x / CLUSTER) {
-        const Turn at(turn, blocks, tiles);
-        const int row0 = (at.row_block * CLUSTER + rank) * TILE_N;
-        for (int step = 0; step < steps; ++step) {
-            const u32 full = pipe.claim(ring);
-            load_box(pipe.a(ring.stage), x.e_map, step * DEPTH, row0, full);
-            load_part(pipe.b(ring.stage), x.c_map, step * DEPTH, at.tile * TILE_V, full, rank);
-            ring.next();
-        }
-    }
-}
 
 /// Of 8 JB columns from accumulator j0 on the sums over the warp's 16 rows, into shared memory.
 template <int JB>
@@ -135,7 +103,7 @@ gradient_sm90(const __grid_constant__ Arguments x) {
     Pipeline().start();
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) load(x);
+        if (threadIdx.x < 32 && elected()) load_turns(x);
     } else {
         more_registers<CONSUMER_REGISTERS>();
         compute(x);

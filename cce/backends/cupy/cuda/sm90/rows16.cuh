@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../gradient.cuh"
+#include "../onepass.cuh"
 #include "ptx.cuh"
 
 /// Among four lanes: lane q's nth word becomes lane n's qth.
@@ -40,8 +41,8 @@ __device__ __forceinline__ void store_some(element* to, const u32 (&word)[4], in
 }
 
 /// Columns 8 j0 to 8 (j0 + JB) of the lane's two rows, from ``to[x] + 8 j0`` on where ``inside[x]``; a WHOLE tile, or
-/// no columns from ``to[x] + room`` on.
-template <int JB, bool WHOLE>
+/// no columns from ``to[x] + room`` on. In float16 if it is HALF, else in the products' dtype.
+template <int JB, bool WHOLE, bool HALF = false>
 __device__ __forceinline__ void store_rows(
     const float (&z)[32][4], int j0, element* const (&to)[2], int room, const bool (&inside)[2]) {
     static_assert(JB % 4 == 0, "a lane gets eight columns of four accumulators");
@@ -52,7 +53,10 @@ __device__ __forceinline__ void store_rows(
         for (int x = 0; x < 2; ++x) {
             u32 word[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) word[i] = pack(z[j + i][2 * x], z[j + i][2 * x + 1]);
+            for (int i = 0; i < 4; ++i) {
+                const float low = z[j + i][2 * x], high = z[j + i][2 * x + 1];
+                word[i] = HALF ? pack_half(low, high) : pack(low, high);
+            }
             transpose_quad(word);
             if (!inside[x]) continue;
             if constexpr (WHOLE)

@@ -1,0 +1,83 @@
+// q becomes the gradient of the logits, in place (onepass.cuh): dz = a p - sum_k g_k [j = target_k], p = q exp(m - lse).
+#include "gradient.cuh"
+
+struct ScaleArguments {
+    char* q;                            // (N, V), pitch; becomes dz, of the products' dtype
+    const float* tile_max;              // (T, N)
+    const float *lse, *target_logits;   // (N,), (N, K)
+    const long long* targets;           // (N, K)
+    const float *a, *g;                 // (N,) from ``stride_a`` to the next, (N, K); multiplied by the scale
+    long long N, V, K, pitch, tile, stride_a;  // tile: columns of one of tile_max
+};
+
+constexpr int EACH = DTYPE == FLOAT32 ? 4 : 8;  // columns of a thread: 16 bytes
+constexpr int ROWS = 8;                         // of a block
+
+__device__ __forceinline__ float from_half(unsigned word) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<half_word>(word)));
+    return value;
+}
+
+// A thread has EACH columns of ROWS rows. A row without a target, or whose a is 0, may hold NaN and gets zeros. At a target
+// p is made from the target's own logit, from which the loss is made; where that is -inf, the gradient is 0.
+extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_constant__ ScaleArguments p) {
+    const long long column = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * EACH;
+    if (column >= p.V) return;
+    const float* tile_max = p.tile_max + column / p.tile * p.N;
+    const long long row0 = static_cast<long long>(blockIdx.y) * ROWS;
+    uint4 words[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const long long row = row0 + r;
+        if (row < p.N) words[r] = *reinterpret_cast<const uint4*>(p.q + (row * p.pitch + column) * sizeof(element));
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        const long long row = row0 + r;
+        if (row >= p.N) break;
+        const float lse = p.lse[row], a = p.a[row * p.stride_a];
+        const float factor = exp2_of((finite(tile_max[row]) - lse) * LOG2E) * a;
+        const unsigned word[4] = {words[r].x, words[r].y, words[r].z, words[r].w};
+        float x[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+#if DTYPE == FLOAT32
+            x[i] = __uint_as_float(word[i]) * factor;
+#else
+            x[i] = from_half(word[i / 2] >> 16 * (i % 2) & 0xffff) * factor;
+#endif
+        }
+        bool used = false;
+        for (long long k = 0; k < p.K; ++k) {
+            const long long target = p.targets[row * p.K + k], at = target - column;
+            used |= target >= 0;
+            if (target < 0 || at < 0 || at >= EACH) continue;
+            const float own = exp2_of((p.target_logits[row * p.K + k] - lse) * LOG2E) * a;
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                if (i == at) x[i] = own;
+            }
+        }
+        for (long long k = 0; k < p.K; ++k) {
+            const long long target = p.targets[row * p.K + k], at = target - column;
+            if (target < 0 || at < 0 || at >= EACH || p.target_logits[row * p.K + k] == NEG_INF) continue;
+            const float g = p.g[row * p.K + k];
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                if (i == at) x[i] -= g;
+            }
+        }
+        if (!used || a == 0) {
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) x[i] = 0;
+        }
+        uint4 out;
+#if DTYPE == FLOAT32
+        out = make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+#else
+        out = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+#endif
+        *reinterpret_cast<uint4*>(p.q + (row * p.pitch + column) * sizeof(element)) = out;
+    }
+}

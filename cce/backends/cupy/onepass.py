@@ -1,0 +1,123 @@
+"""Loss and gradients in one pass: the kernels of small.cu, targets.cu, store.cu, scale.cu and multiply.cu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce.backends.cupy.gpu import Gpu
+from cce.backends.cupy.module import Variant
+from cce.backends.cupy.repeat import Repeated
+from cce.backends.cupy.variants import (
+    THREADS,
+    TILE_N,
+    TILE_V,
+    multiply_variant,
+    scale_variant,
+    small_variant,
+    store_variant,
+    targets_variant,
+)
+from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.sizes import cdiv
+
+_WIDE = 1024  # threads of the kernels of small.cu
+_ROWS_JOINED, _ROWS_SCALED = 32, 8  # of a block of threads
+#: Arguments of the kernels: q an address or a count, i an int, f a float; the formula is two floats.
+LAYOUTS = {
+    "prepare": "6q", "join": "8q", "value": "6q", "scale": "13q", "multiply": "5q", "targets": "9q2f1q2iq",
+    "store": "2qi4x2qi4xqqqqq2f2i",
+}  # fmt: skip
+
+
+class PortableOnePass(OnePassKernels):
+    """On every GPU."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[Any, ...], Repeated] = {}
+
+    def columns(self, dtype: torch.dtype) -> int:
+        return TILE_V
+
+    def _launch(self, key: tuple[Any, ...], name: str, variant: Variant, threads: int) -> Repeated:
+        """A kernel that was not launched before; later calls find it under ``key``."""
+        found = self._kernels[key] = Repeated(variant, threads, LAYOUTS[name])
+        return found
+
+    def prepare(self, targets: Tensor, v: int, ignore_index: int, out: Tensor, weights: Tensor | None) -> None:
+        dtype = targets.dtype
+        key = ("prepare", dtype, targets.get_device())
+        launch = self._kernels.get(key) or self._launch(
+            key, "prepare", small_variant(Gpu.current(), "prepare", dtype), _WIDE
+        )
+        count = targets.numel()
+        blocks = 1 if weights is not None else max(1, min(64, cdiv(count, _WIDE)))
+        to = 0 if weights is None else weights.data_ptr()
+        launch(blocks, 1, targets.data_ptr(), out.data_ptr(), to, count, v, ignore_index)
+
+    def target_logits(
+        self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor, used_e: Tensor | None
+    ) -> None:
+        n, k = targets.shape
+        bias, scale = formula.bias, formula.scale
+        key = ("targets", e.dtype, c.dtype, bias is None, scale == 1.0, used_e is None, e.get_device())
+        launch = self._kernels.get(key) or self._launch(
+            key, "targets", targets_variant(Gpu.current(), e.dtype, c.dtype, formula, used_e is not None), THREADS
+        )
+        launch(
+            cdiv(n * k, THREADS // 32), 1, e.data_ptr(), c.data_ptr(), *e.stride(), *c.stride(),
+            0 if bias is None else bias.data_ptr(), targets.data_ptr(), out.data_ptr(), scale, 0.0, n * k, e.shape[1],
+            k, 0 if used_e is None else used_e.data_ptr(),
+        )  # fmt: skip
+
+    def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
+        (n, d), v, bias, size = e.shape, len(c), formula.bias, e.element_size()
+        key = ("store", e.dtype, bias is None, formula.scale == 1.0, formula.ieee, e.get_device())
+        launch = self._kernels.get(key) or self._launch(
+            key, "store", store_variant(Gpu.current(), e.dtype, formula), THREADS
+        )
+        launch(
+            cdiv(n, TILE_N) * cdiv(v, TILE_V), 1, e.data_ptr(), e.stride(0) * size, d * size, c.data_ptr(),
+            c.stride(0) * size, d * size, 0 if bias is None else bias.data_ptr(), q.data_ptr(), q.stride(0),
+            tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, 0.0, n, v,
+        )  # fmt: skip
+
+    def join(self, tile_max: Tensor, tile_sum: Tensor, target_logits: Tensor, targets: Tensor, lse: Tensor) -> None:
+        n, k = targets.shape
+        key = ("join", targets.get_device())
+        launch = self._kernels.get(key) or self._launch(key, "join", small_variant(Gpu.current(), "join"), _WIDE)
+        launch(
+            cdiv(n, _ROWS_JOINED), 1, tile_max.data_ptr(), tile_sum.data_ptr(), target_logits.data_ptr(),
+            targets.data_ptr(), lse.data_ptr(), n, k, len(tile_max),
+        )  # fmt: skip
+
+    def scale(
+        self, q: Tensor, tile_max: Tensor, lse: Tensor, target_logits: Tensor, targets: Tensor, a: Tensor, g: Tensor
+    ) -> None:
+        (n, v), dtype, size = q.shape, q.dtype, q.element_size()
+        key = ("scale", dtype, q.get_device())
+        launch = self._kernels.get(key) or self._launch(key, "scale", scale_variant(Gpu.current(), dtype), THREADS)
+        launch(
+            cdiv(v, THREADS * (16 // size)), cdiv(n, _ROWS_SCALED), q.data_ptr(), tile_max.data_ptr(), lse.data_ptr(),
+            target_logits.data_ptr(), targets.data_ptr(), a.data_ptr(), g.data_ptr(), n, v, g.shape[1], q.stride(0),
+            self.columns(dtype), a.stride(0),
+        )  # fmt: skip
+
+    def value(self, weights: Tensor, lse: Tensor, target_logits: Tensor, out: Tensor) -> None:
+        key = ("value", weights.get_device())
+        launch = self._kernels.get(key) or self._launch(key, "value", small_variant(Gpu.current(), "value"), _WIDE)
+        n, k = weights.shape
+        launch(1, 1, weights.data_ptr(), lse.data_ptr(), target_logits.data_ptr(), out.data_ptr(), n * k, k)
+
+    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
+        other = x.dtype if y is None else y.dtype
+        key = ("multiply", x.dtype, other, x.get_device())
+        launch = self._kernels.get(key) or self._launch(
+            key, "multiply", multiply_variant(Gpu.current(), x.dtype, other), THREADS
+        )
+        first, (to, second) = x.numel(), (0, 0) if y is None else (y.data_ptr(), y.numel())
+        blocks = max(1, min(1024, cdiv(max(first, second), 8 * THREADS)))
+        launch(blocks, 1, x.data_ptr(), to, factor.data_ptr(), first, second)

@@ -1,0 +1,45 @@
+"""Kernels of a few microseconds: what their launches have in common is made once.
+
+Their argument is one struct of numbers, whose places a format of the module ``struct`` tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from typing import Any
+
+import torch
+
+from cce.backends.cupy.module import Variant, function
+
+
+class Repeated:
+    """A kernel on the device that is current when this is made, to be launched with any arguments.
+
+    Args:
+        variant: the kernel.
+        threads: of a block.
+        layout: of its argument, fields in their order, with all padding: as ``struct.Struct`` takes it.
+    """
+
+    def __init__(self, variant: Variant, threads: int, layout: str) -> None:
+        from cupy.cuda import driver
+
+        packer = struct.Struct("<" + layout)
+        # The driver copies as many bytes as the kernel says; a struct of tensor maps is a multiple of 64.
+        self._memory = bytearray(-(-packer.size // 64) * 64)
+        self._pack, self._lock = packer.pack_into, threading.Lock()
+        self._view = ctypes.c_char.from_buffer(self._memory)
+        self._places = (ctypes.c_void_p * 1)(ctypes.addressof(self._view))
+        self._address, self._launch = ctypes.addressof(self._places), driver.launchKernel
+        self._function, self._threads, self._shared = function(variant), threads, variant.shared
+        self._device = torch.cuda.current_device()
+
+    def __call__(self, x: int, y: int, *values: Any) -> None:
+        """Launches x times y blocks on torch's current stream."""
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        with self._lock:  # autograd's threads may come at the same time
+            self._pack(self._memory, 0, *values)
+            self._launch(self._function, x, y, 1, self._threads, 1, 1, self._shared, stream, self._address, 0)

@@ -1,0 +1,18 @@
+"""The current device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device: that of ``x``, in this context. Most often it is already."""
+    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
+        return _HERE
+    return torch.cuda.device_of(x)

@@ -1,0 +1,124 @@
+"""Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four.
+
+The order of docs/decisions/0003; with kernels for whatever would be an operation of its own (onepass_kernels.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.operands import aligned, is_aligned
+from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
+from cce.backends.scaling import norm_of, scaled
+from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.spec import Spec
+
+
+def serves(problem: Problem, spec: Spec) -> bool:
+    """Whether there is such a pass for a problem, and it is the better way; from metadata alone."""
+    plain = spec.filter == "none" and problem.softcap is None and not problem.outputs
+    # The products of the library need factors of one dtype; where c is the narrower, it would have to be copied.
+    return plain and problem.c_dtype == problem.dtype and logits_bytes(problem) <= spec.scratch_bytes
+
+
+def loss_and_gradients(
+    kernels: OnePassKernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+    """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``; every row of ``e`` is given."""
+    n, v, k, dtype = problem.n, problem.v, problem.k, problem.dtype
+    e, c, targets = aligned(inputs.e, dtype), inputs.c, inputs.targets.contiguous()
+    bias = None if inputs.bias is None else inputs.bias.to(torch.float32).contiguous()
+    ieee = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    formula = Formula(bias, problem.logit_scale, None, ieee)
+    tiles = cdiv(v, kernels.columns(dtype))
+
+    weights = weights.contiguous()
+    a, g, norm = _factors(problem, weights)
+    target_logits = e.new_empty((n, k), dtype=torch.float32)
+    # A row without a target may hold NaN: the product for dC has zeros there.
+    used = e.new_empty((n, problem.d)) if problem.grad_c else None
+    kernels.target_logits(e if e is inputs.e else e[:, : problem.d], c, targets, formula, target_logits, used)
+    tile_max, tile_sum = e.new_empty((2, tiles, n), dtype=torch.float32).unbind()
+    lse, dz = e.new_empty(n, dtype=torch.float32), e.new_empty((n, pitch(v)))
+    dz = dz if dz.shape[1] == v else dz[:, :v]
+    _store(kernels, problem, spec, e, c, formula, dz, tile_max, tile_sum)
+    kernels.join(tile_max, tile_sum, target_logits, targets, lse)
+    kernels.scale(dz, tile_max, lse, target_logits, targets, a, g)
+    return Outputs(lse, target_logits), _products(problem, dz, c, used, norm)
+
+
+def _factors(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """a (N,) and g (N, K), times the logit scale, and what they have been divided by."""
+    a = weights[:, 0] if problem.k == 1 else weights.sum(1)
+    if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
+        return a, weights, None
+    upstream = Upstream(a, weights)
+    norm = norm_of(upstream, problem.dtype)
+    upstream = scaled(upstream, problem.logit_scale, norm)
+    return upstream.a, upstream.g, norm
+
+
+def _store(
+    kernels: OnePassKernels,
+    problem: Problem,
+    spec: Spec,
+    e: Tensor,
+    c: Tensor,
+    formula: Formula,
+    q: Tensor,
+    tile_max: Tensor,
+    tile_sum: Tensor,
+) -> None:
+    """q of the whole vocabulary: at once, or in windows of aligned copies of the rows of ``c``."""
+    if is_aligned(c, problem.dtype):
+        kernels.store(e, c, formula, q, tile_max, tile_sum)
+        return
+    columns, row_bytes = kernels.columns(problem.dtype), padded(problem.d, problem.dtype) * problem.dtype.itemsize
+    for v0, v1 in windows(problem.v, columns, row_bytes, max(1, spec.scratch_bytes - logits_bytes(problem))):
+        bias = None if formula.bias is None else formula.bias[v0:v1]
+        rows, part = aligned(c[v0:v1], problem.dtype), slice(v0 // columns, cdiv(v1, columns))
+        kernels.store(e, rows, replace(formula, bias=bias), q[:, v0:v1], tile_max[part], tile_sum[part])
+
+
+def _products(problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None) -> Gradients[Tensor]:
+    """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
+    de = torch.mm(dz, c).to(problem.e_dtype) if problem.grad_e else None
+    dc = None if e is None else torch.mm(dz.T, e)
+    dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
+    if norm is not None:
+        for x in (de, dc, dbias):
+            if x is not None:
+                x.mul_(norm)
+    return Gradients(de, dc, dbias)
+
+
+def prepared(
+    kernels: OnePassKernels, targets: Tensor, v: int, ignore_index: int, mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(N, 1) the targets of all tokens as backends take them, and their weights in a mean if they are wanted."""
+    targets = targets.contiguous()
+    size = (targets.numel(), 1)
+    out = targets.new_empty(size, dtype=torch.int64)
+    weights = targets.new_empty(size, dtype=torch.float32) if mean else None
+    kernels.prepare(targets, v, ignore_index, out, weights)
+    return out, weights
+
+
+def value(kernels: OnePassKernels, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+    """``sum_ik weights_ik (lse_i - z[i, targets_ik])``, float32."""
+    found = outputs.lse.new_empty(())
+    kernels.value(weights.contiguous(), outputs.lse, outputs.target_logits, found)
+    return found
+
+
+def multiply(kernels: OnePassKernels, gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies each in place by ``factor``; nothing is read or written where that is 1."""
+    found = [x for x in gradients if x.numel()]
+    for first, second in zip(found[::2], [*found[1::2], None], strict=False):
+        kernels.multiply(first, second, factor)

@@ -1,0 +1,128 @@
+"""The kernels of a pass that computes gradients along with the loss: they compile, and take what Python gives them."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from compiling import GPUS, compiled, cubin
+
+from cce.backends.cupy import onepass, sm90, variants
+from cce.backends.cupy import sources as source_files
+from cce.backends.cupy.gpu import Gpu
+from cce.backends.cupy.module import Variant
+from cce.backends.gpu.kernels import Formula
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BIAS = torch.zeros(1)
+PLAIN, BOTH, IEEE = Formula(None, 1.0, None, False), Formula(BIAS, 0.5, None, False), Formula(BIAS, 0.5, None, True)
+
+
+def portable(gpu: Gpu) -> dict[str, Variant]:
+    """Every kernel, with every option at the ends of the dtypes."""
+    return {
+        "store": variants.store_variant(gpu, BF16, PLAIN),
+        "store half": variants.store_variant(gpu, F16, BOTH),
+        "store tf32": variants.store_variant(gpu, F32, PLAIN),
+        "store ieee": variants.store_variant(gpu, F32, IEEE),
+        **{f"scale {dtype}": variants.scale_variant(gpu, dtype) for dtype in (BF16, F16, F32)},
+        **{
+            f"prepare {dtype}": variants.small_variant(gpu, "prepare", dtype)
+            for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        },
+        "join": variants.small_variant(gpu, "join"),
+        "value": variants.small_variant(gpu, "value"),
+        "multiply": variants.multiply_variant(gpu, BF16, F32),
+        "multiply others": variants.multiply_variant(gpu, F16, BF16),
+        "targets": variants.targets_variant(gpu, F16, F16, BOTH, True),
+    }
+
+
+SETTINGS = {name: portable(gpu) for name, gpu in GPUS.items()}
+SM90 = {
+    "plain": sm90.variant_of("store", 2, BF16, PLAIN, {}, 0),
+    "every option": sm90.variant_of("store", 1, F16, BOTH, {}, 0),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", SETTINGS["sm_80"])
+def test_compiles_without_spills(gpu: str, name: str) -> None:
+    variant = SETTINGS[gpu][name]
+    found = compiled(variant)
+    threads = onepass.THREADS if variant.file != "small.cu" else 1024
+    blocks = dict(variant.macros).get("BLOCKS_AT_ONCE", 1)
+    assert found.local == 0 and found.stack <= (16 if "prepare" in name else 0)  # where an assertion's call returns to
+    assert found.registers * threads * blocks <= 65536
+    assert blocks * (found.shared + variant.shared + 1024) <= GPUS[gpu].shared + blocks * 1024
+
+
+@pytest.mark.parametrize("name", SM90)
+def test_hoppers_compiles_without_spills_to_its_instructions(name: str) -> None:
+    found = compiled(SM90[name], disassemble=True)
+    assert (found.stack, found.local) == (0, 0)
+    assert found.registers <= 168
+    assert "HGMMA.64x256x16.F32" in found.instructions
+    assert ("UTMALDG.2D.MULTICAST" in found.instructions) == (name == "plain")
+    assert "F2FP.F16.F32" in found.instructions  # q is float16, of bfloat16 factors, too
+    assert found.shared + SM90[name].shared <= 232448
+
+
+LAYOUTS = {
+    **{name: (SETTINGS["sm_90"][f"{name}{more}"], layout, f"{name.capitalize()}Arguments") for name, more, layout in (
+        (name, " torch.int64" if name == "prepare" else " torch.bfloat16" if name == "scale" else "", layout)
+        for name, layout in onepass.LAYOUTS.items()
+    )},
+    "store_sm90": (SM90["plain"], sm90.STORE_LAYOUT, "Arguments"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_arguments_lie_where_the_kernel_looks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler compares the places of all numbers, in their order, and the size."""
+    variant, layout, kind = LAYOUTS[name]
+    text = source_files.source(variant.file)
+    fields = _fields(text, kind)
+    where = "__INTADDR__(&(static_cast<{}*>(nullptr)->{}))"
+    lines = [
+        f"static_assert({where.format(kind, field)} == {place});"
+        for field, place in zip(fields, _places(layout), strict=True)
+    ]
+    size = struct.calcsize("<" + layout)
+    lines.append(f"static_assert(sizeof({kind}) == {-(-size // 64) * 64 if '128s' in layout else size});")
+    monkeypatch.setattr("compiling.source", lambda file: text + "\n" + "\n".join(lines))
+    cubin.__wrapped__(replace(variant))
+
+
+def _fields(text: str, kind: str) -> list[str]:
+    """Names of a struct's numbers, in their order; those of a struct inside after its name and a dot."""
+    inner = {
+        "Matrix": ["data", "pitch", "bytes"], "Formula": ["scale", "softcap"], "TileSums": ["max", "sum"],
+    }  # fmt: skip
+    body = re.search(rf"struct {kind} {{\n(.*?)\n}};", text, re.DOTALL)
+    assert body is not None
+    found = []
+    for line in body[1].splitlines():
+        line = re.sub(r" *//.*", "", line).replace("*", " ").replace("const ", "").strip()
+        kinds, names = re.fullmatch(r"((?:long )*\w+) +(.*);", line).groups()  # type: ignore[union-attr]
+        for name in names.split(","):
+            found += [f"{name.strip()}.{more}" for more in inner[kinds]] if kinds in inner else [name.strip()]
+    return found
+
+
+def _places(layout: str) -> list[int]:
+    """Where each number begins."""
+    found, place = [], 0
+    for count, code in re.findall(r"(\d*)([a-z])", layout):
+        if code == "s":
+            found.append(place)
+            place += int(count)
+            continue
+        for _ in range(int(count or 1)):
+            if code != "x":
+                found.append(place)
+            place += {"q": 8, "i": 4, "f": 4, "x": 1}[code]
+    return found

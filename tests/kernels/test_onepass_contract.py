@@ -1,0 +1,90 @@
+"""The cases of the contract of a pass with gradients run, and tell right kernels from wrong ones."""
+
+from __future__ import annotations
+
+import onepass_contract
+import pytest
+import torch
+from onepass_contract import CASES
+from plain_onepass import PlainOnePass
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_plain_kernels_meet_it(case):
+    _, passed, message = onepass_contract.run_case(PlainOnePass(128), case)
+    assert passed, message
+
+
+class MaximumForgotten(PlainOnePass):
+    """q is taken about 0."""
+
+    def store(self, e, c, formula, q, tile_max, tile_sum):
+        super().store(e, c, formula, q, tile_max, tile_sum)
+        tile_max.zero_()
+
+
+class LastTileDropped(PlainOnePass):
+    """lse does without the last tile."""
+
+    def join(self, tile_max, tile_sum, target_logits, targets, lse):
+        super().join(tile_max[:-1], tile_sum[:-1], target_logits, targets, lse)
+
+
+class OneTarget(PlainOnePass):
+    """Of a row's targets the first alone is looked at."""
+
+    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
+        super().scale(q, tile_max, lse, target_logits[:, :1], targets[:, :1], a, g)
+
+
+class NanKept(PlainOnePass):
+    """Rows without a target are scaled as others."""
+
+    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
+        super().scale(q, tile_max, lse, target_logits, targets.clamp(min=0), a, g)
+
+
+class TargetsOfQ(PlainOnePass):
+    """A masked target has a gradient."""
+
+    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
+        super().scale(q, tile_max, lse, target_logits.clamp(min=-1e4), targets, a, g)
+
+
+class CopiesAll(PlainOnePass):
+    """Rows without a target are copied, too."""
+
+    def target_logits(self, e, c, targets, formula, out, used_e):
+        super().target_logits(e, c, targets, formula, out, used_e)
+        used_e.copy_(e)
+
+
+class CountsAll(PlainOnePass):
+    """A mean is over ignored targets, too."""
+
+    def prepare(self, targets, v, ignore_index, out, weights):
+        super().prepare(targets, v, ignore_index, out, weights)
+        if weights is not None:
+            weights.fill_(1 / out.numel())
+
+
+class OtherBits(PlainOnePass):
+    """A sum in an order of its own."""
+
+    def value(self, weights, lse, target_logits, out):
+        super().value(weights, lse, target_logits, out)
+        out.mul_(1 + 1e-6 * torch.rand(()))
+
+
+MUTANTS = {
+    MaximumForgotten: "plain", LastTileDropped: "aligned sizes", OneTarget: "float16 k3", NanKept: "nan rows",
+    TargetsOfQ: "masked", CopiesAll: "nan rows", CountsAll: "plain", OtherBits: "plain",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_mutants_do_not(mutant):
+    case = next(case for case in CASES if case.name == MUTANTS[mutant])
+    assert not onepass_contract.run_case(mutant(128), case)[1], mutant.__doc__
