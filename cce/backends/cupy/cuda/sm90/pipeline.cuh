@@ -81,7 +81,9 @@ struct Pipeline {
     /// By a warp of the multipliers: the message that comes with the stage, when it is there.
     __device__ __forceinline__ int2 read_message(const Ring& ring) const {
         barrier_wait(full(ring.stage), ring.parity);
-        return load_shared_two(message(ring.stage));
+        const int2 found = load_shared_two(message(ring.stage));
+        __syncwarp();  // all lanes have read it, when one of them gives the stage back for the next to be written
+        return found;
     }
 
     /// By a warp: its warpgroup has read the stage for the last time, here and what came from the other blocks.
