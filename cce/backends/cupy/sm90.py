@@ -16,7 +16,7 @@ from cce.backends.cupy import arguments as structs
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
 from cce.backends.cupy.module import Variant
-from cce.backends.cupy.portable import PortableKernels
+from cce.backends.cupy.portable import PortableKernels, rows_of_places
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
@@ -170,7 +170,7 @@ class Sm90Kernels(PortableKernels):
 def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
     plan, gathered = live.plan, live.order is not None
     blocks, tiles = plan.tile_list.shape
-    row_of = torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
+    row_of = rows_of_places(live)
     arguments = LiveArguments(
         e_map=boxes(live.e, 64), c_map=boxes(live.c, 64), dz_map=boxes(live.dz.view(-1, BLOCK), 64),
         plan=PlanArguments(

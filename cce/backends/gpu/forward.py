@@ -139,6 +139,8 @@ def _prediction(call: Call, split_max: Tensor, best: Tensor, in_use: Tensor) -> 
 
 def _fill(call: Call, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:
     """The map the backward reads: exp(tile_lse - lse), negated where the filter's quantity exceeds the threshold."""
+    if call.kernels.fill_maps(call.problem, call.spec, lse, in_use, tiles, maps):
+        return
     assert maps.tile_mass is not None and call.spec.threshold is not None
     least, shift = lse + math.log(call.spec.threshold), _finite(lse)
     step = max(1, call.spec.scratch_bytes // (32 * call.problem.n))

@@ -25,8 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cce.backends.gpu import plan as plans
+from cce.backends.gpu import work as works
 from cce.backends.gpu.plan import Plan
-from cce.problem import Maps, Problem
+from cce.backends.gpu.work import Work
+from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 
@@ -146,6 +149,7 @@ class Live:
         mass_e: (T, D) float32: added to every entry's row of dC, over the number of its block's columns; None: nothing.
         mass: (T,) float32, likewise for dbias.
         norm: a tensor of one float32, or None.
+        row_of: (N,) int32, ``row_order``, or -1 where ``keep`` is False; or None.
     """
 
     plan: Plan
@@ -165,6 +169,7 @@ class Live:
     mass_e: Tensor | None
     mass: Tensor | None
     norm: Tensor | None
+    row_of: Tensor | None = None
 
 
 class Kernels(ABC):
@@ -280,3 +285,56 @@ class Kernels(ABC):
             Whether it did; if not, the library does.
         """
         return False
+
+    # What follows is the library's: small operations, some hundred of them in a filtered step.
+
+    def fill_maps(
+        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
+    ) -> bool:
+        """Fills the maps with what the backward reads, from the blocks' statistics, which may be overwritten.
+
+        The mass exp(tile_lse - lse) (lse = 0 where it is -inf); negated, and at least ``LEAST_HIT``, where the filter's
+        quantity (``tiles.max``, or else ``tiles.lse``) exceeds lse + log threshold. 0 of rows not in use.
+
+        Args:
+            lse: (N,) float32. in_use: (N,) bool.
+
+        Returns:
+            Whether it did; if not, the library does.
+        """
+        return False
+
+    def work_list(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Work:
+        """The rows' order and the live tiles, as :func:`cce.worklist.live_blocks` finds them; ``rows``: the places."""
+        return Work.of(inputs, problem, spec, maps, upstream)
+
+    def plan(self, live: Tensor, slots: int, pack: int) -> Plan:
+        """What :func:`cce.backends.gpu.plan.make` makes of the live tiles (T, B)."""
+        return plans.make(live, slots, pack)
+
+    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor, out: Tensor) -> None:
+        """out_i = e[row_order_i], 0 where ``keep`` of that row is False.
+
+        Args:
+            e: (N, D) aligned; row_order: (rows,) int64, some of the rows; keep: (N,) bool.
+            out: (rows, D) contiguous, in the dtype of ``e``.
+        """
+        works.gather_rows(e, row_order, keep, out)
+
+    def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
+        """out[row_order_i] = total_i norm, rounded.
+
+        Args:
+            total: (N, D) float32, the first columns of aligned rows; may be overwritten. norm: one float32, or None.
+            row_order: (N,) int64; out: (N, D) contiguous, in any of the three dtypes.
+        """
+        step = max(1, spec.scratch_bytes // (8 * total.shape[1]))
+        works.scatter_rows(total, norm, row_order, step, out)
