@@ -89,6 +89,8 @@ class IdleKernels(PlainKernels):
 
     mean_rows = Kernels.mean_rows  # the library's
     dead_mass = Kernels.dead_mass
+    fill_maps = Kernels.fill_maps
+    work_list = Kernels.work_list
 
     def live(self, *arguments: Any) -> Callable[[int], None]:
         return lambda k: None

@@ -13,7 +13,7 @@ from cce.backends.gpu.compensation import Dead, compensation
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
 from cce.backends.gpu.kernels import Kernels, Live
 from cce.backends.gpu.operands import Call, aligned
-from cce.backends.gpu.sizes import row_blocks, slot_bytes
+from cce.backends.gpu.sizes import copied_in_scratch, row_blocks, slot_bytes
 from cce.backends.gpu.sorted_rows import SortedRows
 from cce.backends.gpu.work import Work
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
@@ -60,7 +60,7 @@ def _live_tiles(
 ) -> None:
     """Adds to dE, and writes dC and dbias: every chunk there may be, of which most find nothing to do."""
     problem, spec = call.problem, call.spec
-    left = spec.scratch_bytes - (0 if rows.e is None else rows.e.nbytes)
+    left = spec.scratch_bytes - copied_in_scratch(problem, spec)
     slots = max(left // slot_bytes(problem, spec), 2 * row_blocks(problem, spec))
     plan = call.kernels.plan(work.live, slots, call.sizes.pack)
     slots = plan.max_items

@@ -14,6 +14,8 @@ BLOCKS_N = (16, 32, 64, 128)
 BLOCKS_V = (16, 32, 64, 128, 256)
 #: Columns of the narrowest chunk of the exact backward: no tile of it may be wider.
 LEAST_COLUMNS = 256
+#: Bytes held beside the gradients up to which a copy of ``e`` may be among them that is no part of the scratch memory.
+MOST_BESIDE = 128 * 2**20
 #: Bytes, of the rows of an operand.
 ALIGNMENT = 16
 
@@ -104,10 +106,30 @@ def busiest_splits(blocks: int, tiles: int, programs: int, most: int) -> int:
     return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
 
 
+def copied_in_scratch(problem: Problem, spec: Spec) -> int:
+    """Bytes of the scratch memory that a copy of the rows of ``e`` takes: two thirds of it at most, or none."""
+    copy = _rows_bytes(problem)
+    fits = 3 * copy <= 2 * spec.scratch_bytes and copy + least_scratch(problem, spec) <= spec.scratch_bytes
+    return copy if fits else 0
+
+
 def rows_are_copied(problem: Problem, spec: Spec) -> bool:
-    """Whether a filtered backward has the rows of ``e`` in the work list's order: half of the scratch holds a copy."""
-    copy = problem.n * padded(problem.d, problem.dtype) * problem.dtype.itemsize
-    return 2 * copy <= spec.scratch_bytes and copy + least_scratch(problem, spec) <= spec.scratch_bytes
+    """Whether a filtered backward has a copy of the rows of ``e`` in the work list's order.
+
+    In the scratch memory; or beside it, up to twice as large, while all that is held beside the gradients (which is the
+    float32 dE, and of each vocabulary block a row of dC, but not yet dE) stays within :data:`MOST_BESIDE`.
+    """
+    if copied_in_scratch(problem, spec):
+        return True
+    copy, scratch, width = _rows_bytes(problem), spec.scratch_bytes, padded(problem.d, problem.dtype)
+    sums = (problem.n * problem.grad_e + spec.tiles(problem.v) * problem.grad_c * spec.compensate) * width * 4
+    results = problem.n * problem.d * problem.e_dtype.itemsize * problem.grad_e
+    return copy <= 2 * scratch and scratch + copy + sums - results <= MOST_BESIDE
+
+
+def _rows_bytes(problem: Problem) -> int:
+    """Of aligned rows of ``e``."""
+    return problem.n * padded(problem.d, problem.dtype) * problem.dtype.itemsize
 
 
 def padded(d: int, dtype: torch.dtype) -> int:

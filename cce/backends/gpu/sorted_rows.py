@@ -26,7 +26,7 @@ class SortedRows:
 
     @classmethod
     def of(cls, call: Call, row_order: Tensor, keep: Tensor) -> SortedRows:
-        """A copy of all, if the scratch memory has room for it."""
+        """A copy of all, if there is room for it."""
         rows = cls(call, row_order, keep, None)
         return replace(rows, e=rows.part(0, len(keep))) if rows_are_copied(call.problem, call.spec) else rows
 
