@@ -22,14 +22,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from cce.backends.gpu import plan as plans
-from cce.backends.gpu import work as works
+from cce.backends.gpu.library import LibraryOperations
 from cce.backends.gpu.plan import Plan
-from cce.backends.gpu.work import Work
-from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.problem import Problem
 from cce.spec import Spec
 
 
@@ -172,7 +169,7 @@ class Live:
     row_of: Tensor | None = None
 
 
-class Kernels(ABC):
+class Kernels(LibraryOperations, ABC):
     """What a backend implements; ``problem`` and the resolved ``spec`` are those of the call."""
 
     @abstractmethod
@@ -239,19 +236,6 @@ class Kernels(ABC):
                 it is rounded.
         """
 
-    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
-        """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
-
-        Not abstract: this is the library's, which on a GPU takes about three times as long as reading ``c`` once.
-
-        Args:
-            c: (V, D) aligned; order: (V,) int64 or None; out: contiguous, in the products' dtype.
-        """
-        assert spec.block_v is not None
-        entries = torch.arange(problem.v, device=c.device) if order is None else order
-        first = torch.arange(0, problem.v, spec.block_v, device=c.device)
-        out.copy_(torch.nn.functional.embedding_bag(entries, c, first, mode="mean"))
-
     @abstractmethod
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         """A function that does all work of a chunk, by number: dx into its slots, then de, dc and dbias.
@@ -259,82 +243,3 @@ class Kernels(ABC):
         It is called for every chunk of the plan, in ascending order; most find nothing to do. What costs time on the
         host is to be done once, here.
         """
-
-    def dead_mass(
-        self,
-        problem: Problem,
-        spec: Spec,
-        rows: Rows,
-        maps: Maps[Tensor],
-        row_order: Tensor,
-        live: Tensor,
-        first: int,
-        out: Tensor,
-    ) -> bool:
-        """Fills ``out`` with the sums of dx over the columns of dead tiles, 0 of live ones; or leaves it.
-
-        ``softcap'(zbar) p (a + h (tile_entropy - log p - H))``, p the tile's mass; zbar, the log of its mean exp(z),
-        stands for its logits.
-
-        Args:
-            rows, maps: by row of the problem.
-            row_order: (N,) int64; live: (T, B) bool, contiguous.
-            first: vocabulary block of the first row of ``out`` (blocks, N), whose columns are in ``row_order``.
-
-        Returns:
-            Whether it did; if not, the library does.
-        """
-        return False
-
-    # What follows is the library's: small operations, some hundred of them in a filtered step.
-
-    def fill_maps(
-        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
-    ) -> bool:
-        """Fills the maps with what the backward reads, from the blocks' statistics, which may be overwritten.
-
-        The mass exp(tile_lse - lse) (lse = 0 where it is -inf); negated, and at least ``LEAST_HIT``, where the filter's
-        quantity (``tiles.max``, or else ``tiles.lse``) exceeds lse + log threshold. 0 of rows not in use.
-
-        Args:
-            lse: (N,) float32. in_use: (N,) bool.
-
-        Returns:
-            Whether it did; if not, the library does.
-        """
-        return False
-
-    def work_list(
-        self,
-        inputs: Inputs[Tensor],
-        problem: Problem,
-        spec: Spec,
-        rows: Rows,
-        maps: Maps[Tensor],
-        upstream: Upstream[Tensor],
-    ) -> Work:
-        """The rows' order and the live tiles, as :func:`cce.worklist.live_blocks` finds them; ``rows``: the places."""
-        return Work.of(inputs, problem, spec, maps, upstream)
-
-    def plan(self, live: Tensor, slots: int, pack: int) -> Plan:
-        """What :func:`cce.backends.gpu.plan.make` makes of the live tiles (T, B)."""
-        return plans.make(live, slots, pack)
-
-    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor, out: Tensor) -> None:
-        """out_i = e[row_order_i], 0 where ``keep`` of that row is False.
-
-        Args:
-            e: (N, D) aligned; row_order: (rows,) int64, some of the rows; keep: (N,) bool.
-            out: (rows, D) contiguous, in the dtype of ``e``.
-        """
-        works.gather_rows(e, row_order, keep, out)
-
-    def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
-        """out[row_order_i] = total_i norm, rounded.
-
-        Args:
-            total: (N, D) float32, the first columns of aligned rows; may be overwritten. norm: one float32, or None.
-            row_order: (N,) int64; out: (N, D) contiguous, in any of the three dtypes.
-        """
-        step = max(1, spec.scratch_bytes // (8 * total.shape[1]))
-        works.scatter_rows(total, norm, row_order, step, out)
