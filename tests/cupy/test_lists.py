@@ -29,7 +29,10 @@ def variants(gpu: Gpu) -> dict[str, tuple[Variant, int]]:
     }
     found |= {f"scatter {dtype}": (rows.rows_variant(gpu, "scatter", dtype), 128) for dtype in (BF16, F16, F32)}
     found |= {f"fill {half}": (rows.rows_variant(gpu, "fill", half=half), 256) for half in (False, True)}
-    return found | {"gather": (rows.rows_variant(gpu, "gather"), 128)}
+    return found | {
+        "gather": (rows.rows_variant(gpu, "gather"), 128),
+        "join": (rows.rows_variant(gpu, "join"), 64),
+    }
 
 
 VARIANTS = {name: variants(gpu) for name, gpu in GPUS.items()}
@@ -55,7 +58,7 @@ def test_rows_are_moved_sixteen_bytes_at_a_time() -> None:
 STRUCTS = {
     worklist.WorkArguments: ("worklist.cu", "hits half"), worklist.PlanArguments: ("plan.cu", "items"),
     rows.GatherArguments: ("rows.cu", "gather"), rows.ScatterArguments: ("rows.cu", "gather"),
-    rows.FillArguments: ("rows.cu", "gather"),
+    rows.FillArguments: ("rows.cu", "gather"), rows.JoinArguments: ("rows.cu", "gather"),
 }  # fmt: skip
 
 

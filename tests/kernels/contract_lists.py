@@ -11,7 +11,7 @@ from plain import PlainKernels
 from plans import NOBODY, make_plan, random_live, random_maps
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Kernels, Rows, Tiles
+from cce.backends.gpu.kernels import Kernels, Rows, Splits, Tiles
 from cce.backends.gpu.sizes import cdiv
 from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
@@ -125,6 +125,29 @@ class Lists:
         out = found.new("rows", (n, case.d), self.dtype)
         self.kernels.scatter_rows(self.spec, total, norm, order, out)
         return [*found.overruns(), *compare("rows", out, expected.to(self.dtype), 0)]
+
+    def joined_lse(self) -> list[str]:
+        """Splits of which some saw nothing but -inf, rows that are all -inf or NaN, targets of larger logits."""
+        case, n = self.case, self.case.n
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=self.rng).to(self.device)
+
+        top, total = 30 * draw(case.splits, n), draw(case.splits, n).abs() + 1
+        empty = draw(case.splits, n) < -1
+        empty[:, 3::13] = True
+        top[empty], total[empty] = -torch.inf, 0
+        top[0, 5::17] = torch.nan
+        targets = torch.randint(-1, 2, (n, case.k), generator=self.rng).to(self.device)
+        named, in_use = 30 * draw(n, case.k), draw(n) < 1
+        splits = Splits(top, total, None, None, None)
+        lse = self.kernels.joined_lse(splits, named, targets, in_use)
+        expected = torch.logsumexp(top.double() + total.double().log(), 0)
+        largest = torch.where(targets >= 0, named, -torch.inf).double().amax(1)
+        expected = torch.where(in_use, torch.maximum(expected, largest), 0)
+        odd = in_use & expected.isnan()
+        faults = [] if bool(lse[odd].isnan().all()) and lse.shape == (n,) else ["lse: NaN was expected"]
+        return faults + compare("lse", lse[~odd], expected[~odd], 1e-6)
 
     def fill_maps(self) -> list[str]:
         """The masses to a unit in the last place; which are hit, and entropies, exactly."""

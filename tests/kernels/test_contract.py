@@ -25,7 +25,7 @@ def test_plain_kernels_meet_it(case):
     assert passed, message
 
 
-LIBRARY = ("mean_rows", "work_list", "plan", "gather_rows", "scatter_rows")
+LIBRARY = ("joined_lse", "mean_rows", "work_list", "plan", "gather_rows", "scatter_rows")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.method in LIBRARY], ids=str)
@@ -163,6 +163,13 @@ class SoftcapForgotten(PlainKernels):
         return super().live(problem, spec, replace(live, formula=replace(live.formula, softcap=None)))
 
 
+class NoTargets(PlainKernels):
+    """The log-sum-exp may be less than a target's logit."""
+
+    def joined_lse(self, splits, target_logits, targets, in_use):
+        return super().joined_lse(splits, target_logits, torch.full_like(targets, -1), in_use)
+
+
 class OneTileAnItem(PlainKernels):
     """Items are of one tile."""
 
@@ -223,6 +230,7 @@ MUTANTS = {
     FirstOfAnItem: ["live", "live only dbias", "live dense one chunk"],
     NoCompensation: ["live dead", "live only dc", "live only dbias"],
     NormForgotten: ["live float16 norm"],
+    NoTargets: ["joined_lse", "joined_lse k3"],
     OneTileAnItem: ["plan", "plan one block"],
     AllRowsCount: ["work_list of few", "work_list of parts"],
     TargetsForgotten: ["work_list", "work_list of targets alone"],

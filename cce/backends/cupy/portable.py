@@ -121,6 +121,9 @@ class PortableKernels(Kernels):
         compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
         return True
 
+    def joined_lse(self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
+        return row_kernels.joined_lse(splits, target_logits, targets, in_use)
+
     def fill_maps(
         self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
     ) -> bool:

@@ -12,12 +12,12 @@ from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.variants import DTYPES
-from cce.backends.gpu.kernels import Tiles
+from cce.backends.gpu.kernels import Splits, Tiles
 from cce.backends.gpu.sizes import ALIGNMENT, cdiv
 from cce.problem import LEAST_HIT, Maps
 from cce.spec import Spec
 
-_THREADS, _FILL_THREADS, _FILL_TILES = 128, 256, 16
+_THREADS, _JOIN_THREADS, _FILL_THREADS, _FILL_TILES = 128, 64, 256, 16
 
 
 class GatherArguments(Arguments):
@@ -48,6 +48,15 @@ class FillArguments(Arguments):
     )  # fmt: skip
 
 
+class JoinArguments(Arguments):
+    """Of join_kernel."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("max", "sum", "target_logits", "targets", "in_use", "lse")),
+        *((name, c_int) for name in ("N", "S", "K")),
+    )  # fmt: skip
+
+
 def rows_variant(gpu: Gpu, name: str, dtype: torch.dtype = torch.bfloat16, half: bool = False) -> Variant:
     """Of a kernel of rows.cu; ``dtype`` of what is stored, ``half``: the maps are float16."""
     given = tuple((key, value) for key, value in (("DTYPE", DTYPES[dtype]), ("MAP_HALF", int(half))) if value)
@@ -70,6 +79,19 @@ def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, out: Ten
         total=total, norm=norm, row_order=row_order, out=out, pitch=total.stride(0), N=len(out), D=out.shape[1]
     )
     Launch(rows_variant(Gpu.current(), "scatter", out.dtype), len(out), _THREADS, arguments)()
+
+
+def joined_lse(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
+    """See :meth:`cce.backends.gpu.kernels.Kernels.joined_lse`."""
+    number, n = splits.max.shape
+    lse = torch.empty_like(splits.max[0])
+    targets, in_use = targets.contiguous(), in_use.contiguous()
+    arguments = JoinArguments(
+        max=splits.max, sum=splits.sum, target_logits=target_logits, targets=targets, in_use=in_use, lse=lse, N=n,
+        S=number, K=targets.shape[1],
+    )  # fmt: skip
+    Launch(rows_variant(Gpu.current(), "join"), cdiv(n, _JOIN_THREADS), _JOIN_THREADS, arguments)()
+    return lse
 
 
 def fill_maps(spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Splits, Tiles
+from cce.backends.gpu.library import finite
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.sizes import busiest_splits, cdiv, windows
 from cce.backends.gpu.used_rows import ask
@@ -30,7 +31,7 @@ def forward(
     kernels.target_logits(call.own_e, call.c, inputs.targets.contiguous(), call.formula, target_logits)
     capped_weights = "weighted_logit" in problem.outputs and problem.softcap is not None
     splits, tiles = _statistics(call, call.weights(inputs.logit_weight) if capped_weights else None, maps)
-    lse = _lse(splits, target_logits, inputs.targets, in_use)
+    lse = kernels.joined_lse(splits, target_logits, inputs.targets, in_use)
     if tiles is not None:
         _fill(call, lse, in_use, tiles, maps)
     weighted = None if splits.weighted is None else torch.where(in_use, splits.weighted.sum(0), 0)
@@ -106,25 +107,12 @@ def _tiles(call: Call, maps: Maps[Tensor]) -> Tiles:
     )
 
 
-def _finite(m: Tensor) -> Tensor:
-    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
-    return torch.where(m == -torch.inf, 0, m)
-
-
-def _lse(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
-    """(N,) log-sum-exp of the splits; at least each target's logit, so that no loss is negative."""
-    m = _finite(splits.max.amax(0))
-    lse = m + ((splits.max - m).exp_() * splits.sum).sum(0).log()
-    named = torch.where(targets >= 0, target_logits, -torch.inf).amax(1)
-    return torch.where(in_use, torch.maximum(lse, named), 0)
-
-
 def _entropy(splits: Splits, gap: Tensor, in_use: Tensor) -> Tensor:
     """(N,) by the chain rule: H = sum_k w_k (H_k - log w_k); w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k."""
     some = splits.sum > 0
     log_s = torch.where(some, splits.sum, 1).log()
     lse_k = torch.where(some, splits.max + log_s, -torch.inf)
-    log_w = torch.where(some, lse_k - _finite(lse_k.logsumexp(0)), 0)
+    log_w = torch.where(some, lse_k - finite(lse_k.logsumexp(0)), 0)
     terms = log_w.exp() * (log_s + gap / torch.where(some, splits.sum, 1) - log_w)
     return torch.where(in_use, torch.where(some, terms, 0).sum(0).clamp(min=0), 0)
 
@@ -142,7 +130,7 @@ def _fill(call: Call, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tens
     if call.kernels.fill_maps(call.problem, call.spec, lse, in_use, tiles, maps):
         return
     assert maps.tile_mass is not None and call.spec.threshold is not None
-    least, shift = lse + math.log(call.spec.threshold), _finite(lse)
+    least, shift = lse + math.log(call.spec.threshold), finite(lse)
     step = max(1, call.spec.scratch_bytes // (32 * call.problem.n))
     for t0 in range(0, call.tiles, step):
         part = slice(t0, min(call.tiles, t0 + step))

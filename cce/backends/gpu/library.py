@@ -15,7 +15,12 @@ from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 if TYPE_CHECKING:
-    from cce.backends.gpu.kernels import Rows, Tiles
+    from cce.backends.gpu.kernels import Rows, Splits, Tiles
+
+
+def finite(m: Tensor) -> Tensor:
+    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
+    return torch.where(m == -torch.inf, 0, m)
 
 
 class LibraryOperations:
@@ -23,6 +28,17 @@ class LibraryOperations:
 
     ``problem`` and the resolved ``spec`` are those of the call.
     """
+
+    def joined_lse(self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
+        """(N,) log-sum-exp of the splits; at least each target's logit, so that no loss is negative. 0 if not in use.
+
+        Args:
+            target_logits: (N, K) float32. targets: (N, K) int64, -1 for none. in_use: (N,) bool.
+        """
+        m = finite(splits.max.amax(0))
+        lse = m + ((splits.max - m).exp_() * splits.sum).sum(0).log()
+        named = torch.where(targets >= 0, target_logits, -torch.inf).amax(1)
+        return torch.where(in_use, torch.maximum(lse, named), 0)
 
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
         """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.

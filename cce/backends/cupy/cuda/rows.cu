@@ -60,6 +60,44 @@ extern "C" __global__ void __launch_bounds__(128) scatter_kernel(const __grid_co
     }
 }
 
+struct JoinArguments {
+    const float *max, *sum;      // (S, N)
+    const float* target_logits;  // (N, K)
+    const long long* targets;    // (N, K), -1 for none
+    const unsigned char* in_use;
+    float* lse;
+    int N, S, K;
+};
+
+// lse = the log-sum-exp of the splits, joined in ascending order; at least each target's logit.
+extern "C" __global__ void __launch_bounds__(64) join_kernel(const __grid_constant__ JoinArguments p) {
+    const int i = blockIdx.x * 64 + threadIdx.x;
+    if (i >= p.N) return;
+    float most = NEG_INF;
+    bool odd = false;  // a maximum that is NaN
+#pragma unroll 8
+    for (int s = 0; s < p.S; ++s) {
+        const float m = __ldg(p.max + static_cast<long long>(s) * p.N + i);
+        odd = odd || m != m;
+        most = fmaxf(most, m);
+    }
+    const float shift = finite(most);
+    float sum = 0;
+#pragma unroll 8
+    for (int s = 0; s < p.S; ++s) {
+        const long long where = static_cast<long long>(s) * p.N + i;
+        sum += expf(__ldg(p.max + where) - shift) * __ldg(p.sum + where);
+    }
+    float lse = shift + logf(sum);
+    for (int k = 0; k < p.K; ++k) {
+        const long long where = static_cast<long long>(i) * p.K + k;
+        // Not a maximum of the two: a sum that is NaN stays so.
+        if (p.targets[where] >= 0 && !(p.target_logits[where] <= lse) && lse == lse) lse = p.target_logits[where];
+    }
+    if (odd) lse = __int_as_float(0x7fffffff);
+    p.lse[i] = p.in_use[i] ? lse : 0.0f;
+}
+
 struct FillArguments {
     const float *tile_lse, *tile_max, *tile_entropy;  // (any, N); maximum and entropy or null
     const float* lse;                                 // (N,)
