@@ -106,12 +106,16 @@ class Lists:
         e = torch.randn(n, case.d, generator=self.rng)
         e[~keep] = torch.nan
         e = self.operand(e)  # type: ignore[attr-defined]
+        whole = self.operand(torch.randn(n, case.d, generator=self.rng))  # type: ignore[attr-defined]
         keep, order = keep.to(self.device), torch.randperm(n, generator=self.rng).to(self.device)[n // 3 :]
         found = Results(self.device)
         out = found.new("rows", (len(order), e.shape[1]), self.dtype)
         self.kernels.gather_rows(e, order, keep, out)
+        every = found.new("every row", out.shape, self.dtype)
+        self.kernels.gather_rows(whole, order, None, every)
         expected = torch.where(keep[order][:, None], e[order], 0)
-        return [*found.overruns(), *compare("rows", out, expected, 0)]
+        faults = [*compare("rows", out, expected, 0), *compare("every row", every, whole[order], 0)]
+        return [*found.overruns(), *faults]
 
     def scatter_rows(self) -> list[str]:
         case, n = self.case, self.case.n

@@ -144,7 +144,7 @@ class PortableKernels(Kernels):
     def plan(self, live: Tensor, slots: int, pack: int) -> Plan:
         return worklist.plan(live, slots, pack)
 
-    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor, out: Tensor) -> None:
+    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
         row_kernels.gather_rows(e, row_order, keep, out)
 
     def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:

@@ -63,7 +63,7 @@ def rows_variant(gpu: Gpu, name: str, dtype: torch.dtype = torch.bfloat16, half:
     return Variant("rows.cu", f"{name}_kernel", given, gpu.architecture, 0)
 
 
-def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor, out: Tensor) -> None:
+def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
     """See :meth:`cce.backends.gpu.kernels.Kernels.gather_rows`."""
     size = e.element_size()
     arguments = GatherArguments(

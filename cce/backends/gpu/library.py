@@ -111,11 +111,11 @@ class LibraryOperations:
         """What :func:`cce.backends.gpu.plan.make` makes of the live tiles (T, B)."""
         return plans.make(live, slots, pack)
 
-    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor, out: Tensor) -> None:
-        """out_i = e[row_order_i], 0 where ``keep`` of that row is False.
+    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
+        """out_i = e[row_order_i], 0 where ``keep`` of that row is False; of ``c`` as well.
 
         Args:
-            e: (N, D) aligned; row_order: (rows,) int64, some of the rows; keep: (N,) bool.
+            e: (N, D) aligned; row_order: (rows,) int64, some of the rows; keep: (N,) bool, or None.
             out: (rows, D) contiguous, in the dtype of ``e``.
         """
         works.gather_rows(e, row_order, keep, out)

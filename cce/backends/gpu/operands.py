@@ -101,15 +101,17 @@ class Windows:
 
     def at(self, v0: int, v1: int) -> tuple[Tensor, Formula]:
         """Rows v0 to v1, and their formula; until the next call. The first window is the largest."""
-        dtype, index = self._call.problem.dtype, None
+        dtype = self._call.problem.dtype
         if self.copied and self._buffer is None:
             self._buffer = self._call.empty(v1 - v0, padded(self._call.problem.d, dtype), dtype=dtype)
-        c = self._call.c
+        c, formula = self._call.c, replace(self._formula, bias=self.of(self._call.bias, v0, v1))
         if self._order is None:
-            c = c[v0:v1]
-        else:
-            index = self._order[v0:v1]
-        return aligned(c, dtype, index, self._buffer), replace(self._formula, bias=self.of(self._call.bias, v0, v1))
+            return aligned(c[v0:v1], dtype, None, self._buffer), formula
+        index = self._order[v0:v1]
+        if self._buffer is None or not is_aligned(c, dtype):
+            return aligned(c, dtype, index, self._buffer), formula
+        self._call.kernels.gather_rows(c, index, None, self._buffer[: v1 - v0])
+        return self._buffer[: v1 - v0], formula
 
     def of(self, x: Tensor | None, v0: int, v1: int) -> Tensor | None:
         """What belongs to these places of a vector with a number an entry."""

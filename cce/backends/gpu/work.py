@@ -41,10 +41,11 @@ class Work:
         return cls(row_order, keep, live.contiguous())
 
 
-def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor, out: Tensor) -> None:
+def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
     """See :meth:`cce.backends.gpu.kernels.Kernels.gather_rows`."""
     torch.index_select(e, 0, row_order, out=out)
-    out.masked_fill_(~keep.index_select(0, row_order)[:, None], 0)
+    if keep is not None:
+        out.masked_fill_(~keep.index_select(0, row_order)[:, None], 0)
 
 
 def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, step: int, out: Tensor) -> None:

@@ -7,7 +7,7 @@
 struct GatherArguments {
     const uint4* e;  // (any, pieces) of 16 bytes
     const long long* row_order;
-    const unsigned char* keep;
+    const unsigned char* keep;  // or null
     uint4* out;       // (N, pieces)
     long long pitch;  // pieces
     int N, pieces;
@@ -17,7 +17,7 @@ struct GatherArguments {
 extern "C" __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ GatherArguments p) {
     const int i = blockIdx.x;
     const long long row = p.row_order[i];
-    const bool keep = p.keep[row];
+    const bool keep = !p.keep || p.keep[row];
     const uint4* const from = p.e + row * p.pitch;
     uint4* const to = p.out + static_cast<long long>(i) * p.pieces;
 #pragma unroll 4
