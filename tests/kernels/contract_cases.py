@@ -79,7 +79,7 @@ class Case:
             c_dtype=self.c_dtype or self.dtype, device=device, bias=bool(self.bias), softcap=self.softcap,
             logit_scale=self.scale, outputs=frozenset(self.outputs), grad_e=not live or "de" in self.wanted,
             grad_c=not live or "dc" in self.wanted,
-            grad_bias=bool(self.bias) and (self.dbias if not live else "dbias" in self.wanted),
+            grad_bias="dbias" in self.wanted if self.method == "live" else bool(self.bias) and self.dbias,
         )  # fmt: skip
 
     def spec(self) -> Spec:
@@ -225,7 +225,7 @@ def _live() -> list[Case]:
         *(
             replace(
                 plain, name=f"live blocks {n} x {v} plain", block_n=n, block_v=v, n=3 * n + 5, v=6 * v + 9,
-                sorted_rows=True, d=128,
+                sorted_rows=True, d=128, wanted=("de", "dc"),
             )
             for n, v in ((128, 128), (64, 128), (128, 256))
         ),

@@ -55,23 +55,18 @@ extern "C" __global__ void __launch_bounds__(256) hits_kernel(const __grid_const
 extern "C" __global__ void __launch_bounds__(256) rank_kernel(const __grid_constant__ WorkArguments p) {
     __shared__ int ranks[8][32];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * 32, i = first + lane;
-    const int mine = i < p.N ? p.counts[i] : 0;
+    const int mine = i < p.N ? p.counts[i] : -1;
     const int4* const fours = reinterpret_cast<const int4*>(p.counts);
     int rank = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int c = warp; c < p.N / 4; c += 8) {
         const int4 four = __ldg(fours + c);
-        const int j = 4 * c;
-        if (j >= first && j < first + 32) {
-            const int all[4] = {four.x, four.y, four.z, four.w};
-            for (int n = 0; n < 4; ++n) rank += all[n] < mine || (all[n] == mine && j + n < i);
-        } else {
-            const int bound = mine + (j < first);  // of equals those before
-            rank += (four.x < bound) + (four.y < bound) + (four.z < bound) + (four.w < bound);
-        }
+        const int bound = mine + (4 * c < first);  // of equals those before this block's
+        rank += (four.x < bound) + (four.y < bound) + (four.z < bound) + (four.w < bound);
     }
     if (warp == 0) {
-        for (int j = p.N / 4 * 4; j < p.N; ++j) rank += p.counts[j] < mine || (p.counts[j] == mine && j < i);
+        for (int j = p.N / 4 * 4; j < p.N; ++j) rank += p.counts[j] < mine + (j < first);
+        rank += __popc(__match_any_sync(~0u, mine) & ((1u << lane) - 1));  // and of this block's
     }
     ranks[warp][lane] = rank;
     __syncthreads();
