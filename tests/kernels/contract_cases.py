@@ -280,6 +280,8 @@ def _lists() -> list[Case]:
         replace(scatter, name="scatter_rows odd d", d=75, norm=True),
         replace(scatter, name="scatter_rows float32", dtype=F32, norm=True),
         replace(scatter, name="scatter_rows float16 odd d", dtype=F16, d=33),
+        Case("statistics_ahead", v=2000, splits=2),
+        Case("statistics_ahead many rows", n=700, d=136, dtype=F16, splits=1),
         Case("joined_lse", n=301),
         Case("joined_lse k3", n=33, k=3, splits=17),
         Case("joined_lse one split", n=3, splits=1),

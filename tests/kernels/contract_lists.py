@@ -11,7 +11,8 @@ from plain import PlainKernels
 from plans import NOBODY, make_plan, random_live, random_maps
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Kernels, Rows, Splits, Tiles
+from cce.backends.gpu.kernels import Formula, Kernels, Rows, Splits, Tiles
+from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv
 from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
@@ -28,6 +29,8 @@ class Lists:
     problem: Problem
     spec: Spec
     dtype: torch.dtype
+    e: Tensor
+    c: Tensor
     rng: torch.Generator
 
     def plan(self) -> list[str]:
@@ -129,6 +132,24 @@ class Lists:
         out = found.new("rows", (n, case.d), self.dtype)
         self.kernels.scatter_rows(self.spec, total, norm, order, out)
         return [*found.overruns(), *compare("rows", out, expected.to(self.dtype), 0)]
+
+    def statistics_ahead(self) -> list[str]:
+        """The bits of the statistics are those of a call that gathers nothing."""
+        case, n, kernels = self.case, self.case.n, self.kernels
+        if not kernels.gathers_ahead(self.problem):
+            return []
+        e, c = self.operand(self.e), self.operand(self.c)  # type: ignore[attr-defined]
+        order = torch.randperm(case.v, generator=self.rng).to(self.device)[: case.v - 3]
+        found, results = Results(self.device), []
+        rows = found.new("rows", (len(order), c.shape[1]), self.dtype)
+        for ahead in (None, Ahead(c, order, rows)):
+            top, total = (torch.zeros(case.splits, n, device=self.device) for _ in range(2))
+            splits = Splits(top, total, None, None, None)
+            given = self.problem, self.spec, e, c, Formula(None, 1.0, None, True), None, 0, splits, None
+            kernels.statistics(*given) if ahead is None else kernels.statistics_ahead(*given, ahead)
+            results.append(torch.stack((top, total)))
+        faults = [] if torch.equal(*results) else ["splits: other bits"]
+        return [*faults, *found.overruns(), *compare("rows", rows, c[order], 0)]
 
     def joined_lse(self) -> list[str]:
         """Splits of which some saw nothing but -inf, rows that are all -inf or NaN, targets of larger logits."""

@@ -84,6 +84,9 @@ class IdleKernels(PlainKernels):
     def statistics(self, *arguments: Any) -> None:
         """Nothing."""
 
+    def statistics_ahead(self, *arguments: Any) -> None:
+        """Nothing."""
+
     def gradient(self, *arguments: Any) -> None:
         """Nothing."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from plain_math import capped, describe, dx_of, finite, join, logits
@@ -68,6 +69,15 @@ class PlainKernels(Kernels):
         assert spec.block_v is not None
         for v0 in range(0, len(c), spec.block_v):
             describe(tiles, (first + v0) // spec.block_v, z[:, v0 : v0 + spec.block_v])
+
+    def gathers_ahead(self, problem: Problem) -> bool:
+        return True
+
+    def statistics_ahead(self, *arguments: Any) -> None:
+        """Gathers first: what others still read must not be where it goes."""
+        *given, ahead = arguments
+        ahead.out.copy_(ahead.c[ahead.order])
+        self.statistics(*given)
 
     def gradient(
         self,

@@ -87,6 +87,7 @@ def test_with_the_librarys_operations(case: Case) -> None:
         mean_rows = Kernels.mean_rows
         dead_mass = Kernels.dead_mass
         fill_maps = Kernels.fill_maps
+        gathers_ahead = Kernels.gathers_ahead
         work_list = Kernels.work_list
 
     class Library(PlainBackend):

@@ -70,17 +70,20 @@ def weighted_rows(call: Call, logit_weight: Tensor | None) -> Tensor:
 
 def _statistics(call: Call, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[Splits, Tiles | None]:
     """Of all windows of the vocabulary; its order matters to maps and to the prediction only."""
-    problem, sizes, mapped = call.problem, call.sizes, maps.tile_mass is not None
+    problem, columns, mapped = call.problem, call.sizes.forward_columns, maps.tile_mass is not None
     rows_of_c = Windows(call, ordered=mapped or "prediction" in problem.outputs)
-    places = [(0, problem.v)]
+    places, ahead = [(0, problem.v)], rows_of_c.gathered and call.kernels.gathers_ahead(problem)
     if rows_of_c.copied:
-        places = windows(problem.v, sizes.forward_columns, rows_of_c.row_bytes, call.spec.scratch_bytes)
-    splits = _splits(call, cdiv(places[0][1], sizes.forward_columns), weight is not None)
+        places = windows(problem.v, columns, (1 + ahead) * rows_of_c.row_bytes, call.spec.scratch_bytes)
+    splits = _splits(call, cdiv(places[0][1], columns), weight is not None)
     tiles = _tiles(call, maps) if mapped else None
-    for v0, v1 in places:
+    for nth, (v0, v1) in enumerate(places):
         c, formula = rows_of_c.at(v0, v1)
-        u = rows_of_c.of(weight, v0, v1)
-        call.kernels.statistics(problem, call.spec, call.e, c, formula, u, v0, splits, tiles)
+        arguments = problem, call.spec, call.e, c, formula, rows_of_c.of(weight, v0, v1), v0, splits, tiles
+        if ahead and nth + 1 < len(places):
+            call.kernels.statistics_ahead(*arguments, rows_of_c.ahead(*places[nth + 1]))
+        else:
+            call.kernels.statistics(*arguments)
     return splits, tiles
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,20 @@ from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 if TYPE_CHECKING:
-    from cce.backends.gpu.kernels import Rows, Splits, Tiles
+    from cce.backends.gpu.kernels import Formula, Rows, Splits, Tiles
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Rows of ``c`` that are gathered for the next window while one is worked on: out_i = c[order_i].
+
+    Attributes:
+        c: (V, D) aligned. order: (rows,) int64. out: (rows, D) contiguous; nothing else reads or writes it.
+    """
+
+    c: Tensor
+    order: Tensor
+    out: Tensor
 
 
 def finite(m: Tensor) -> Tensor:
@@ -28,6 +42,26 @@ class LibraryOperations:
 
     ``problem`` and the resolved ``spec`` are those of the call.
     """
+
+    def gathers_ahead(self, problem: Problem) -> bool:
+        """Whether there is :meth:`statistics_ahead`."""
+        return False
+
+    def statistics_ahead(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+        ahead: Ahead,
+    ) -> None:
+        """As :meth:`cce.backends.gpu.kernels.Kernels.statistics`, and gathers meanwhile what is ``ahead``."""
+        raise NotImplementedError
 
     def joined_lse(self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
         """(N,) log-sum-exp of the splits; at least each target's logit, so that no loss is negative. 0 if not in use.
