@@ -13,10 +13,6 @@ struct Plan {
     int max_items, T, B;
 };
 
-#ifndef NOSPREAD
-#define NOSPREAD 0
-#endif
-
 struct Arguments {
     TensorMap e_map, c_map, dz_map;  // boxes of 64 x 64; e in the work list's order
     Plan plan;
@@ -38,10 +34,9 @@ struct Arguments {
 constexpr int SLOT = BLOCK_N * BLOCK_V;
 static_assert(BLOCK_N == TILE_N && 2 * BLOCK_V == TILE_V, "two tiles of the filter make one of the product");
 
-/// Of a chunk: tiles of dE and of dC, 256 columns wide. Every ``stride``-th is one of dE while there are any, up to three
-/// quarters of the way: their long sums meet with the rows of dC that are little but stores, and none comes last.
+/// Of a chunk: tiles of dE and of dC, 256 columns wide, numbered one after the other.
 struct Products {
-    int first, tiles_d, of_e, all, stride;
+    int first, tiles_d, of_e, all;
 
     __device__ __forceinline__ Products(const Arguments& x, int chunk) {
         first = __ldg(x.plan.chunk_start + chunk);
@@ -50,7 +45,6 @@ struct Products {
         const bool any = __ldg(x.plan.items + chunk) > 0;
         of_e = x.de && any ? x.plan.B * tiles_d : 0;
         all = of_e + (x.dc ? blocks * tiles_d : 0);
-        stride = !NOSPREAD && of_e > 0 ? max(all / 4 * 3 / of_e, 1) : 1;
     }
 };
 
@@ -60,9 +54,8 @@ struct Product {
     int index, column;
 
     __device__ __forceinline__ Product(const Arguments& x, const Products& all, int nth) {
-        const int turn = nth / all.stride;
-        of_e = turn < all.of_e && turn * all.stride == nth;
-        const int inside = of_e ? turn : nth - min(turn + 1, all.of_e);
+        of_e = nth < all.of_e;
+        const int inside = of_e ? nth : nth - all.of_e;
         column = inside % all.tiles_d * TILE_V;
         index = of_e ? x.plan.B - 1 - inside / all.tiles_d : all.first + inside / all.tiles_d;
     }
