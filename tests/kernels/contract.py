@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from contract_cases import CASES, Case
+from contract_lists import Lists
 from contract_results import Results, compare, operand
 from plain import PlainKernels, logits
 from plans import make_plan, plan_to, random_live, random_maps, random_rows
@@ -53,7 +54,7 @@ def run_case(kernels: Kernels, case: Case, device: str = "cpu", small: bool = Fa
         return case.name, False, f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"[:400]
 
 
-class Bench:
+class Bench(Lists):
     """A case, drawn, and the kernels that are held to it."""
 
     def __init__(self, kernels: Kernels, case: Case, device: str, small: bool) -> None:

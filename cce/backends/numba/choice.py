@@ -109,7 +109,7 @@ def _choose(
 def store_tile(kind: str, gpu: GPU) -> Tile:
     """Of the logits that are kept; of both kinds of float32 equally many columns."""
     wide = kind in ("tf32", "ieee")
-    return _choose(kind, 16, 128, 128, wide, wide, gpu).gradient
+    return _choose(kind, 128 if wide else 16, 128, 128, wide, wide, gpu).gradient
 
 
 def _rows(kind: str, rows: int, columns: int, stages: int, most: int = 128) -> Tile:
