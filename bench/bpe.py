@@ -29,17 +29,24 @@ class Recipe:
     roots: tuple[str, ...]
     tokens: int
     vocab: int
+    domain: str | None = None
+    domain_tokens: int = 0
     seed: int = 0
     version: str = tokenizers.__version__
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids in [0, vocab) of the training and the held-out text, and what was found on the way."""
+    """Ids in [0, vocab) of the training and the held-out text, of a domain, too, and what was found on the way."""
 
     training: Ids
     held_out: Ids
+    domain: Ids
+    domain_held_out: Ids
     facts: dict[str, str | int]
+
+
+NAMES = ("training", "held_out", "domain", "domain_held_out")  # of the ids, and of their files
 
 
 def load_or_prepare(recipe: Recipe, folder: Path) -> TokenIds:
@@ -48,12 +55,12 @@ def load_or_prepare(recipe: Recipe, folder: Path) -> TokenIds:
     key, kept = asdict(recipe) | {"roots": list(recipe.roots)}, folder / "tokens.json"
     if kept.is_file() and (found := json.loads(kept.read_text()))["recipe"] == key:
         print(f"token ids of an earlier run: {folder}")
-        return TokenIds(np.load(folder / "training.npy"), np.load(folder / "held_out.npy"), found["facts"])
+        return TokenIds(*(np.load(folder / f"{name}.npy") for name in NAMES), facts=found["facts"])
     kept.unlink(missing_ok=True)  # written last: what is there is complete
     tokenizer, ids = prepare(recipe)
     tokenizer.save(str(folder / "tokenizer.json"))
-    np.save(folder / "training.npy", ids.training)
-    np.save(folder / "held_out.npy", ids.held_out)
+    for name in NAMES:
+        np.save(folder / f"{name}.npy", getattr(ids, name))
     kept.write_text(json.dumps({"recipe": key, "facts": ids.facts}, indent=1))
     return ids
 
@@ -61,14 +68,24 @@ def load_or_prepare(recipe: Recipe, folder: Path) -> TokenIds:
 def prepare(recipe: Recipe) -> tuple[Tokenizer, TokenIds]:
     """Reads the text, trains the tokenizer and encodes as much as the recipe wants."""
     start = time.perf_counter()
-    corpus = read_corpus([Path(root) for root in recipe.roots], recipe.seed)
+    corpus = read_corpus([Path(root) for root in recipe.roots], recipe.seed, recipe.domain)
     _report(start, ", ".join(f"{name} {_show(fact)}" for name, fact in corpus.facts.items()))
-    tokenizer = train_tokenizer(_up_to(corpus.training, SAMPLE_CHARACTERS), recipe.vocab)
+    tokenizer = train_tokenizer(sample(corpus, SAMPLE_CHARACTERS), recipe.vocab)
     _report(start, f"tokenizer with {tokenizer.get_vocab_size():,} entries")
-    ids = encode_corpus(tokenizer, corpus, recipe.tokens)
+    ids = encode_corpus(tokenizer, corpus, recipe)
     enough = "" if len(ids.training) >= recipe.tokens else f", fewer than the {recipe.tokens:,} asked for"
     _report(start, f"{len(ids.training):,} training tokens{enough}; {len(ids.held_out):,} held out")
+    if recipe.domain:
+        _report(start, f"{recipe.domain}: {len(ids.domain):,} tokens; {len(ids.domain_held_out):,} held out")
     return tokenizer, ids
+
+
+def sample(corpus: Corpus, characters: int) -> Iterator[str]:
+    """Documents with about so many ``characters``, of the domain its share: a tokenizer is made for all uses."""
+    parts = [corpus.general.training, *([corpus.domain.training] if corpus.domain else [])]
+    sizes = [sum(map(len, part)) for part in parts]
+    for part, size in zip(parts, sizes, strict=True):
+        yield from _up_to(part, round(characters * size / max(1, sum(sizes))))
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
@@ -84,12 +101,21 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, tokens: int) -> TokenIds:
-    """At most ``tokens`` training ids, and the held-out ones."""
-    training = encode(tokenizer, corpus.training, tokens)
-    held_out = encode(tokenizer, corpus.held_out, HELD_OUT_TOKENS)
+def encode_corpus(tokenizer: Tokenizer, corpus: Corpus, recipe: Recipe) -> TokenIds:
+    """At most as many training ids as the recipe wants, and the held-out ones."""
+    training = encode(tokenizer, corpus.general.training, recipe.tokens)
+    held_out = encode(tokenizer, corpus.general.held_out, HELD_OUT_TOKENS)
+    domain, domain_held_out = (
+        encode(tokenizer, texts, tokens)
+        for texts, tokens in (
+            (corpus.domain.training if corpus.domain else [], recipe.domain_tokens),
+            (corpus.domain.held_out if corpus.domain else [], HELD_OUT_TOKENS),
+        )
+    )
     facts = corpus.facts | {"training_tokens": len(training), "held_out_tokens": len(held_out)}
-    return TokenIds(training, held_out, facts)
+    if recipe.domain:
+        facts |= {"domain": recipe.domain, "domain_tokens": len(domain), "domain_held_out_tokens": len(domain_held_out)}
+    return TokenIds(training, held_out, domain, domain_held_out, facts)
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str], tokens: int) -> Ids:

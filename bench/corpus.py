@@ -1,4 +1,4 @@
-"""Text and code found on this machine, split into training and held-out documents, for ``train_lm.py``."""
+"""Text and code found on this machine, split by kind and into training and held-out documents, for ``train_lm.py``."""
 
 from __future__ import annotations
 
@@ -17,32 +17,47 @@ _SUFFIXES = (
     ".js .ts .css .json .toml .yaml .yml .cfg .ini .cmake .sh .pl .pm .pod .f .f90 .java .go .rs .lua .r .jl"
 )
 SUFFIXES = set(_SUFFIXES.split())
+#: Kinds of text that a fine-tuning can be on: files of these are then kept from the pre-training.
+DOMAINS = {
+    "c": {".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hh", ".hpp", ".inc", ".inl", ".ipp", ".tcc"},
+    "documentation": {".md", ".rst", ".txt", ".tex", ".html", ".pod"},
+}
 NOT_TEXT = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # the packages are roots of their own
 
 MAX_BYTES, MAX_JSON_BYTES = 2**20, 2**16  # longer files are mostly data or generated
 MAX_LINE = 2000  # characters; nobody writes longer lines, programs do
-HELD_OUT = 0.01
+HELD_OUT, DOMAIN_HELD_OUT = 0.01, 0.03  # of the characters; a domain has fewer
 
 
 @dataclass(frozen=True)
 class Document:
-    """One file: the package it belongs to, and its text."""
+    """One file: the package it belongs to, its text, and how its name ends."""
 
     package: str
     text: str
+    suffix: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Shuffled documents; ``held_out`` shares no package with ``training`` where there are several."""
+
+    training: list[str]
+    held_out: list[str]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Shuffled documents; ``held_out`` shares no package with ``training`` where there are several.
+    """All text.
 
     Attributes:
-        training, held_out: the documents' text.
+        general: everything, or everything but a domain.
+        domain: that domain, for fine-tuning; None without one.
         facts: what was found, for people and for the record.
     """
 
-    training: list[str]
-    held_out: list[str]
+    general: Texts
+    domain: Texts | None
     facts: dict[str, str | int]
 
 
@@ -57,29 +72,40 @@ def default_roots() -> list[Path]:
     return [path for path in dict.fromkeys(path.resolve() for path in found) if path.is_dir()]
 
 
-def read_corpus(roots: Iterable[Path], seed: int = 0) -> Corpus:
+def read_corpus(roots: Iterable[Path], seed: int = 0, domain: str | None = None) -> Corpus:
     """Reads all text below ``roots``, each distinct file once, always in the same order.
 
     Raises:
-        ValueError: there are fewer than two documents.
+        ValueError: there are fewer than two documents, of the ``domain`` or of the others.
     """
     documents, facts = read_documents(roots)
-    if len(documents) < 2:
-        raise ValueError(f"got {len(documents)} documents of text, expected at least two: one is held out")
     shuffled = random.Random(seed).sample(documents, len(documents))
-    packages = held_out_packages(shuffled)
-    held_out = [x.text for x in shuffled if x.package in packages]
-    training = [x.text for x in shuffled if x.package not in packages]
+    if domain is None:
+        general, found = split(shuffled, HELD_OUT, "")
+        return Corpus(general, None, facts | found)
+    others = [x for x in shuffled if x.suffix not in DOMAINS[domain]]
+    general, of_general = split(others, HELD_OUT, "")
+    special, of_domain = split([x for x in shuffled if x.suffix in DOMAINS[domain]], DOMAIN_HELD_OUT, f"{domain}_")
+    return Corpus(general, special, facts | of_general | of_domain)
+
+
+def split(documents: list[Document], share: float, prefix: str) -> tuple[Texts, dict[str, str | int]]:
+    """Training and held-out text, and facts whose names begin with ``prefix``."""
+    if len(documents) < 2:
+        raise ValueError(f"got {len(documents)} {prefix[:-1]} documents, expected at least two: one is held out")
+    packages = held_out_packages(documents, share)
+    held_out = [x.text for x in documents if x.package in packages]
+    training = [x.text for x in documents if x.package not in packages]
     if not packages:  # one large package only: single documents
-        count = max(1, round(HELD_OUT * len(shuffled)))
+        count = max(1, round(share * len(documents)))
         held_out, training = training[:count], training[count:]
-    facts |= {
+    facts: dict[str, str | int] = {
         "training_characters": sum(map(len, training)),
         "held_out_documents": len(held_out),
         "held_out_characters": sum(map(len, held_out)),
         "held_out_packages": ", ".join(sorted(packages)) or "none: single documents",
     }
-    return Corpus(training, held_out, facts)
+    return Texts(training, held_out), {prefix + name: fact for name, fact in facts.items()}
 
 
 def read_documents(roots: Iterable[Path]) -> tuple[list[Document], dict[str, str | int]]:
@@ -100,8 +126,8 @@ def read_documents(roots: Iterable[Path]) -> tuple[list[Document], dict[str, str
     return documents, {**facts, "skipped": skipped}
 
 
-def held_out_packages(documents: Iterable[Document]) -> set[str]:
-    """Packages with about 1 % of all text. Whole ones, because files of one package repeat each other.
+def held_out_packages(documents: Iterable[Document], share: float) -> set[str]:
+    """Packages with about this share of all text. Whole ones, because files of one package repeat each other.
 
     None has more than a quarter of that, so that the held-out text is no single program's. Where packages are too
     few or too large for that, none is taken.
@@ -109,7 +135,7 @@ def held_out_packages(documents: Iterable[Document]) -> set[str]:
     sizes: defaultdict[str, int] = defaultdict(int)
     for document in documents:
         sizes[document.package] += len(document.text)
-    wanted, taken = HELD_OUT * sum(sizes.values()), 0
+    wanted, taken = share * sum(sizes.values()), 0
     chosen: set[str] = set()
     for package in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if taken < wanted and sizes[package] <= wanted / 4:
@@ -147,4 +173,4 @@ def _read(file: tuple[str, Path]) -> tuple[Document | None, bytes]:
     except UnicodeDecodeError:
         return None, digest
     written = text.strip() and all(len(line) <= MAX_LINE for line in text.splitlines())
-    return (Document(package, text) if written else None), digest
+    return (Document(package, text, path.suffix.lower()) if written else None), digest

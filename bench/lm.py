@@ -29,12 +29,13 @@ class Sizes:
 class LanguageModel(nn.Module):
     """Tokens (B, L) to the final hidden states e (B, L, D).
 
-    The head is tied to the embedding, as in Gemma 2 2B, the model of the table's largest shape: 107 million
-    parameters in all, 57 of them in the blocks. An untied head would add 50, seen as often as the embedding.
+    The head is tied to the embedding, as in Gemma 2 2B, the model of the table's largest shape: with the sizes here 107
+    million parameters in all, 57 of them in the blocks. An untied head would add 50, seen as often as the embedding.
     """
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
+        self.sizes = sizes
         self.table = nn.Parameter(torch.empty(sizes.vocab, sizes.width))
         self.position = nn.Parameter(torch.empty(sizes.context, sizes.width))
         self.blocks = nn.ModuleList(Block(sizes.width, sizes.heads) for _ in range(sizes.layers))

@@ -10,7 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import page_data
 import page_gpu
+import page_studies
 from page_parts import STEP, best, label, missing, provenance, step
 
 from cce.benchmarks import plots, record, table
@@ -34,11 +36,6 @@ gradients; errors are relative, against float64; *live* is the share of the logi
 fastest and who uses least memory is asked among those that leave no gradients out: `uncompensated`, and the default
 filter of `cut-cross-entropy`, are in the tables with their errors.
 """
-STUDIES = {
-    "vocabulary": "Against the size of the vocabulary",
-    "tokens": "Against the number of tokens",
-    "width": "Against the width",
-}
 
 
 def main() -> None:
@@ -64,7 +61,7 @@ def curves() -> list[tuple[Path, dict[str, Any]]]:
 def memory_record(found: list[tuple[Path, Record]]) -> Record:
     """For the home page's picture: a GPU's that has the dense loss, too, or else the first one of ``cce bench``."""
     known = [each for _, each in found if any("peak_mib" in row for row in each.of("heads"))]
-    of_gpu = Record({}, page_gpu.memory_rows(page_gpu.load("h100*.json", RECORDS)))
+    of_gpu = Record({}, page_gpu.memory_rows(page_gpu.load(page_gpu.PATTERN, RECORDS)))
     if of_gpu.rows and not any("threads" not in each.facts for each in known):
         return of_gpu
     return known[0]
@@ -75,7 +72,8 @@ def page(found: list[tuple[Path, Record]], studies: list[tuple[Path, dict[str, A
     parts, of_cpu = [HEAD], list[str]()
     for path, each in found:
         (of_cpu if "threads" in each.facts else parts).extend(section(path, each))
-    parts += page_gpu.backends_section(page_gpu.load("h100*.json", RECORDS))
+    parts += page_data.section(found)
+    parts += page_gpu.backends_section(page_gpu.load(page_gpu.PATTERN, RECORDS))
     parts += page_gpu.split_section(page_gpu.load("vocab-parallel*.json", RECORDS))
     parts += of_cpu
     for path, study in studies:
@@ -87,27 +85,31 @@ def section(path: Path, found: Record) -> list[str]:
     """All heads and sweeps of a record."""
     facts = found.facts
     name = f"{facts['hardware']}, {facts['threads']} threads" if "threads" in facts else facts["hardware"]
-    kinds = " and ".join(dict.fromkeys(_kind(row["study"]) for row in found.rows if row["kind"] != "run"))
-    parts = [f"## {name}: {kinds}\n", f"{provenance(facts)}; record `docs/benchmarks/{path.name}`.\n"]
+    parts = [f"## {name}: {contents(found)}\n", f"{provenance(facts)}; record `docs/benchmarks/{path.name}`.\n"]
     everywhere = missing(found.of("heads"), only=("refused", "absent"))
     parts += [f"- {line}" for line in everywhere] + [""] * bool(everywhere)
     for _, group in groupby(found.of("heads"), key=table.head_of):
         parts += head(list(group))
-    names = {picture for picture, _ in plots.pictures(found)}
-    if "heads" in names:
-        parts.append(f"![Time and memory of forward and backward]({image(path, 'heads')})\n")
-    for study, title in STUDIES.items():
+    names = sorted(name for name, _ in plots.pictures(found))
+    for name in names:
+        if name.startswith("heads-"):
+            title = f"Time and memory of forward and backward, {name.removeprefix('heads-')} data"
+            parts.append(f"![{title}]({image(path, name)})\n")
+    for study in page_studies.SWEEPS:
         if study in names:
-            parts += [f"### {title}\n", f"![{title}]({image(path, study)})\n"]
-            parts += [f"- {line}" for line in missing(found.of(study), only=("failed", "wrong"))] + [""]
-    for name in sorted(names):
+            parts += page_studies.sweep(found, study, image(path, study))
+    for name in names:
         if name.startswith("filter-"):
-            parts += threshold(path, found, name.removeprefix("filter-"))
+            parts += page_studies.threshold(found, name.removeprefix("filter-"), image(path, name))
     return parts
 
 
-def _kind(study: str) -> str:
-    return {"heads": "heads of models", "filter": "the filter"}.get(study, "scaling")
+def contents(found: Record) -> str:
+    """What a record is of, for a heading."""
+    data = dict.fromkeys(row["data"].split("-")[0] for row in found.of("heads"))
+    parts = [f"heads of models, {' and '.join(data)} data"] if data else []
+    parts += ["scaling"] * any(found.of(study) for study in page_studies.SWEEPS)
+    return "; ".join([*parts, *["the filter"] * bool(found.of("filter"))])
 
 
 def image(path: Path, name: str) -> str:
@@ -120,32 +122,18 @@ def head(rows: list[Row]) -> list[str]:
     parts = [f"### {table.title(data)}\n", f"{table.data_line(data)}\n"]
     if not timed:
         return [*parts, "Not measured: the run ended before.\n"]
-    steps = [row for row in timed if row["pass"] == STEP]
-    parts += [f"- **Fastest**: {best(steps, 'time_ms', 'ms')}", f"- **Least memory**: {best(steps, 'peak_mib', 'MiB')}"]
-    parts += [f"- {line}" for line in missing(timed, only=("failed", "wrong"))] + [""]
+    steps, whose = [row for row in timed if row["pass"] == STEP], ""
+    if data["data"] == "random":  # nearly all is skipped there, as it is in no model
+        steps, whose = [row for row in steps if row["mode"] in ("", "exact")], "without a filter, "
+    parts += [f"- **Fastest**: {whose}{best(steps, 'time_ms', 'ms')}"]
+    parts += [f"- **Least memory**: {whose}{best(steps, 'peak_mib', 'MiB')}"]
+    parts += [f"- {line}" for line in missing(timed, only=("failed", "wrong", "skipped"))] + [""]
     parts += ["| | ms | × mm | roofline | peak MiB | over | loss | dE | dC | live |", "|---|" + "--:|" * 9]
     for row in timed:
         if "peak_mib" in row or "time_ms" in row:
             ms, spread, *others = table.figures(row)
             ms = f"{ms} {spread if spread == 'once' else f'± {float(spread[:-1]) / 2:.0f} %'}" if ms else "–"
             parts.append("| " + " | ".join([f"{label(row)}, {step(row)}", ms, *others]) + " |")
-    return [*parts, ""]
-
-
-def threshold(path: Path, found: Record, data: str) -> list[str]:
-    """The filter's study on one kind of data."""
-    rows = [row for row in found.of("filter") if row["kind"] == "time" and row["data"] == data and "filter_de" in row]
-    title = table.title(rows[0])
-    parts = [
-        f"### The filter: {title}\n",
-        f"![Live fraction and error against the threshold]({image(path, f'filter-{data}')})\n",
-        "| threshold, vocabulary and row order | live | error of dE | error of dC | ms |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    parts += [f"| dense, {rows[0]['dtype']} | 100 % | {rows[0]['dense_de']:.1e} | {rows[0]['dense_dc']:.1e} | |"]
-    for row in rows:
-        ms = f"{row['time_ms']:.4g}" if "time_ms" in row else row["status"]
-        parts.append(f"| {row['mode']} | {row['live']:.0%} | {row['error_de']:.1e} | {row['error_dc']:.1e} | {ms} |")
     return [*parts, ""]
 
 

@@ -13,6 +13,8 @@ from cce.benchmarks.record import Row
 
 COMPILED = "torch.compile"
 FEW = "256 rows"
+#: Records of ``bench/gpu.py``: h100.json, h100-few.json and so on.
+PATTERN = "h[0-9]*.json"
 #: Rows of a whole step on random data: what may be compared with each other.
 COMPARED = ("exact", COMPILED)
 KERNELS = """\
@@ -63,9 +65,14 @@ def rows(records: list[tuple[Path, dict[str, Any]]]) -> list[Row]:
 
 def backends_section(records: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     """Time and memory of the kernels, shape by shape, and who is best."""
-    if not records:
-        return []
-    parts = [f"## {records[0][1]['hardware']}: kernels\n"]
+    parts = []
+    for hardware in dict.fromkeys(found["hardware"] for _, found in records):
+        parts += _of_hardware(hardware, [pair for pair in records if pair[1]["hardware"] == hardware])
+    return parts
+
+
+def _of_hardware(hardware: str, records: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    parts = [f"## {hardware}: kernels\n"]
     for path, found in records:
         parts.append(f"- `docs/benchmarks/{path.name}`: {provenance(found)}")
     parts.append(f"\n{KERNELS}\n")

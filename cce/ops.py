@@ -90,7 +90,7 @@ def forward(
         part: key of the part of the vocabulary that ``c`` is, or "". Targets are counted over the whole.
     """
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
-    resolved = Spec.from_key(spec).resolve(problem)
+    resolved = _resolved(spec, problem, part)
     empty = _empty_outputs(e, targets, problem, resolved)
     chosen = registry.choose(backend, problem, resolved)
     split = Part.from_key(part)
@@ -127,7 +127,7 @@ def _(
     part: str,
 ) -> tuple[Tensor, ...]:
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
-    return _empty_outputs(e, targets, problem, Spec.from_key(spec).resolve(problem))
+    return _empty_outputs(e, targets, problem, _resolved(spec, problem, part))
 
 
 @torch.library.custom_op("cce::backward", mutates_args=())
@@ -156,7 +156,7 @@ def backward(
     its choice of backend and spec is made again.
     """
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
-    resolved = Spec.from_key(spec).resolve(problem)
+    resolved = _resolved(spec, problem, part)
     chosen = registry.choose(backend, problem, resolved)
     rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
     if len(used) == 0:
@@ -237,6 +237,12 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 
 backward.register_autograd(no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+
+def _resolved(key: str, problem: Problem, part: str) -> Spec:
+    """The spec of a call; its default threshold is that of the whole vocabulary."""
+    spec, split = Spec.from_key(key), Part.from_key(part)
+    return (spec if split is None else spec.of_vocabulary(split.total, problem.dtype)).resolve(problem)
 
 
 def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:

@@ -23,9 +23,14 @@ VOCAB_ORDERS = ("mean_logit", "natural")
 ACCUMULATES = ("float32", "float64")
 
 # What is skipped below these thresholds, once compensated, errs no more than a dense computation in the dtype
-# (docs/numerics.md has the measurements); float32 and float64 are filtered only on request.
+# (docs/numerics.md has the measurements); float32 and float64 are filtered only on request. The more entries there are,
+# the smaller is each one's share: in a large vocabulary, the threshold is a multiple of 1/V (docs/decisions/0005).
 _THRESHOLD = {torch.float16: 2.0**-16}
 _THRESHOLD_ELSE = 2.0**-13
+_TIMES_UNIFORM = 12
+
+# Multiply-adds of e @ c.T below which a GPU computes all tiles sooner than it finds out which it may skip.
+_FILTER_PAYS = 6e11
 
 # What a GPU's matrix unit works on. Narrower blocks would skip more on a CPU, but also err more at a given
 # threshold (docs/numerics.md); and so every device finds the same live tiles.
@@ -38,8 +43,9 @@ class Spec:
 
     A field left at None is chosen for the problem by :meth:`resolve`. The default is what a user should
     have: bf16 and fp16 inputs are filtered and compensated, to the accuracy of a dense computation in that
-    dtype; float32 and float64 are exact, and so are problems on a GPU whose logits all fit into ``scratch_bytes``,
-    where a filter saves less time than it takes, and on devices that have no kernels of this package.
+    dtype; float32 and float64 are exact, and so are problems on a GPU whose logits all fit into ``scratch_bytes``, or
+    whose N V D is below 6e11, where a filter saves less time than it takes, and on devices that have no kernels of this
+    package.
 
     Args:
         block_n: token rows of a tile of the filter.
@@ -49,7 +55,8 @@ class Spec:
         filter: "none" is exact; "element" skips a tile whose largest softmax value is at most
             ``threshold`` in every row (the rule of arXiv 2411.09009, section 4.3); "tile" compares the
             row's probability mass in the tile. A tile that holds a target of its rows is never skipped.
-        threshold: probability, in (0, 1); None means 2**-16 for fp16 inputs, else 2**-13.
+        threshold: probability, in (0, 1); None means 2**-16 for fp16 inputs, else 2**-13, and 12 / V where that is
+            less.
         compensate: replaces what is skipped by its mass times the mean row of the tile (design.md, 4.4).
         accumulate: dtype in which gradients are summed, "float32" or "float64"; never less than the inputs'.
         scratch_bytes: bytes of temporary logits and their gradients a backend may hold.
@@ -128,10 +135,17 @@ class Spec:
             block_n=self.block_n or _BLOCK_N,
             block_v=self.block_v or _BLOCK_V,
             filter=filter,
-            threshold=self.threshold or _THRESHOLD.get(problem.dtype, _THRESHOLD_ELSE),
+            threshold=self.threshold or _default_threshold(problem.v, problem.dtype),
             accumulate=_resolve_accumulate(self.accumulate, problem),
             vocab_order=_resolve_order(self.vocab_order, filter, problem),
         )
+
+    def of_vocabulary(self, v: int, dtype: torch.dtype) -> Spec:
+        """This spec for a part of a vocabulary of ``v`` entries: with the threshold that all of it would have."""
+        if self.threshold is not None:
+            return self
+        found = _with_threshold(self.key, _default_threshold(v, dtype))
+        return found if self.permutation is None else self._with_permutation(found)
 
     @property
     def permutation(self) -> torch.Tensor | None:
@@ -166,9 +180,17 @@ def _resolve_filter(filter: str | None, scratch_bytes: int, problem: Problem) ->
     # Only library products run there, which want to be large: live tiles take many times as long as all of them.
     if problem.device not in ("cpu", "cuda", "meta") or (problem.device == "cuda" and torch.version.hip is not None):
         return "none"
-    # Few rows on a GPU: finding the live tiles takes longer than computing them all (docs/performance-notes.md).
-    small = problem.n * problem.v * problem.dtype.itemsize <= scratch_bytes
-    return "none" if problem.device == "cuda" and small else "element"
+    if problem.device != "cuda":
+        return "element"
+    logits = problem.n * problem.v
+    small = logits * problem.dtype.itemsize <= scratch_bytes or logits * problem.d < _FILTER_PAYS
+    return "none" if small else "element"
+
+
+def _default_threshold(v: int, dtype: torch.dtype) -> float:
+    most = _THRESHOLD.get(dtype, _THRESHOLD_ELSE)
+    # While torch.compile traces, V may be a symbol; what runs asks again with the number.
+    return min(most, _TIMES_UNIFORM / v) if isinstance(v, int) and v > 0 else most
 
 
 def _resolve_order(
@@ -196,6 +218,11 @@ def _key(spec: Spec) -> str:
 @lru_cache(maxsize=256)
 def _from_key(key: str) -> Spec:
     return Spec(**json.loads(key))
+
+
+@lru_cache(maxsize=256)
+def _with_threshold(key: str, threshold: float) -> Spec:
+    return dataclasses.replace(_from_key(key), threshold=threshold)
 
 
 @lru_cache(maxsize=256)

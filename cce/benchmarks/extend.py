@@ -1,6 +1,6 @@
 """A problem of any larger shape with the statistics of a trained head: ``bench/train_lm.py`` made the head.
 
-    python -m cce.benchmarks.extend /tmp/lm/trained.pt --shapes 8192x2304x256000 8192x4096x128256 16384x1024x151936
+    python -m cce.benchmarks.extend /tmp/lm/base.pt --shapes 8192x2304x256000 8192x4096x128256 16384x1024x151936
 
 prints the statistics of the head and of its extensions side by side. What is extended, and why it stays alike:
 
@@ -18,6 +18,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,12 @@ def load(path: Path, device: torch.device | str = "cpu") -> TrainedHead:
     found = torch.load(path, map_location=device, weights_only=True)
     e, c = found["e"].bfloat16(), found["c"].bfloat16()
     return TrainedHead("trained", e, c, found["targets"].long(), found["unigram_counts"].long())
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """About the training of what lies there; the demo writes none."""
+    found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("facts", {})
+    return {name: fact for name, fact in found.items() if not (isinstance(fact, str) and len(fact) > 100)}
 
 
 def extend(head: TrainedHead, n: int, d: int, v: int, seed: int = 0) -> TrainedHead:

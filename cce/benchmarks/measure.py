@@ -45,34 +45,48 @@ class Entry:
     row: Row
     candidate: Candidate
     run: Step | None = None
+    slow_ms: float | None = None  # of one too slow to be taken again
+
+
+#: Candidates and passes that were slow before, and their milliseconds.
+Slow = dict[tuple[str, str], float]
 
 
 def measured(
-    head: Head, candidates: Iterable[Candidate], passes: Iterable[str], effort: Effort, bandwidth: float
+    head: Head,
+    candidates: Iterable[Candidate],
+    passes: Iterable[str],
+    effort: Effort,
+    bandwidth: float,
+    slow: Slow | None = None,
 ) -> Iterator[str | Row]:
     """The rows of a head when all are there; before, a line for each thing done, for a progress bar.
 
-    A forward has no filter, so it is measured in the first mode of a backend only.
+    A forward has no filter, so it is measured in the first mode of a backend only. What is ``slow`` is skipped; what is
+    found to be slow is added to it.
     """
-    oracle, entries, seen = Oracle(head), list[Entry](), set[str]()
+    oracle, entries, seen, slow = Oracle(head), list[Entry](), set[str](), {} if slow is None else slow
     for candidate in candidates:
         for name in passes:
             if name == PASSES[0] and candidate.name in seen:
                 continue
-            entries.append(checked(oracle, candidate, name))
+            entries.append(checked(oracle, candidate, name, slow.get((candidate.key, name))))
             yield f"{candidate.key}, {name}: {entries[-1].row['status']}"
         seen.add(candidate.name)
-    runs = {str(i): entry.run for i, entry in enumerate(entries) if entry.run is not None}
+    runs = {str(i): entry.run for i, entry in enumerate(entries) if entry.run is not None and entry.slow_ms is None}
     for found in timing.turns(runs, head.e, head.c, effort.rounds, effort.span_ms):
         if isinstance(found, str):
             yield "timing"
             continue
+        mm = found["mm"].ms
         yield {"name": "mm", "mode": "", "pass": "e @ c.T", "status": "ok", **_times(found["mm"])}
         for i, entry in enumerate(entries):
             if entry.run is not None:
-                entry.row |= _times(found[str(i)])
-                entry.row |= _roofline(head, entry, found["mm"].ms, bandwidth)
+                entry.row |= _times(found[str(i)] if entry.slow_ms is None else timing.once(entry.slow_ms, mm))
+                entry.row |= _roofline(head, entry, mm, bandwidth)
                 entry.run = None
+                if timing.slow(entry.row["time_ms"], head.e.device):
+                    slow[entry.candidate.key, entry.row["pass"]] = entry.row["time_ms"]
             yield entry.row
 
 
@@ -97,8 +111,8 @@ def forward(loss: Loss, head: Head) -> Step:
     return run
 
 
-def checked(oracle: Oracle, candidate: Candidate, name: str) -> Entry:
-    """A row with status, errors and memory.
+def checked(oracle: Oracle, candidate: Candidate, name: str, slow_before: float | None = None) -> Entry:
+    """A row with status, errors and memory; skipped if it was slow before, in milliseconds.
 
     Raises:
         RuntimeError: the candidate has left the GPU unusable for this process.
@@ -109,19 +123,22 @@ def checked(oracle: Oracle, candidate: Candidate, name: str) -> Entry:
         row |= {"lacks": list(candidate.peer.lacks), "version": candidate.peer.version, "note": candidate.peer.note}
     if candidate.loss is None:
         return Entry({**row, "status": candidate.status, "reason": candidate.reason}, candidate)
+    if slow_before is not None:
+        reason = f"took {slow_before:,.0f} ms before, on other data or a smaller size"
+        return Entry({**row, "status": "skipped", "reason": reason}, candidate)
     run = (forward if name == PASSES[0] else step)(candidate.loss, head)
     try:
         row |= errors(oracle, candidate, run())
-        peak = timing.peak_bytes(run, head.e.device) / MIB
+        size, slow_ms = timing.peak_and_slow_ms(run, head.e.device)
     except Exception as error:
         _recover(candidate, head.e.device)
         return Entry({**row, "status": "failed", "reason": one_line(error)}, candidate)
     gradients = 0 if name == PASSES[0] else head.e.nbytes + head.c.nbytes
-    row |= {"peak_mib": peak, "over_gradients_mib": peak - gradients / MIB}
+    row |= {"peak_mib": size / MIB, "over_gradients_mib": (size - gradients) / MIB}
     reason = wrong(row, head.e.dtype, len(head.c), candidate.peer)
     if reason:
         return Entry({**row, "status": "wrong", "reason": reason}, candidate)
-    return Entry({**row, "status": "ok"}, candidate, run)
+    return Entry({**row, "status": "ok"}, candidate, run, slow_ms)
 
 
 def errors(oracle: Oracle, candidate: Candidate, found: tuple[Tensor, ...]) -> Row:
@@ -137,7 +154,7 @@ def errors(oracle: Oracle, candidate: Candidate, found: tuple[Tensor, ...]) -> R
         assert candidate.problem is not None and candidate.spec is not None
         live = live_tiles(oracle.head, candidate.name, candidate.problem, candidate.spec)
         row["filter_de"], row["filter_dc"] = sample.errors(found[1:], oracle.gradients(sample, live))
-        row["live"] = live.fraction(len(oracle.head.c), sample.block_v)
+        row |= {"live": live.fraction(len(oracle.head.c), sample.block_v), "threshold": candidate.spec.threshold}
     return row
 
 

@@ -40,8 +40,8 @@ def draw(record: Record, folder: Path, stem: str, suffix: str = ".svg") -> list[
 def pictures(record: Record) -> Iterator[tuple[str, Figure]]:
     """Names and pictures."""
     heads = [row for row in record.of("heads") if row.get("pass") == STEP]
-    if heads:
-        yield "heads", heads_figure(heads)
+    for data in dict.fromkeys(row["data"] for row in heads):
+        yield f"heads-{data}", heads_figure([row for row in heads if row["data"] == data])
     for study, axis in (("vocabulary", "v"), ("tokens", "n"), ("width", "d")):
         rows = [row for row in record.of(study) if row["kind"] == "time" and row["status"] == "ok"]
         if any(row["pass"] == STEP for row in rows):
@@ -89,11 +89,18 @@ def bars(axes: Axes, rows: list[Row], name: str, form: str, longest: float = mat
 
 
 def memory(record: Record, path: Path) -> None:
-    """Peak memory of a step on the largest head of a record, the two gradients apart: the picture of the home page."""
+    """Peak memory of a step on the largest head of a record, the two gradients apart: the picture of the home page.
+
+    Of several data the synthetic are shown.
+    """
     found = [row for row in record.of("heads") if row.get("pass") == STEP and row["status"] == "ok"]
-    largest = max((row["n"] * row["v"], row["data"]) for row in found)
+
+    def rank(row: Row) -> tuple[int, bool, str]:
+        return row["n"] * row["v"], row["data"] == "synthetic", row["data"]
+
+    largest = max(map(rank, found))
     rows = sorted(
-        (row for row in found if (row["n"] * row["v"], row["data"]) == largest and row["mode"] != "uncompensated"),
+        (row for row in found if rank(row) == largest and row["mode"] != "uncompensated"),
         key=lambda row: row["peak_mib"],
     )
     with matplotlib.rc_context({"svg.hashsalt": "memory", "svg.fonttype": "none", "font.size": 9}):
@@ -112,7 +119,7 @@ def memory(record: Record, path: Path) -> None:
 
 def scaling_figure(rows: list[Row], axis: str) -> Figure:
     """Time and memory against one size, on logarithmic scales."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key in dict.fromkeys((row["name"], row["mode"]) for row in rows):
         line = sorted((row for row in rows if (row["name"], row["mode"]) == key), key=lambda row: row[axis])
@@ -128,7 +135,7 @@ def scaling_figure(rows: list[Row], axis: str) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel(axis.upper())
         finish(axes)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
 

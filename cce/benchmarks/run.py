@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cce.benchmarks import plots, record, studies, table
+from cce.benchmarks import extend, plots, record, studies, table
 from cce.benchmarks.record import Record, Row
 
 
@@ -18,6 +18,8 @@ def measure(options: studies.Options, out: Path | None, commit: str | None, cons
     start = time.perf_counter()
     facts = record.facts(options.device.type, commit)
     facts = {"record": "cce bench", **facts, "options": _shown(options)}
+    if options.trained:
+        facts["trained"] = {name: extend.facts(path) for name, path in options.trained.items()}
     rows: list[Row] = []
     total = sum(1 for _ in studies.jobs(options))
     columns = (
@@ -69,4 +71,6 @@ def _shown(options: studies.Options) -> Row:
     """The options as they go into a record."""
     names = {name: list(getattr(options, name)) for name in ("studies", "data", "backends", "modes", "passes", "peers")}
     shapes = [shape.label for shape in options.shapes]
-    return {"shapes": shapes, **names, "rounds": options.effort.rounds, "span_ms": options.effort.span_ms}
+    efforts = {"rounds": options.effort.rounds, "span_ms": options.effort.span_ms}
+    sweeps = {"sweep_rounds": options.sweep_effort.rounds, "sweep_span_ms": options.sweep_effort.span_ms}
+    return {"shapes": shapes, **names, **efforts, **(sweeps if set(options.studies) != {"heads"} else {})}

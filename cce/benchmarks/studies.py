@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from cce.benchmarks import heads, statistics, timing
 from cce.benchmarks.candidates import MODES, candidates, one_line
 from cce.benchmarks.extend import extend, load
 from cce.benchmarks.heads import Head
-from cce.benchmarks.measure import PASSES, Effort, Row, measured
+from cce.benchmarks.measure import PASSES, Effort, Row, Slow, measured
 from cce.benchmarks.peers import PEERS
 from cce.benchmarks.shapes import Shape
 
 DATA = ("random", "synthetic", "trained")
+TRAINED = "trained-"  # and the name of the state's file
 #: Sizes other than the one that varies, and the sizes it takes; the larger ones are left out of a quick run.
 SCALING = {
     "cuda": {
@@ -45,10 +47,11 @@ class Options:
     Attributes:
         device, dtype: of the inputs.
         shapes: of the study "heads".
-        studies, data, backends, modes, passes, peers: names; see the command's help.
-        trained: what ``bench/train_lm.py`` or ``cce demo --save`` wrote; for the data "trained".
+        studies, backends, modes, passes, peers: names; see the command's help.
+        data: "random", "synthetic", and names of ``trained``.
+        trained: what ``bench/train_lm.py`` or ``cce demo --save`` wrote, by name.
         quick: smaller sweeps.
-        effort: how long is measured.
+        effort: how long is measured; ``sweep_effort``: in the other studies, which have many more points.
     """
 
     device: torch.device
@@ -60,9 +63,10 @@ class Options:
     modes: tuple[str, ...] = tuple(MODES)
     passes: tuple[str, ...] = PASSES
     peers: tuple[str, ...] = tuple(PEERS)
-    trained: Path | None = None
+    trained: dict[str, Path] = field(default_factory=dict)
     quick: bool = False
     effort: Effort = Effort()  # noqa: RUF009 (immutable)
+    sweep_effort: Effort = Effort(3, 60)  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def filter_specs(quick: bool) -> dict[str, cce.Spec]:
 def run(options: Options) -> Iterator[str | Row]:
     """The rows of all studies; before each, lines that say what is being done."""
     bandwidth = timing.bandwidth(options.device)
+    slow: dict[tuple[str, ...], Slow] = defaultdict(dict)
     for job in jobs(options):
         shape = job.shape
         base: Row = {"study": job.study, "shape": shape.name, "n": shape.n, "d": shape.d, "v": shape.v}
@@ -132,7 +137,10 @@ def run(options: Options) -> Iterator[str | Row]:
             continue
         yield {**base, "kind": "data", "status": "ok", **statistics.summary(head)}
         found = candidates(head, job.backends, job.specs, job.peers)
-        for each in measured(head, found, job.passes, options.effort, bandwidth):
+        effort = options.effort if job.study == "heads" else options.sweep_effort
+        # What is slow on a head is so on its other data, and what is slow in a sweep is so on larger sizes.
+        known = slow[job.study, shape.label] if job.study in ("heads", "filter") else slow[job.study,]
+        for each in measured(head, found, job.passes, effort, bandwidth, known):
             yield each if isinstance(each, str) else {**base, "kind": "time", **each}
         del head, found
 
@@ -141,15 +149,13 @@ def make_head(data: str, shape: Shape, options: Options) -> Head:
     """The problem of a shape.
 
     Raises:
-        ValueError: trained data cannot be had for it.
+        ValueError: trained data are of larger sizes.
     """
     makers: dict[str, Callable[..., Head]] = {"random": heads.random, "synthetic": heads.synthetic}
     if data in makers:
         return makers[data](shape.n, shape.d, shape.v, options.dtype, options.device)
-    if options.trained is None:
-        raise ValueError("got no file of trained hidden states, expected --trained PATH")
-    head = extend(load(options.trained, options.device), shape.n, shape.d, shape.v)
-    return Head("trained", head.e.to(options.dtype), head.c.to(options.dtype), head.targets)
+    head = extend(load(options.trained[data], options.device), shape.n, shape.d, shape.v)
+    return Head(data, head.e.to(options.dtype), head.c.to(options.dtype), head.targets)
 
 
 def _compared(options: Options) -> tuple[str, ...]:

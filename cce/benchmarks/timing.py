@@ -24,7 +24,7 @@ Run = Callable[[], object]
 _HEAD_START = 20_000_000
 _CPU_CACHE = 64 * 2**20
 #: A step that takes longer is taken once, so that one slow candidate does not take the time of all.
-SLOW_MS = 2000
+SLOW_MS = {"cuda": 1000, "cpu": 2000}
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Time:
     rounds: int
 
 
+def slow(ms: float, device: torch.device) -> bool:
+    """Whether a step takes too long to be taken several times."""
+    return ms > SLOW_MS["cuda" if device.type == "cuda" else "cpu"]
+
+
 def compare(runs: Mapping[Any, Run], e: Tensor, c: Tensor, rounds: int = 5, span_ms: float = 120) -> dict[Any, Time]:
     """The time of each of ``runs``, and of ``mm``, in turns; steps of about ``span_ms`` make a measurement."""
     *_, times = turns(runs, e, c, rounds, span_ms)
@@ -65,9 +70,9 @@ def turns(runs: Mapping[Any, Run], e: Tensor, c: Tensor, rounds: int, span_ms: f
     for name, run in all_runs.items():
         if e.device.type == "cuda":
             run()
-        once = one(run, 1, flush)
-        steps[name] = max(1, round(span_ms / once))
-        times[name] = [once] if once > SLOW_MS else []
+        first = one(run, 1, flush)
+        steps[name] = max(1, round(span_ms / first))
+        times[name] = [first] if slow(first, e.device) else []
         yield name
     fast = {name: run for name, run in all_runs.items() if not times[name]}
     for _ in range(rounds):
@@ -128,6 +133,11 @@ def _summary(times: list[float], unit: list[float]) -> Time:
     return Time(middle, min(times), max(times), ratio, min(ratios), max(ratios), len(times))
 
 
+def once(ms: float, mm: float) -> Time:
+    """The time of a step that was taken once, beside a median of ``mm``."""
+    return Time(ms, ms, ms, ms / mm, ms / mm, ms / mm, 1)
+
+
 def wall_ms(runs: Mapping[str, Run], rounds: int = 5, steps: int = 40) -> dict[str, float]:
     """Wall-clock milliseconds of a step in a loop that waits only at its end: host and GPU, whichever is slower."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -145,10 +155,28 @@ def wall_ms(runs: Mapping[str, Run], rounds: int = 5, steps: int = 40) -> dict[s
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def peak_bytes(run: Run, device: torch.device | str = "cuda") -> int:
-    """The most memory a step holds beyond what was there before; what it returns counts. 0 where it is not known."""
+def peak_bytes(run: Run, device: torch.device | str = "cuda", *, warm_up: bool = True) -> int:
+    """The most memory a step holds beyond what was there before; what it returns counts. 0 where it is not known.
+
+    A step that was run before needs no ``warm_up``, in which that is allocated which is allocated once only.
+    """
     device = torch.device(device)
-    if device.type != "cpu":
-        run()  # what is allocated once only
+    if device.type != "cpu" and warm_up:
+        run()
         torch.accelerator.synchronize()
     return measure.peak_bytes(run, device) or 0
+
+
+def peak_and_slow_ms(run: Run, device: torch.device) -> tuple[int, float | None]:
+    """The peak memory of a step that was run before, and on a GPU its time by the wall clock, if it is slow.
+
+    On a CPU the allocations are recorded, which takes time of its own.
+    """
+    if device.type == "cpu":
+        return peak_bytes(run, device), None
+    torch.accelerator.synchronize()
+    start = time.perf_counter()
+    peak = peak_bytes(run, device, warm_up=False)
+    torch.accelerator.synchronize()
+    ms = (time.perf_counter() - start) * 1e3
+    return peak, ms if slow(ms, device) else None

@@ -28,7 +28,7 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
     text = "Time, memory and accuracy of every backend and of other libraries on the heads of real models."
     parser = commands.add_parser("bench", help=text[0].lower() + text[1:-1], description=text)
     every: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--quick", action="store_true", help="one head, fewer rounds: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="one head, two modes, fewer rounds: about two minutes")
     parser.add_argument("--device", help="cuda, cpu, ... (default: the fastest here)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument(
@@ -36,12 +36,18 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
     )
     parser.add_argument("--studies", **every, help="heads, vocabulary, tokens, width, filter (default: heads)")
     parser.add_argument("--data", **every, help="random, synthetic, trained (default: those that can be had)")
-    parser.add_argument("--trained", type=Path, metavar="PT", help="from bench/train_lm.py or cce demo --save")
+    parser.add_argument(
+        "--trained",
+        type=Path,
+        nargs="+",
+        metavar="PT",
+        help="from bench/train_lm.py or cce demo --save",
+    )
     parser.add_argument("--backends", **every, help="default: all of cce.backends()")
-    parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all)")
+    parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all; quick: two)")
     parser.add_argument("--passes", **every, help="forward, forward+backward (default: both)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="other implementations (default: all; may be none)")
-    parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 5, quick 3)")
+    parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 5; quick, sweeps 3)")
     parser.add_argument("--out", metavar="JSONL", help="file for the record, written as rows are measured")
     parser.add_argument("--plot", type=Path, metavar="JSONL", help="measure nothing: show this record, draw pictures")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw here (default: beside the record)")
@@ -89,24 +95,27 @@ def options(args: argparse.Namespace) -> Options:
     default = shapes.QUICK[kind] if args.quick else shapes.GPU_SHAPES if kind == "cuda" else shapes.CPU_SHAPES
     rounds = args.rounds or (3 if args.quick else 5)
     span = (40 if args.quick else 100) if kind == "cuda" else 40
-    trained = args.trained and _readable("--trained", args.trained)
+    trained = _trained(args.trained or [])
     usual = [*["random"] * (kind == "cuda" and not args.quick), "synthetic", *["trained"] * bool(trained)]
     data = _chosen("--data", args.data, studies.DATA, tuple(usual))
     if "trained" in data and not trained:
         raise UsageError("--data: got 'trained' without --trained PATH, expected the file, too")
+    if trained and "trained" not in data:
+        raise UsageError(f"--trained: got files, expected 'trained' among --data, which has {', '.join(data)}")
     return studies.Options(
         device=device,
         dtype=DTYPES[args.dtype or ("bfloat16" if kind == "cuda" else "float32")],
         shapes=tuple(_shapes(args.shapes or default)),
         studies=_chosen("--studies", args.studies, studies.STUDIES, ("heads",)),
-        data=data,
+        data=tuple(name for kind in data for name in (trained if kind == "trained" else [kind])),
         backends=_chosen("--backends", args.backends, tuple(cce.backends())),
-        modes=_chosen("--modes", args.modes, tuple(MODES)),
+        modes=_chosen("--modes", args.modes, tuple(MODES), tuple(MODES)[: 2 if args.quick else None]),
         passes=_chosen("--passes", args.passes, PASSES),
         peers=_chosen("--peers", args.peers, tuple(PEERS)),
         trained=trained,
         quick=args.quick,
         effort=Effort(rounds, span),
+        sweep_effort=Effort(args.rounds or 3, min(span, 60)),
     )
 
 
@@ -131,6 +140,16 @@ def _shapes(names: Sequence[str]) -> list[Shape]:
         return [shapes.parse(name) for name in names]
     except ValueError as error:
         raise UsageError(f"--shapes: {error}") from error
+
+
+def _trained(paths: list[Path]) -> dict[str, Path]:
+    """The files of trained states, by names of their own."""
+    from cce.benchmarks.studies import TRAINED
+
+    named = {TRAINED + path.stem: _readable("--trained", path) for path in paths}  # "trained-base" of base.pt
+    if len(named) < len(paths):
+        raise UsageError(f"--trained: got {', '.join(map(str, paths))}, expected files of different names")
+    return named
 
 
 def _readable(option: str, path: Path) -> Path:

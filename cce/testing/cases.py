@@ -21,7 +21,9 @@ class Case:
         n, d, v, k: sizes; ``m`` rows of ``e``, of which ``n`` are in use (None: all of them).
         e_dtype, c_dtype: dtypes.
         data: "random", "peaked" (Zipf frequencies, a common mean row: tiles are really skipped), "aligned"
-            (rows of ``c`` equal to rows of ``e``: p near 1), "large_bias", "masked" (bias of -inf, also whole tiles).
+            (rows of ``c`` equal to rows of ``e``: p near 1), "large_bias", "masked" (bias of -inf, also whole tiles),
+            "masked_low", "masked_high" (the same, all other logits near -300 or 300: exp() of no difference to a
+            masked tile's maximum, or to 0 in its place, is a number).
         strided: ``e`` and ``c`` are transposed views.
         bias, softcap, logit_scale, outputs, logit_weight, vocab_order: as in Problem and Inputs.
         wanted: the gradients asked for.
@@ -77,7 +79,7 @@ def _shapes() -> list[Case]:
         Case("odd-dim", n=65, d=33, v=257),
         Case("many-tiles", n=17, d=16, v=2051, spec={"filter": "none", "block_v": 64, "block_n": 16}),
         Case("online", n=70, d=24, v=700, outputs=("entropy",), spec={"filter": "none", "lse_accumulation": "online"}),
-        Case("small-scratch", n=150, d=16, v=900, bias=True, spec={"filter": "none", "scratch_bytes": 2**18}),
+        Case("small-scratch", n=150, d=80, v=2000, bias=True, spec={"filter": "none", "scratch_bytes": 2**18}),
     ]
 
 
@@ -87,6 +89,9 @@ def _options() -> list[Case]:
         Case("bias", bias=True),
         Case("large-bias", bias=True, data="large_bias"),
         Case("masked", bias=True, data="masked", outputs=("entropy", "prediction"), spec=_small("none")),
+        Case("masked-low", v=900, bias=True, data="masked_low", outputs=("entropy", "prediction"), spec=_small("none")),
+        Case("masked-low-loss", v=900, bias=True, data="masked_low"),
+        Case("masked-high", v=900, bias=True, data="masked_high", outputs=("entropy",)),
         Case("softcap", softcap=1.5, bias=True, data="peaked"),
         Case("softcap-ragged", softcap=0.5, n=33, v=65),
         Case("scale", logit_scale=0.25, bias=True),
@@ -123,7 +128,7 @@ def _filtered() -> list[Case]:
         replace(base, name="filtered-odd-blocks", spec={**_FILTERED, "block_n": 7, "block_v": 50}),
         replace(base, name="filtered-big-blocks", n=300, v=1500, spec={**_FILTERED, "block_n": 128, "block_v": 128}),
         replace(base, name="filtered-online", spec={**_FILTERED, "lse_accumulation": "online"}),
-        replace(base, name="filtered-small-scratch", spec={**_FILTERED, "scratch_bytes": 2**17}),
+        replace(base, name="filtered-small-scratch", d=80, v=2000, spec={**_FILTERED, "scratch_bytes": 2**17}),
         replace(base, name="filtered-softcap", softcap=6.0),
         replace(base, name="filtered-scale", logit_scale=1.3),
         replace(base, name="filtered-entropy", outputs=("entropy",)),
@@ -136,6 +141,8 @@ def _filtered() -> list[Case]:
         replace(base, name="filtered-rows-left-out", m=131),
         replace(base, name="filtered-frozen-e", wanted=("c",)),
         replace(base, name="filtered-frozen-c", wanted=("e",)),
+        replace(base, name="filtered-masked-low", data="masked_low", outputs=("entropy",)),
+        replace(base, name="filtered-masked-high", data="masked_high"),
         replace(base, name="filtered-everything", k=2, m=100, outputs=("entropy", "weighted_logit"), vocab_order=True),
     ]
 

@@ -87,9 +87,12 @@ def _bias(case: Case, rng: torch.Generator) -> Tensor:
     if case.data == "large_bias":
         # Far beyond what exp() can take without the maximum's subtraction, in both directions.
         bias += torch.where(torch.rand(case.v, generator=rng) < 0.5, 200.0, -200.0)
-    elif case.data == "masked":
+    elif case.data in ("masked_low", "masked_high"):
+        bias += -300.0 if case.data == "masked_low" else 300.0
+    if case.data.startswith("masked"):
         bias[::3] = -torch.inf
         bias[64:128] = -torch.inf  # whole tiles of 32
+        bias[256:768] = -torch.inf  # and of 256, where there are so many
     return bias
 
 
@@ -100,10 +103,12 @@ def _targets(case: Case, e: Tensor, c: Tensor, bias: Tensor | None, rng: torch.G
         targets = torch.multinomial(z.softmax(1), case.k, replacement=True, generator=rng)
     else:
         targets = torch.randint(case.v, (case.n, case.k), generator=rng)
-    if case.data == "masked":
+    masked = case.data.startswith("masked")
+    if masked:
         open_entries = torch.arange(case.v)[torch.isfinite(bias)] if bias is not None else torch.arange(case.v)
         targets = open_entries[targets % len(open_entries)]
-    targets[-1, -1] = case.v - 1 if case.data != "masked" else targets[-1, -1]
+    if not masked:
+        targets[-1, -1] = case.v - 1
     if case.k > 1:
         targets[::3, 1] = targets[::3, 0]
         targets[1::4, -1] = -1

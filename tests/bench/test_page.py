@@ -69,6 +69,16 @@ def test_a_peer_that_is_best() -> None:
     assert page_parts.best([*once, rows[1]], "time_ms", "ms") == "compiled, 8 ms"
 
 
+@pytest.mark.parametrize("data", ["random", "trained-base"])
+def test_a_filter_is_not_praised_for_random_data(data: str) -> None:
+    base = {"shape": "x", "n": 1, "d": 2, "v": 3, "data": data, "dtype": "bfloat16"}
+    statistics = {"kind": "data", "status": "failed", "reason": "none"}
+    rows = [row("triton", 10.0, 5, "exact"), row("triton", 1.0, 6, "filtered"), row("compiled", 8.0, 50, lacks=[])]
+    text = "\n".join(page.head([{**base, **x} for x in (statistics, *rows)]))
+    fastest = "without a filter, compiled, 8 ms" if data == "random" else "`triton` filtered, 1 ms"
+    assert f"- **Fastest**: {fastest}" in text and "| `triton` filtered, step | 1 " in text
+
+
 @pytest.mark.parametrize("status", ["absent", "failed", "refused", "wrong"])
 def test_who_is_missing_is_said(status: str) -> None:
     rows = [row("liger", None, 1, status=status, reason="why | not")]
@@ -105,5 +115,5 @@ def test_a_row_of_a_gpus_record() -> None:
 
 def test_every_gpu_record_is_on_the_page() -> None:
     text = page.PAGE.read_text("utf-8")
-    names = [path.name for pattern in ("h100*.json", "vocab-parallel*.json") for path in page.RECORDS.glob(pattern)]
+    names = [path.name for pattern in (page_gpu.PATTERN, "vocab-parallel*.json") for path in page.RECORDS.glob(pattern)]
     assert names and all(f"`docs/benchmarks/{name}`" in text for name in names)

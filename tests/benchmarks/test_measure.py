@@ -14,7 +14,7 @@ from cce.backends.torch import TorchBackend
 from cce.benchmarks import peers, timing
 from cce.benchmarks.candidates import MODES, candidates, of_peer
 from cce.benchmarks.heads import Head
-from cce.benchmarks.measure import PASSES, Effort, Row, measured
+from cce.benchmarks.measure import PASSES, Effort, Row, Slow, measured
 from cce.benchmarks.peers import PEERS, Peer
 from cce.functional import LOSS_OPTIONS
 
@@ -77,6 +77,7 @@ def test_rows(small: Head) -> None:
         gradients = (small.e.nbytes + small.c.nbytes) / 2**20
         assert row["peak_mib"] - row["over_gradients_mib"] == pytest.approx(gradients)
     exact, filtered, bare = (by(found, "torch", mode) for mode in MODES)
+    assert filtered["threshold"] == 2.0**-8 and "threshold" not in exact
     assert exact["live"] == 1.0 and 0 < filtered["live"] == bare["live"] < 1
     assert exact["error_de"] < 1e-5 < filtered["error_de"] < bare["error_de"]
     assert filtered["products"] == pytest.approx(1 + 3 * filtered["live"]) and exact["products"] == 3
@@ -151,7 +152,7 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return step
 
-    monkeypatch.setattr(timing, "SLOW_MS", 15)
+    monkeypatch.setattr(timing, "SLOW_MS", {"cpu": 15})
     *_, times = timing.turns({"fast": run("fast", 0.002), "slow": run("slow", 0.02)}, e, c, 3, 0.1)
     assert isinstance(times, dict)
     assert times["fast"].rounds == 3 and times["slow"].rounds == 1
@@ -159,6 +160,42 @@ def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2 <= times["fast"].ms < 15 < times["slow"].ms
     assert times["fast"].ms_low <= times["fast"].ms <= times["fast"].ms_high
     assert times["mm"].mm == times["mm"].low == times["mm"].high == 1
+
+
+def test_what_is_slow_is_taken_once_and_then_skipped(small: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "peak_and_slow_ms", lambda run, device: (timing.peak_bytes(run, device), 3000.0))
+    slow: Slow = {}
+
+    def run() -> list[Row]:
+        found = measured(small, candidates(small, ["torch"], {"exact": MODES["exact"]}, []), PASSES, FAST, 1e10, slow)
+        return [row for row in found if not isinstance(row, str)]
+
+    first = by(run(), "torch", "exact")
+    assert first["time_ms"] == first["time_low_ms"] == 3000 and first["rounds"] == 1
+    assert slow == {("torch, exact", name): 3000 for name in PASSES}
+    second = by(run(), "torch", "exact")
+    assert second["status"] == "skipped" and "3,000 ms" in second["reason"]
+    assert "time_ms" not in second and "error_de" not in second
+
+
+def test_a_step_on_a_gpu_is_timed_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock, after the device has been waited for, and only where that is slow."""
+    now, waited = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.torch.accelerator, "synchronize", lambda: waited.append(now[0]))
+    monkeypatch.setattr(timing.measure, "peak_bytes", lambda run, device: run() or 77)
+
+    def seconds(count: float) -> timing.Run:
+        def run() -> None:
+            now[0] += count
+
+        return run
+
+    cuda = torch.device("cuda")
+    assert timing.peak_and_slow_ms(seconds(2.0), cuda) == (77, 2000)
+    assert timing.peak_and_slow_ms(seconds(0.5), cuda) == (77, None)
+    assert waited == [0.0, 2.0, 2.0, 2.5], "once before and once after: no step to warm up"
+    assert timing.peak_and_slow_ms(seconds(5.0), torch.device("cpu")) == (77, None)
 
 
 def test_bandwidth() -> None:

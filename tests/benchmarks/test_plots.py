@@ -45,7 +45,7 @@ def found() -> Record:
 
 def test_pictures(found: Record, tmp_path: Path) -> None:
     paths = plots.draw(found, tmp_path, "r")
-    assert [path.name for path in paths] == ["r-heads.svg", "r-vocabulary.svg"], "nothing is drawn of what has no time"
+    assert [path.name for path in paths] == ["r-heads-synthetic.svg", "r-vocabulary.svg"], "nothing of what has no time"
     heads, scaling = (path.read_text() for path in paths)
     assert "mine exact" in heads and "9 MiB" in heads, "memory is shown of what is wrong, too"
     assert "torch filtered" in scaling and "N = 4, D = 8" in scaling

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cce.benchmarks import record, studies
+from cce.benchmarks import record, studies, timing
 from cce.benchmarks.shapes import Shape
 from cce.benchmarks.studies import Options
 from cce.cli import bench, main
@@ -17,6 +17,15 @@ from cce.cli import bench, main
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ["--device", "cpu", "--shapes", "24x16x700", "--rounds", "1", "--backends", "torch", "triton"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_sweeps():
+    """One threshold, and no cache to be emptied a thousand times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "QUICK_POWERS", (13,))
+        patch.setattr(timing, "_CPU_CACHE", 2**12)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,7 @@ def test_record(written: Path) -> None:
         ("eager", "", "forward"),
         ("eager", "", step),
         *((name, "exact", "forward") for name in ("torch", "triton")),
-        *((name, mode, step) for name in ("torch", "triton") for mode in ("exact", "filtered", "uncompensated")),
+        *((name, mode, step) for name in ("torch", "triton") for mode in ("exact", "filtered")),
     }
     assert timed["torch", "filtered", step]["time_ms"] > 0
     assert timed["triton", "exact", step]["status"] == "refused"
@@ -51,7 +60,7 @@ def test_record(written: Path) -> None:
 
 def test_pictures_come_from_the_record_alone(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = {path.name: path.read_bytes() for path in written.parent.glob("*.svg")}
-    assert set(made) == {"found-heads.svg", "found-filter-synthetic.svg"}
+    assert set(made) == {"found-heads-synthetic.svg", "found-filter-synthetic.svg"}
     capsys.readouterr()
     assert main(["bench", "--plot", str(written), "--pictures", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -59,7 +68,7 @@ def test_pictures_come_from_the_record_alone(written: Path, tmp_path: Path, caps
     for expected in ("torch, filtered, step", "eager, forward", "triton refused: ", "N=24 D=16 V=700", "commit abc"):
         assert expected in printed
     assert main(["bench", "--plot", str(written), "--pictures", str(tmp_path), "--png"]) == 0
-    assert (tmp_path / "found-heads.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "found-heads-synthetic.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_row_is_there_as_soon_as_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,17 +96,69 @@ def test_scaling_study_rows() -> None:
     assert "reference" not in vocabulary[0].backends and "triton" not in vocabulary[0].backends
 
 
-def test_trained_heads_are_extended(tmp_path: Path) -> None:
-    path = tmp_path / "trained.pt"
-    e, c = torch.randn(8, 4), torch.randn(300, 4)
-    kept = {"e": e, "c": c, "targets": torch.arange(8), "unigram_counts": torch.arange(300, 0, -1)}
-    torch.save(kept, path)
-    options = bench.options(_parsed(["--trained", str(path), *TINY]))
-    assert options.data == ("synthetic", "trained")
-    head = studies.make_head("trained", Shape("x", 12, 8, 400), options)
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Files as ``bench/train_lm.py`` (with facts) and the demo write them."""
+    folder = tmp_path_factory.mktemp("states")
+    rng = torch.Generator().manual_seed(0)
+    for name in ("base", "demo"):
+        e, c = (torch.randn(size, 4, generator=rng) for size in (8, 300))
+        kept = {"e": e, "c": c, "targets": torch.arange(8), "unigram_counts": torch.arange(300, 0, -1)}
+        facts = {"held_out_loss": 3.5, "steps": 7, "packages": "x" * 1000}
+        torch.save({**kept, "facts": facts} if name == "base" else kept, folder / f"{name}.pt")
+    return [str(folder / f"{name}.pt") for name in ("base", "demo")]
+
+
+def test_trained_heads_are_extended(states: list[str]) -> None:
+    options = bench.options(_parsed(["--trained", *states, *TINY]))
+    assert options.data == ("synthetic", "trained-base", "trained-demo")
+    head = studies.make_head("trained-base", Shape("x", 12, 8, 400), options)
     assert head.e.shape == (12, 8) and head.c.shape == (400, 8) and head.e.dtype == torch.float32
     with pytest.raises(ValueError, match="only extended"):
-        studies.make_head("trained", Shape("x", 12, 2, 400), options)
+        studies.make_head("trained-base", Shape("x", 12, 2, 400), options)
+    other = studies.make_head("trained-demo", Shape("x", 12, 8, 400), options)
+    assert not torch.equal(other.c, head.c)
+
+
+def test_rows_say_of_which_state_they_are(states: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "found.jsonl"
+    argv = ["--trained", *states, "--data", "trained", *TINY, "--peers", "--modes", "filtered"]
+    assert main(["bench", *argv, "--studies", "heads", "filter", "--quick", "--out", str(path)]) == 0
+    found = record.read(path)
+    for study in ("heads", "filter"):
+        rows = found.of(study)
+        assert {row["data"] for row in rows} == {"trained-base", "trained-demo"}
+        assert len([row for row in rows if row["kind"] == "data" and row["entropy"] > 0]) == 2
+    assert found.facts["trained"] == {"trained-base": {"held_out_loss": 3.5, "steps": 7}, "trained-demo": {}}
+    assert {x.name for x in tmp_path.glob("*-base.svg")} == {f"found-{x}-trained-base.svg" for x in ("heads", "filter")}
+
+
+def test_what_is_slow_is_skipped_on_other_data_and_larger_sizes(
+    states: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "SLOW_MS", {"cpu": 0})
+    fixed, _ = studies.SCALING["cpu"]["width"]
+    monkeypatch.setitem(studies.SCALING["cpu"], "width", (fixed, (8, 16)))
+    argv = [*TINY, "--shapes", "24x16x700", "24x16x800", "--studies", "heads", "width", "--trained", states[0]]
+    argv += ["--modes", "exact", "--passes", "forward+backward", "--peers", "--backends", "torch"]
+    rows = [row for row in studies.run(bench.options(_parsed(argv))) if not isinstance(row, str)]
+    found = [
+        (row["study"], row["v"], row["d"], row["data"], row["status"]) for row in rows if row.get("name") == "torch"
+    ]
+    assert found == [
+        ("heads", 700, 16, "synthetic", "ok"),
+        ("heads", 700, 16, "trained-base", "skipped"),
+        ("heads", 800, 16, "synthetic", "ok"),
+        ("heads", 800, 16, "trained-base", "skipped"),
+        ("width", 32_768, 8, "synthetic", "ok"),
+        ("width", 32_768, 16, "synthetic", "skipped"),
+    ]
+
+
+def test_sweeps_take_fewer_rounds_unless_told() -> None:
+    usual, told = (bench.options(_parsed(["--device", "cpu", *more])) for more in ([], ["--rounds", "7"]))
+    assert usual.effort.rounds == 5 and usual.sweep_effort.rounds == 3
+    assert told.effort.rounds == told.sweep_effort.rounds == 7
 
 
 def test_defaults_of_a_gpu_and_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +168,8 @@ def test_defaults_of_a_gpu_and_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = bench.options(_parsed(["--device", "cuda"]))
     assert gpu.dtype == torch.bfloat16 and gpu.data == ("random", "synthetic")
     assert [shape.v for shape in gpu.shapes] == [256_000, 128_256, 151_936]
-    assert len(bench.options(_parsed(["--device", "cuda", "--quick"])).shapes) == 1
+    quick = bench.options(_parsed(["--device", "cuda", "--quick"]))
+    assert len(quick.shapes) == 1 and quick.modes == ("exact", "filtered") and len(gpu.modes) == 3
     assert len(bench.options(_parsed(["--device", "cuda", "--shapes", "all"])).shapes) > 50
 
 
@@ -130,6 +192,11 @@ def _parsed(argv: list[str]):
         (["--studies", "depth"], "--studies: got 'depth', expected some of heads, vocabulary"),
         (["--data", "trained"], "--data: got 'trained' without --trained PATH"),
         (["--trained", "/no/such.pt"], "--trained: got '/no/such.pt', expected a file that can be read"),
+        (
+            ["--trained", __file__, "--data", "random"],
+            "--trained: got files, expected 'trained' among --data",
+        ),
+        (["--trained", __file__, __file__], "expected files of different names"),
         (["--rounds", "0"], "--rounds: got '0', expected a whole number"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["--device", "tpu0"], "--device: got 'tpu0', expected one that works here"),

@@ -14,7 +14,7 @@ from cce.spec import Spec
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-_FILTERED = ("live", "mean_rows", "dead_mass")
+_FILTERED = ("live", "mean_rows", "dead_mass", "plan", "work_list", "gather_rows", "scatter_rows")
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Case:
     Attributes:
         name: begins with the method's. method: of :class:`Kernels`.
         n, v, d, k: sizes; D is padded. dtype: of both operands, if e_dtype and c_dtype do not say otherwise.
-        bias: "", "random", "large" or "masked" (-inf, whole tiles too).
+        bias: "", "random", "large", "masked" (-inf, whole tiles too) or "masked low" (the same, the others near -1500).
         integers: operands in {-1, 0, 1}: products are exact, and the largest logits tie.
         outputs: "entropy" (a gap; a gradient h), "weighted_logit" (a gradient s), "prediction".
         filter: of :meth:`statistics`: what maps are there. windows, splits: of the vocabulary.
         view: of operands of ``target_logits``: "", "transposed" or "sliced".
         nan_rows: some rows do not count, and hold NaN.
-        density: of live tiles. slots: of the scratch, 0: few. wanted: gradients.
+        density: of live tiles. slots: of the scratch, 0: few. pack: tiles of an item. wanted: gradients.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Case:
     dbias: bool = True
     density: float = 0.4
     slots: int = 0
+    pack: int = 2
     sorted_rows: bool = False
     ordered: bool = False
     compensate: bool = True
@@ -78,7 +79,7 @@ class Case:
             c_dtype=self.c_dtype or self.dtype, device=device, bias=bool(self.bias), softcap=self.softcap,
             logit_scale=self.scale, outputs=frozenset(self.outputs), grad_e=not live or "de" in self.wanted,
             grad_c=not live or "dc" in self.wanted,
-            grad_bias=bool(self.bias) and (self.dbias if not live else "dbias" in self.wanted),
+            grad_bias="dbias" in self.wanted if self.method == "live" else bool(self.bias) and self.dbias,
         )  # fmt: skip
 
     def spec(self) -> Spec:
@@ -136,6 +137,7 @@ def _statistics() -> list[Case]:
         replace(plain, name="statistics online", accumulation="online", outputs=("entropy",), bias="large"),
         replace(plain, name="statistics large bias", bias="large", outputs=("entropy",)),
         replace(plain, name="statistics masked", bias="masked", outputs=("entropy", "prediction")),
+        replace(plain, name="statistics masked low", bias="masked low", outputs=("entropy",), splits=1),
         replace(plain, name="statistics softcap scale", softcap=2.0, scale=1.5, bias="random"),
         replace(plain, name="statistics prediction", outputs=("prediction",)),
         replace(plain, name="statistics ties", outputs=("prediction",), integers=True, d=16, windows=2),
@@ -150,6 +152,7 @@ def _statistics() -> list[Case]:
         replace(mapped, name="statistics maps tile", filter="tile"),
         replace(mapped, name="statistics maps entropy", outputs=("entropy",), bias="random"),
         replace(mapped, name="statistics maps online", outputs=("entropy",), accumulation="online"),
+        replace(mapped, name="statistics maps masked low", outputs=("entropy",), bias="masked low"),
         replace(mapped, name="statistics maps masked", outputs=("entropy",), bias="masked"),
         replace(
             mapped, name="statistics maps masked online", outputs=("entropy",), bias="masked", accumulation="online"
@@ -224,7 +227,7 @@ def _live() -> list[Case]:
         *(
             replace(
                 plain, name=f"live blocks {n} x {v} plain", block_n=n, block_v=v, n=3 * n + 5, v=6 * v + 9,
-                sorted_rows=True, d=128,
+                sorted_rows=True, d=128, wanted=("de", "dc"),
             )
             for n, v in ((128, 128), (64, 128), (128, 256))
         ),
@@ -254,6 +257,42 @@ def _dead_mass() -> list[Case]:
     ]
 
 
+def _lists() -> list[Case]:
+    plan, work, fill = Case("plan", v=3000), Case("work_list", n=300), Case("fill_maps", filter="element")
+    gather, scatter = Case("gather_rows", d=128), Case("scatter_rows", d=128)
+    return [
+        plan,
+        *(
+            replace(plan, name=f"plan density={x:g} pack={pack}", density=x, pack=pack)
+            for x in (0, 0.05, 1)
+            for pack in (1, 3)
+        ),
+        replace(plan, name="plan one block", n=9, v=9000),
+        replace(plan, name="plan one tile", v=20),
+        replace(plan, name="plan many blocks", n=1100, v=300),
+        work,
+        replace(work, name="work_list of few", sorted_rows=True, density=0.1, block_n=32),
+        replace(work, name="work_list of targets alone", sorted_rows=True, density=0, k=3, ordered=True),
+        replace(work, name="work_list of parts", sorted_rows=True, density=0.1, nan_rows=True, outputs=("entropy",)),
+        replace(work, name="work_list float32", sorted_rows=True, dtype=F32, n=1, v=2000),
+        replace(work, name="work_list many rows", sorted_rows=True, density=0.1, n=17_000, v=70, block_n=128),
+        gather,
+        replace(gather, name="gather_rows odd d float32", dtype=F32, d=33),
+        scatter,
+        replace(scatter, name="scatter_rows odd d", d=75, norm=True),
+        replace(scatter, name="scatter_rows float32", dtype=F32, norm=True),
+        replace(scatter, name="scatter_rows float16 odd d", dtype=F16, d=33),
+        Case("statistics_ahead", v=2000, splits=2),
+        Case("statistics_ahead many rows", n=700, d=136, dtype=F16, splits=1),
+        Case("joined_lse", n=301),
+        Case("joined_lse k3", n=33, k=3, splits=17),
+        Case("joined_lse one split", n=3, splits=1),
+        fill,
+        replace(fill, name="fill_maps tile entropy", filter="tile", outputs=("entropy",), n=700),
+        replace(fill, name="fill_maps float32", dtype=F32, outputs=("entropy",), block_v=128),
+    ]
+
+
 CASES: tuple[Case, ...] = (
-    *_targets(), *_statistics(), *_gradient(), *_mean_rows(), *_dead_mass(), *_live()
+    *_targets(), *_statistics(), *_gradient(), *_mean_rows(), *_dead_mass(), *_lists(), *_live()
 )  # fmt: skip

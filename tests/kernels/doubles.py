@@ -84,11 +84,16 @@ class IdleKernels(PlainKernels):
     def statistics(self, *arguments: Any) -> None:
         """Nothing."""
 
+    def statistics_ahead(self, *arguments: Any) -> None:
+        """Nothing."""
+
     def gradient(self, *arguments: Any) -> None:
         """Nothing."""
 
     mean_rows = Kernels.mean_rows  # the library's
     dead_mass = Kernels.dead_mass
+    fill_maps = Kernels.fill_maps
+    work_list = Kernels.work_list
 
     def live(self, *arguments: Any) -> Callable[[int], None]:
         return lambda k: None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from plain_math import capped, describe, dx_of, finite, join, logits
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.onepass_kernels import OnePassKernels
-from cce.problem import Maps, Problem
+from cce.backends.gpu.work import Work
+from cce.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 SIZES = Sizes(forward_rows=32, forward_columns=64, gradient_rows=32, gradient_columns=64, pack=2, programs=4)
@@ -72,6 +76,15 @@ class PlainKernels(Kernels):
         for v0 in range(0, len(c), spec.block_v):
             describe(tiles, (first + v0) // spec.block_v, z[:, v0 : v0 + spec.block_v])
 
+    def gathers_ahead(self, problem: Problem) -> bool:
+        return True
+
+    def statistics_ahead(self, *arguments: Any) -> None:
+        """Gathers first: what others still read must not be where it goes."""
+        *given, ahead = arguments
+        ahead.out.copy_(ahead.c[ahead.order])
+        self.statistics(*given)
+
     def gradient(
         self,
         problem: Problem,
@@ -130,85 +143,47 @@ class PlainKernels(Kernels):
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         return LiveTiles(problem, spec, live).chunk
 
+    def fill_maps(
+        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
+    ) -> bool:
+        assert maps.tile_mass is not None and spec.threshold is not None
+        count = len(maps.tile_mass)
+        quantity = (tiles.lse if tiles.max is None else tiles.max)[:count]
+        mass = torch.exp(tiles.lse[:count].double() - finite(lse).double())
+        mass = torch.where(quantity > lse + math.log(spec.threshold), -mass.clamp(min=LEAST_HIT), mass)
+        maps.tile_mass.copy_(torch.where(in_use, mass, 0))
+        if maps.tile_entropy is not None and tiles.entropy is not None:
+            maps.tile_entropy.copy_(torch.where(in_use, tiles.entropy[:count], 0))
+        return True
 
-def capped(x: Tensor, formula: Formula) -> Tensor:
-    """A logit from e c^T + bias."""
-    x = x * formula.scale
-    return x if formula.softcap is None else formula.softcap * torch.tanh(x / formula.softcap)
-
-
-def logits(e: Tensor, c: Tensor, formula: Formula) -> Tensor:
-    """(rows, columns) float64."""
-    x = e.double() @ c.double().T
-    return capped(x if formula.bias is None else x + formula.bias.double(), formula)
-
-
-def finite(m: Tensor) -> Tensor:
-    return torch.where(m == -torch.inf, 0.0, m)
-
-
-def sums_about(z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """sum exp(z - m) and sum exp(z - m) (m - z) of each row."""
-    p = torch.exp(z - finite(m)[:, None])
-    return p.sum(1), torch.where(p > 0, p * (finite(m)[:, None] - z), 0.0).sum(1)
-
-
-def join(splits: Splits, s: int, z: Tensor, u: Tensor | None, first: int, carry: bool) -> None:
-    """Split s takes in some logits, whose first column has the place ``first``."""
-    n = len(z)
-    m0 = splits.max[s].double() if carry else z.new_full((n,), -torch.inf)
-    s0 = splits.sum[s].double() if carry else z.new_zeros(n)
-    m1 = z.amax(1) if z.shape[1] else z.new_full((n,), -torch.inf)
-    m = torch.maximum(m0, m1)
-    s1, gap1 = sums_about(z, m)
-    factor = torch.exp(m0 - finite(m))
-    splits.max[s] = m
-    splits.sum[s] = s1 + s0 * factor
-    if splits.gap is not None:
-        gap0 = splits.gap[s].double() if carry else z.new_zeros(n)
-        splits.gap[s] = gap1 + torch.where(s0 > 0, factor * (gap0 + s0 * (finite(m) - m0)), 0.0)
-    if splits.weighted is not None:
-        assert u is not None
-        before = splits.weighted[s].double() if carry else z.new_zeros(n)
-        splits.weighted[s] = before + torch.where(u == 0, 0.0, z * u).sum(1)
-    if splits.best is not None:
-        before = splits.best[s] if carry else torch.zeros_like(splits.best[s])
-        place = first + z.argmax(1) if z.shape[1] else before
-        splits.best[s] = torch.where(m1 > m0, place, before).to(torch.int32)
-
-
-def describe(tiles: Tiles, t: int, z: Tensor) -> None:
-    """Vocabulary block t, whose logits are ``z``."""
-    m = z.amax(1)
-    s, gap = sums_about(z, m)
-    tiles.lse[t] = finite(m) + s.log()
-    if tiles.max is not None:
-        tiles.max[t] = m
-    if tiles.entropy is not None:
-        tiles.entropy[t] = torch.where(s > 0, s.log() + gap / s, 0.0)
-
-
-def dx_of(
-    z: Tensor, rows: Rows, index: Tensor, place: Tensor, softcap: float | None, weight: Tensor | None = None
-) -> Tensor:
-    """(rows, columns) float64: dx of the rows ``index`` and the columns at ``place``; all as :class:`Rows` has it."""
-
-    def of(x: Tensor) -> Tensor:
-        return x[index].double()[:, None]
-
-    masked = z == -torch.inf
-    p = torch.where(masked, 0.0, torch.exp(z - of(rows.lse)))
-    dx = p * of(rows.a)
-    if rows.h is not None:
-        assert rows.entropy is not None
-        dx = dx + p * of(rows.h) * (of(rows.lse) - of(rows.entropy) - torch.where(masked, 0.0, z))
-    for k in range(rows.targets.shape[1]):
-        dx = dx - torch.where(place == rows.targets[index, k][:, None], of(rows.g[:, k]), 0.0)
-    if rows.s is not None and weight is not None:
-        dx = dx + of(rows.s) * weight
-    if softcap is not None:
-        dx = dx * (1 - (z / softcap).square())
-    return torch.where(masked, 0.0, dx)
+    def work_list(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Work:
+        assert maps.tile_mass is not None and spec.block_n is not None and spec.block_v is not None
+        hit = maps.tile_mass < 0
+        tiles, n = hit.shape
+        everyone = torch.arange(n, device=hit.device)
+        keep = upstream.a != 0
+        for k in range(problem.k):
+            wanted = upstream.g[:, k] != 0
+            keep |= wanted
+            named = wanted & (rows.targets[:, k] >= 0)
+            hit[(rows.targets[:, k] // spec.block_v)[named].long(), everyone[named]] = True
+        if upstream.h is not None:
+            keep |= upstream.h != 0
+        hit &= keep
+        counts = (inputs.targets >= 0).any(1) if inputs.in_use is None else inputs.in_use
+        by_count = spec.row_order == "live" and spec.block_n > 1
+        key = torch.where(counts, hit.sum(0) if by_count else 0, tiles + 1).tolist()
+        order = torch.tensor(sorted(range(n), key=lambda i: (key[i], i)), device=hit.device)
+        live = torch.stack([hit[:, block].any(1) for block in order.split(spec.block_n)], 1)
+        return Work(order, keep, live)
 
 
 class LiveTiles:

@@ -70,9 +70,10 @@ def plan_to(plan: Plan, device: str) -> Plan:
 
 
 def random_live(tiles: int, blocks: int, density: float, rng: torch.Generator) -> Tensor:
-    """(T, B) bool; some vocabulary blocks, and the first row block, have no live tile at all."""
+    """(T, B) bool; some vocabulary blocks, and the first row block, have no live tile; other row blocks have one."""
     live = torch.rand(tiles, blocks, generator=rng) < density
     live[1::4] = False
+    live[0] |= density > 0
     if blocks > 1:
         live[:, 0] = False
     live[-1, -1] = True  # the ragged corner

@@ -25,10 +25,14 @@ def test_plain_kernels_meet_it(case):
     assert passed, message
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.method == "mean_rows"], ids=str)
+LIBRARY = ("joined_lse", "mean_rows", "work_list", "plan", "gather_rows", "scatter_rows")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.method in LIBRARY], ids=str)
 def test_the_library_meets_it(case):
     class Library(PlainKernels):
         mean_rows = Kernels.mean_rows
+        work_list = Kernels.work_list
 
     _, passed, message = contract.run_case(Library(OTHER), case)
     assert passed, message
@@ -159,6 +163,55 @@ class SoftcapForgotten(PlainKernels):
         return super().live(problem, spec, replace(live, formula=replace(live.formula, softcap=None)))
 
 
+class NoTargets(PlainKernels):
+    """The log-sum-exp may be less than a target's logit."""
+
+    def joined_lse(self, splits, target_logits, targets, in_use):
+        return super().joined_lse(splits, target_logits, torch.full_like(targets, -1), in_use)
+
+
+class OneTileAnItem(PlainKernels):
+    """Items are of one tile."""
+
+    def plan(self, live, slots, pack):
+        return super().plan(live, slots, 1)
+
+
+class AllRowsCount(PlainKernels):
+    """Rows that do not count are sorted with the others."""
+
+    def work_list(self, inputs, problem, spec, rows, maps, upstream):
+        inputs = replace(inputs, in_use=torch.ones(problem.n, dtype=torch.bool, device=inputs.targets.device))
+        return super().work_list(inputs, problem, spec, rows, maps, upstream)
+
+
+class TargetsForgotten(PlainKernels):
+    """Tiles with a target are live only if their mass is large."""
+
+    def work_list(self, inputs, problem, spec, rows, maps, upstream):
+        rows = replace(rows, targets=torch.full_like(rows.targets, -1))
+        return super().work_list(inputs, problem, spec, rows, maps, upstream)
+
+
+class NothingHit(PlainKernels):
+    """Masses are not negated."""
+
+    def fill_maps(self, problem, spec, lse, in_use, tiles, maps):
+        super().fill_maps(problem, spec, lse, in_use, tiles, maps)
+        maps.tile_mass.abs_()
+        return True
+
+
+class SortedInPlace(PlainKernels):
+    """Rows stay where they are."""
+
+    def gather_rows(self, e, row_order, keep, out):
+        super().gather_rows(e, row_order.sort()[0], keep, out)
+
+    def scatter_rows(self, spec, total, norm, row_order, out):
+        super().scatter_rows(spec, total, norm, row_order.sort()[0], out)
+
+
 def first_target(rows):
     return replace(rows, targets=rows.targets[:, :1], g=rows.g[:, :1])
 
@@ -177,6 +230,12 @@ MUTANTS = {
     FirstOfAnItem: ["live", "live only dbias", "live dense one chunk"],
     NoCompensation: ["live dead", "live only dc", "live only dbias"],
     NormForgotten: ["live float16 norm"],
+    NoTargets: ["joined_lse", "joined_lse k3"],
+    OneTileAnItem: ["plan", "plan one block"],
+    AllRowsCount: ["work_list of few", "work_list of parts"],
+    TargetsForgotten: ["work_list", "work_list of targets alone"],
+    NothingHit: ["fill_maps", "fill_maps tile entropy"],
+    SortedInPlace: ["gather_rows", "scatter_rows float32"],
     SoftcapForgotten: ["target_logits k3 bias softcap", "live everything"],
 }
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy import arguments as structs
-from cce.backends.cupy import compensation
+from cce.backends.cupy import compensation, worklist
+from cce.backends.cupy import rows as row_kernels
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Launch
 from cce.backends.cupy.onepass import PortableOnePass
@@ -24,8 +25,10 @@ from cce.backends.cupy.variants import (
 )
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.sizes import cdiv
-from cce.problem import Maps, Problem
+from cce.backends.gpu.work import Work
+from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 
@@ -126,11 +129,46 @@ class PortableKernels(Kernels):
         compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
         return True
 
+    def joined_lse(self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
+        return row_kernels.joined_lse(splits, target_logits, targets, in_use)
+
+    def fill_maps(
+        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
+    ) -> bool:
+        row_kernels.fill_maps(spec, lse, in_use, tiles, maps)
+        return True
+
+    def work_list(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Work:
+        return worklist.work_list(inputs, problem, spec, rows, maps, upstream)
+
+    def plan(self, live: Tensor, slots: int, pack: int) -> Plan:
+        return worklist.plan(live, slots, pack)
+
+    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
+        row_kernels.gather_rows(e, row_order, keep, out)
+
+    def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
+        row_kernels.scatter_rows(total, norm, row_order, out)
+
+
+def rows_of_places(live: Live) -> Tensor:
+    """Of a place in the work list the row, or -1: one look instead of two, read ahead of the product that needs it."""
+    if live.row_of is not None:
+        return live.row_of
+    return torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
+
 
 def _launches(problem: Problem, spec: Spec, live: Live, pack: int) -> list[Launch]:
     """The launches of a chunk: dx of its live tiles, both products, dbias."""
-    # Of a place in the work list the row, or -1: one look instead of two, read ahead of the product that needs it.
-    row_of = torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
+    row_of = rows_of_places(live)
     launches = [_dx(problem, spec, live, row_of, pack)]
     if live.de is not None or live.dc is not None or live.dbias is not None:
         launches += _products(problem, spec, live, row_of)

@@ -17,11 +17,12 @@ from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.onepass import PortableOnePass
-from cce.backends.cupy.portable import PortableKernels
+from cce.backends.cupy.portable import PortableKernels, rows_of_places
 from cce.backends.cupy.repeat import Repeated
 from cce.backends.cupy.tensor_maps import TensorMap, box_bytes, boxes
 from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv, rows_are_copied
 from cce.problem import Problem
 from cce.spec import Spec
@@ -36,13 +37,33 @@ _SMALL = 128 + 1024  # barriers, and what aligns the stages
 _GROUP = 16  # row blocks at work side by side, which share what they read of c
 
 
+class AheadArguments(Arguments):
+    """``Ahead`` of sm90/ahead.cuh."""
+
+    _fields_ = (
+        ("from_", c_void_p), ("order", c_void_p), ("to", c_void_p), ("pitch", c_longlong), ("rows", c_int),
+        ("pieces", c_int),
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, ahead: Ahead | None) -> AheadArguments:
+        if ahead is None:
+            return cls()
+        size, width = ahead.c.element_size(), ahead.out.shape[1]
+        return cls(
+            from_=ahead.c, order=ahead.order, to=ahead.out, pitch=ahead.c.stride(0) * size // 16, rows=len(ahead.out),
+            pieces=width * size // 16,
+        )  # fmt: skip
+
+
 class StatisticsArguments(Arguments):
     """Of sm90/statistics.cu."""
 
     _fields_ = (
         ("e_map", TensorMap), ("c_map", TensorMap), ("bias", c_void_p), ("weight", c_void_p),
         ("splits", structs.Splits), ("tiles", structs.Tiles), ("formula", structs.Formula),
-        *((name, c_int) for name in ("N", "V", "D", "S", "first", "carry")), ("padding", c_ubyte * 64),
+        *((name, c_int) for name in ("N", "V", "D", "S", "first", "carry")), ("ahead", AheadArguments),
+        ("padding", c_ubyte * 64),
     )  # fmt: skip
 
 
@@ -99,7 +120,7 @@ class Sm90Kernels(PortableKernels):
         cluster = _cluster(problem.n)
         pack = TILE_V // BLOCK if _live_is_served(problem, spec) else super().sizes(problem, spec).pack
         programs = Gpu.current().processors // cluster
-        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs)
+        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs, _GROUP // cluster)
 
     def statistics(
         self,
@@ -113,14 +134,46 @@ class Sm90Kernels(PortableKernels):
         splits: Splits,
         tiles: Tiles | None,
     ) -> None:
-        if not _is_served(e.dtype):
+        if _is_served(e.dtype):
+            self._statistics(spec, e, c, formula, weight, first, splits, tiles, None)
+        else:
             super().statistics(problem, spec, e, c, formula, weight, first, splits, tiles)
-            return
+
+    def gathers_ahead(self, problem: Problem) -> bool:
+        return _is_served(problem.dtype)
+
+    def statistics_ahead(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+        ahead: Ahead,
+    ) -> None:
+        self._statistics(spec, e, c, formula, weight, first, splits, tiles, ahead)
+
+    def _statistics(
+        self,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+        ahead: Ahead | None,
+    ) -> None:
         number, cluster = len(splits.max), _cluster(len(e))
         arguments = StatisticsArguments(
             e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=weight,
             splits=structs.Splits.of(splits), tiles=structs.Tiles.of(tiles), formula=structs.Formula.of(formula),
-            N=len(e), V=len(c), D=e.shape[1], S=number, first=first, carry=first > 0,
+            N=len(e), V=len(c), D=e.shape[1], S=number, first=first, carry=first > 0, ahead=AheadArguments.of(ahead),
         )  # fmt: skip
         macros: dict[str, int] = {
             "ENTROPY": splits.gap is not None, "WEIGHTED": splits.weighted is not None,
@@ -203,7 +256,7 @@ class Sm90OnePass(PortableOnePass):
 def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
     plan, gathered = live.plan, live.order is not None
     blocks, tiles = plan.tile_list.shape
-    row_of = torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
+    row_of = rows_of_places(live)
     arguments = LiveArguments(
         e_map=boxes(live.e, 64), c_map=boxes(live.c, 64), dz_map=boxes(live.dz.view(-1, BLOCK), 64),
         plan=PlanArguments(

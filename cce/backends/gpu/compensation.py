@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from cce.backends.gpu.gradients import Scaled
 from cce.backends.gpu.operands import Call
-from cce.backends.gpu.products import product
+from cce.backends.gpu.products import product, wide_product
 from cce.backends.gpu.sorted_rows import SortedRows
 from cce.compensation import dead_weight
 from cce.problem import Maps, Outputs, Upstream
@@ -75,10 +76,7 @@ class Mass:
         maps: Maps[Tensor],
     ) -> None:
         self._call, self._row_order, self._live, self._maps = call, row_order, live.contiguous(), maps
-        self._rows = found.rows
-        # Gradients that have the scale in them, and are in float16's range.
-        self._upstream = rows_of(Upstream(found.rows.a, found.rows.g, found.rows.h), row_order)
-        self._outputs = rows_of(Outputs(outputs.lse, outputs.target_logits, found.rows.entropy), row_order)
+        self._rows, self._given = found.rows, outputs
         varies = found.rows.h is not None or call.problem.softcap is not None
         # A number of the mass takes 4 bytes on its way, or several float32 where its weight is not the row's alone.
         self._dtype, taken = (torch.float32, 32) if varies else (call.problem.map_dtype(call.spec), 4)
@@ -94,6 +92,15 @@ class Mass:
             end = min(t1, start + self._step)
             self._fill(start, end, out[start - t0 : end - t0])
         return out
+
+    @cached_property
+    def _upstream(self) -> Upstream[Tensor]:
+        """Gradients that have the scale in them, and are in float16's range."""
+        return rows_of(Upstream(self._rows.a, self._rows.g, self._rows.h), self._row_order)
+
+    @cached_property
+    def _outputs(self) -> Outputs[Tensor]:
+        return rows_of(Outputs(self._given.lse, self._given.target_logits, self._rows.entropy), self._row_order)
 
     def _fill(self, t0: int, t1: int, out: Tensor) -> None:
         call, maps = self._call, self._maps
@@ -112,7 +119,9 @@ class Mass:
 
 def _times_e(rows: SortedRows, m: Tensor, out: Tensor) -> None:
     """out = m e, (tiles, D), some rows at a time."""
-    out.zero_()
     for n0 in range(0, m.shape[1], rows.step):
         n1 = min(m.shape[1], n0 + rows.step)
-        product(m[:, n0:n1], rows.part(n0, n1), torch.float32, out)
+        if n0 == 0:
+            wide_product(m[:, :n1], rows.part(0, n1), out)
+        else:
+            product(m[:, n0:n1], rows.part(n0, n1), torch.float32, out)

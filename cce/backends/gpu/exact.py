@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
 from cce.backends.gpu.kernels import Formula, Kernels
+from cce.backends.gpu.lent import SHARE, shaped, stretches
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.products import product, write_product
 from cce.backends.gpu.sizes import cdiv, pitch, windows
@@ -60,18 +61,23 @@ def _chunks(
 ) -> Tensor | None:
     """The float32 sum of dE; writes dC and dbias. The scratch memory is given back before dE is made of the sum."""
     problem, total = call.problem, None
-    rows_of_c = Windows(call, ordered=False)
-    row_bytes = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes
-    places = windows(problem.v, call.sizes.gradient_columns, row_bytes, call.spec.scratch_bytes)
-    scratch = call.empty(problem.n * pitch(places[0][1]), dtype=problem.dtype)
+    rows_of_c, unit = Windows(call, ordered=False), call.sizes.gradient_columns
     weight = None if found.rows.s is None else call.weights(inputs.logit_weight)
-    for v0, v1 in places:
-        c, formula = rows_of_c.at(v0, v1)
-        dz = _dz(call, found, c, formula, None if weight is None else weight[v0:v1], scratch, v0, dbias)
-        if problem.grad_e:
-            total = product(dz, c[:, : problem.d], torch.float32, total)
-        if dc is not None:
-            write_product(dz.T, call.own_e, dc[v0:v1])
+    lending = None if rows_of_c.copied or problem.c_dtype != problem.dtype else dc  # copies are to be small
+    row_bytes = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes
+    for stretch in stretches(problem.v, lending, unit, SHARE, call.spec.scratch_bytes):
+        room = call.spec.scratch_bytes if stretch.lent is None else stretch.lent.numel()
+        places = windows(stretch.v1 - stretch.v0, unit, row_bytes, room)
+        memory = stretch.lent
+        if memory is None:
+            memory = call.empty(problem.n * pitch(places[0][1]) * problem.dtype.itemsize, dtype=torch.uint8)
+        for v0, v1 in ((stretch.v0 + v0, stretch.v0 + v1) for v0, v1 in places):
+            c, formula = rows_of_c.at(v0, v1)
+            dz = _dz(call, found, c, formula, None if weight is None else weight[v0:v1], memory, v0, dbias)
+            if problem.grad_e:
+                total = product(dz, c[:, : problem.d], torch.float32, total)
+            if dc is not None:
+                write_product(dz.T, call.own_e, dc[v0:v1])
     return total
 
 
@@ -81,14 +87,14 @@ def _dz(
     c: Tensor,
     formula: Formula,
     weight: Tensor | None,
-    scratch: Tensor,
+    memory: Tensor,
     v0: int,
     dbias: Tensor | None,
 ) -> Tensor:
     """(N, columns): dx of a chunk; its column sums go into ``dbias``."""
     n, columns = call.problem.n, len(c)
     width = pitch(columns)
-    dz = scratch[: n * width].view(n, width)[:, :columns]
+    dz = shaped(memory, (n, width), call.problem.dtype)[:, :columns]
     sums = None if dbias is None else call.empty(cdiv(n, call.sizes.gradient_rows), columns)
     call.kernels.gradient(call.problem, call.spec, call.e, c, formula, found.rows, weight, v0, dz, sums)
     if dbias is not None and sums is not None:

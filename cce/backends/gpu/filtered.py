@@ -9,17 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.backends.gpu import plan as plans
 from cce.backends.gpu.compensation import Dead, compensation
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
 from cce.backends.gpu.kernels import Kernels, Live
 from cce.backends.gpu.operands import Call, aligned
-from cce.backends.gpu.sizes import row_blocks, slot_bytes
+from cce.backends.gpu.sizes import copied_in_scratch, row_blocks, slot_bytes
 from cce.backends.gpu.sorted_rows import SortedRows
+from cce.backends.gpu.work import Work
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import used_rows
 from cce.spec import Spec
-from cce.worklist import live_blocks
 
 
 def filtered(
@@ -34,8 +32,9 @@ def filtered(
     """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
     call = Call.of(kernels, inputs, problem, spec)
     found = Scaled.of(call, inputs, outputs, upstream)
-    row_order, live = live_blocks(inputs, problem, spec, maps, upstream, used_rows(inputs))
-    rows = SortedRows.of(call, row_order, _wanted(upstream))
+    work = kernels.work_list(inputs, problem, spec, found.rows, maps, upstream)
+    row_order, live = work.row_order, work.live
+    rows = SortedRows.of(call, row_order, work.keep)
     c = aligned(inputs.c, problem.dtype)
     dead = Dead(None, None, None)
     if spec.compensate:
@@ -48,28 +47,22 @@ def filtered(
             add_mean_logit_to_de(call, inputs.logit_weight, found.s.index_select(0, row_order), total)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
-    _live_tiles(call, c, found, rows, live, dead, Gradients(total, dc, dbias))
-    del rows, dead, live, c
+    _live_tiles(call, c, found, rows, work, dead, Gradients(total, dc, dbias))
+    del rows, dead, work, live, c
     de = rounded_de(call, total, found.norm, row_order) if total is not None else None
     if found.s is not None:
         add_mean_logit_to_entries(call, inputs.logit_weight, found.s, found.norm, dc, dbias)
     return Gradients(de, dc, dbias)
 
 
-def _wanted(upstream: Upstream[Tensor]) -> Tensor:
-    """(N,) bool: the row wants a gradient."""
-    keep = (upstream.a != 0) | (upstream.g != 0).any(1)
-    return keep if upstream.h is None else keep | (upstream.h != 0)
-
-
 def _live_tiles(
-    call: Call, c: Tensor, found: Scaled, rows: SortedRows, live: Tensor, dead: Dead, sums: Gradients[Tensor]
+    call: Call, c: Tensor, found: Scaled, rows: SortedRows, work: Work, dead: Dead, sums: Gradients[Tensor]
 ) -> None:
     """Adds to dE, and writes dC and dbias: every chunk there may be, of which most find nothing to do."""
     problem, spec = call.problem, call.spec
-    left = spec.scratch_bytes - (0 if rows.e is None else rows.e.nbytes)
+    left = spec.scratch_bytes - copied_in_scratch(problem, spec)
     slots = max(left // slot_bytes(problem, spec), 2 * row_blocks(problem, spec))
-    plan = plans.make(live, slots, call.sizes.pack)
+    plan = call.kernels.plan(work.live, slots, call.sizes.pack)
     slots = plan.max_items
     arguments = Live(
         plan=plan,
@@ -89,6 +82,7 @@ def _live_tiles(
         mass_e=dead.mass_e,
         mass=dead.mass,
         norm=found.norm,
+        row_of=work.row_of,
     )
     chunk = call.kernels.live(problem, spec, arguments)
     for k in range(plan.chunks):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Splits, Tiles
+from cce.backends.gpu.library import finite
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.sizes import busiest_splits, cdiv, windows
 from cce.backends.gpu.used_rows import ask
@@ -15,8 +16,8 @@ from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
 from cce.rows import used_rows
 from cce.spec import Spec
 
-_MOST_SPLITS = 64
-_SPLIT_BYTES = 2**20  # of all splits' maxima and sums
+_FEW_SPLITS, _MOST_SPLITS = 8, 64
+_SPLIT_BYTES = 2**20  # of all splits' maxima and sums, if more than a few
 
 
 def forward(
@@ -30,7 +31,7 @@ def forward(
     kernels.target_logits(call.own_e, call.c, inputs.targets.contiguous(), call.formula, target_logits)
     capped_weights = "weighted_logit" in problem.outputs and problem.softcap is not None
     splits, tiles = _statistics(call, call.weights(inputs.logit_weight) if capped_weights else None, maps)
-    lse = _lse(splits, target_logits, inputs.targets, in_use)
+    lse = kernels.joined_lse(splits, target_logits, inputs.targets, in_use)
     if tiles is not None:
         _fill(call, lse, in_use, tiles, maps)
     weighted = None if splits.weighted is None else torch.where(in_use, splits.weighted.sum(0), 0)
@@ -69,24 +70,27 @@ def weighted_rows(call: Call, logit_weight: Tensor | None) -> Tensor:
 
 def _statistics(call: Call, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[Splits, Tiles | None]:
     """Of all windows of the vocabulary; its order matters to maps and to the prediction only."""
-    problem, sizes, mapped = call.problem, call.sizes, maps.tile_mass is not None
+    problem, columns, mapped = call.problem, call.sizes.forward_columns, maps.tile_mass is not None
     rows_of_c = Windows(call, ordered=mapped or "prediction" in problem.outputs)
-    places = [(0, problem.v)]
+    places, ahead = [(0, problem.v)], rows_of_c.gathered and call.kernels.gathers_ahead(problem)
     if rows_of_c.copied:
-        places = windows(problem.v, sizes.forward_columns, rows_of_c.row_bytes, call.spec.scratch_bytes)
-    splits = _splits(call, cdiv(places[0][1], sizes.forward_columns), weight is not None)
+        places = windows(problem.v, columns, (1 + ahead) * rows_of_c.row_bytes, call.spec.scratch_bytes)
+    splits = _splits(call, cdiv(places[0][1], columns), weight is not None)
     tiles = _tiles(call, maps) if mapped else None
-    for v0, v1 in places:
+    for nth, (v0, v1) in enumerate(places):
         c, formula = rows_of_c.at(v0, v1)
-        u = rows_of_c.of(weight, v0, v1)
-        call.kernels.statistics(problem, call.spec, call.e, c, formula, u, v0, splits, tiles)
+        arguments = problem, call.spec, call.e, c, formula, rows_of_c.of(weight, v0, v1), v0, splits, tiles
+        if ahead and nth + 1 < len(places):
+            call.kernels.statistics_ahead(*arguments, rows_of_c.ahead(*places[nth + 1]))
+        else:
+            call.kernels.statistics(*arguments)
     return splits, tiles
 
 
 def _splits(call: Call, tiles: int, weighted: bool) -> Splits:
     n, outputs = call.problem.n, call.problem.outputs
-    most = max(1, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * n)))
-    s = busiest_splits(cdiv(n, call.sizes.forward_rows), tiles, call.sizes.programs, most)
+    most = max(_FEW_SPLITS, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * n)))
+    s = busiest_splits(cdiv(n, call.sizes.forward_rows), tiles, call.sizes.programs, most, call.sizes.group)
     return Splits(
         call.empty(s, n),
         call.empty(s, n),
@@ -106,25 +110,12 @@ def _tiles(call: Call, maps: Maps[Tensor]) -> Tiles:
     )
 
 
-def _finite(m: Tensor) -> Tensor:
-    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
-    return torch.where(m == -torch.inf, 0, m)
-
-
-def _lse(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
-    """(N,) log-sum-exp of the splits; at least each target's logit, so that no loss is negative."""
-    m = _finite(splits.max.amax(0))
-    lse = m + ((splits.max - m).exp_() * splits.sum).sum(0).log()
-    named = torch.where(targets >= 0, target_logits, -torch.inf).amax(1)
-    return torch.where(in_use, torch.maximum(lse, named), 0)
-
-
 def _entropy(splits: Splits, gap: Tensor, in_use: Tensor) -> Tensor:
     """(N,) by the chain rule: H = sum_k w_k (H_k - log w_k); w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k."""
     some = splits.sum > 0
     log_s = torch.where(some, splits.sum, 1).log()
     lse_k = torch.where(some, splits.max + log_s, -torch.inf)
-    log_w = torch.where(some, lse_k - _finite(lse_k.logsumexp(0)), 0)
+    log_w = torch.where(some, lse_k - finite(lse_k.logsumexp(0)), 0)
     terms = log_w.exp() * (log_s + gap / torch.where(some, splits.sum, 1) - log_w)
     return torch.where(in_use, torch.where(some, terms, 0).sum(0).clamp(min=0), 0)
 
@@ -139,8 +130,10 @@ def _prediction(call: Call, split_max: Tensor, best: Tensor, in_use: Tensor) -> 
 
 def _fill(call: Call, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:
     """The map the backward reads: exp(tile_lse - lse), negated where the filter's quantity exceeds the threshold."""
+    if call.kernels.fill_maps(call.problem, call.spec, lse, in_use, tiles, maps):
+        return
     assert maps.tile_mass is not None and call.spec.threshold is not None
-    least, shift = lse + math.log(call.spec.threshold), _finite(lse)
+    least, shift = lse + math.log(call.spec.threshold), finite(lse)
     step = max(1, call.spec.scratch_bytes // (32 * call.problem.n))
     for t0 in range(0, call.tiles, step):
         part = slice(t0, min(call.tiles, t0 + step))

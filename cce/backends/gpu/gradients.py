@@ -74,12 +74,8 @@ def add_mean_logit_to_entries(
 def rounded_de(call: Call, total: Tensor, norm: Tensor | None, row_order: Tensor | None = None) -> Tensor:
     """dE (N, D) in its dtype from the float32 sum, whose rows are in ``row_order``; ``total`` may be overwritten."""
     dtype, total = call.problem.de_dtype, total[:, : call.problem.d]
-    if norm is not None:
-        total.mul_(norm)
     if row_order is None:
-        return total.to(dtype)
+        return (total if norm is None else total.mul_(norm)).to(dtype)
     de = call.empty(*total.shape, dtype=dtype)
-    step = max(1, call.spec.scratch_bytes // (8 * call.problem.d))
-    for rows, index in zip(total.split(step), row_order.split(step), strict=True):
-        de.index_copy_(0, index, rows.to(dtype))
+    call.kernels.scatter_rows(call.spec, total, norm, row_order, de)
     return de

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from cce.backends.gpu.library import LibraryOperations
 from cce.backends.gpu.plan import Plan
-from cce.problem import Maps, Problem
+from cce.problem import Problem
 from cce.spec import Spec
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Sizes:
         gradient_rows, gradient_columns: of a tile of :meth:`Kernels.gradient`; columns at most 256.
         pack: live tiles of one row block that :meth:`Kernels.live` computes at a time, at most.
         programs: blocks of threads that run at the same time.
+        group: row blocks that :meth:`Kernels.statistics` works on side by side, through all splits; 0: not told.
     """
 
     forward_rows: int
@@ -52,6 +53,7 @@ class Sizes:
     gradient_columns: int
     pack: int
     programs: int
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Live:
         mass_e: (T, D) float32: added to every entry's row of dC, over the number of its block's columns; None: nothing.
         mass: (T,) float32, likewise for dbias.
         norm: a tensor of one float32, or None.
+        row_of: (N,) int32, ``row_order``, or -1 where ``keep`` is False; or None.
     """
 
     plan: Plan
@@ -169,9 +172,10 @@ class Live:
     mass_e: Tensor | None
     mass: Tensor | None
     norm: Tensor | None
+    row_of: Tensor | None = None
 
 
-class Kernels(ABC):
+class Kernels(LibraryOperations, ABC):
     """What a backend implements; ``problem`` and the resolved ``spec`` are those of the call."""
 
     @abstractmethod
@@ -242,19 +246,6 @@ class Kernels(ABC):
                 it is rounded.
         """
 
-    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
-        """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
-
-        Not abstract: this is the library's, which on a GPU takes about three times as long as reading ``c`` once.
-
-        Args:
-            c: (V, D) aligned; order: (V,) int64 or None; out: contiguous, in the products' dtype.
-        """
-        assert spec.block_v is not None
-        entries = torch.arange(problem.v, device=c.device) if order is None else order
-        first = torch.arange(0, problem.v, spec.block_v, device=c.device)
-        out.copy_(torch.nn.functional.embedding_bag(entries, c, first, mode="mean"))
-
     @abstractmethod
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         """A function that does all work of a chunk, by number: dx into its slots, then de, dc and dbias.
@@ -262,29 +253,3 @@ class Kernels(ABC):
         It is called for every chunk of the plan, in ascending order; most find nothing to do. What costs time on the
         host is to be done once, here.
         """
-
-    def dead_mass(
-        self,
-        problem: Problem,
-        spec: Spec,
-        rows: Rows,
-        maps: Maps[Tensor],
-        row_order: Tensor,
-        live: Tensor,
-        first: int,
-        out: Tensor,
-    ) -> bool:
-        """Fills ``out`` with the sums of dx over the columns of dead tiles, 0 of live ones; or leaves it.
-
-        ``softcap'(zbar) p (a + h (tile_entropy - log p - H))``, p the tile's mass; zbar, the log of its mean exp(z),
-        stands for its logits.
-
-        Args:
-            rows, maps: by row of the problem.
-            row_order: (N,) int64; live: (T, B) bool, contiguous.
-            first: vocabulary block of the first row of ``out`` (blocks, N), whose columns are in ``row_order``.
-
-        Returns:
-            Whether it did; if not, the library does.
-        """
-        return False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Sizes
+from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import ALIGNMENT, Blocks, padded
 from cce.problem import Inputs, Problem
 from cce.spec import Spec
@@ -90,8 +91,11 @@ class Windows:
     def __init__(self, call: Call, ordered: bool) -> None:
         self._call, self._order = call, call.order if ordered else None
         self._formula = call.formula
-        self.copied = self._order is not None or not is_aligned(call.c, call.problem.dtype)
-        self._buffer: Tensor | None = None
+        is_ready = is_aligned(call.c, call.problem.dtype)
+        self.copied = self._order is not None or not is_ready
+        self.gathered = self._order is not None and is_ready
+        self._buffers: list[Tensor] = []  # that of the window at hand first
+        self._is_ahead = False  # the next window is in the other one
 
     @property
     def row_bytes(self) -> int:
@@ -101,15 +105,34 @@ class Windows:
 
     def at(self, v0: int, v1: int) -> tuple[Tensor, Formula]:
         """Rows v0 to v1, and their formula; until the next call. The first window is the largest."""
-        dtype, index = self._call.problem.dtype, None
-        if self.copied and self._buffer is None:
-            self._buffer = self._call.empty(v1 - v0, padded(self._call.problem.d, dtype), dtype=dtype)
-        c = self._call.c
-        if self._order is None:
-            c = c[v0:v1]
-        else:
-            index = self._order[v0:v1]
-        return aligned(c, dtype, index, self._buffer), replace(self._formula, bias=self.of(self._call.bias, v0, v1))
+        call, formula = self._call, replace(self._formula, bias=self.of(self._call.bias, v0, v1))
+        if not self.copied:
+            return call.c[v0:v1], formula
+        if not self._buffers:
+            self._buffers.append(self._new(v1 - v0))
+        elif self._is_ahead:
+            self._buffers.reverse()
+        out, index = self._buffers[0][: v1 - v0], None if self._order is None else self._order[v0:v1]
+        if index is None:
+            aligned(call.c[v0:v1], call.problem.dtype, None, out)
+        elif not self.gathered:
+            aligned(call.c, call.problem.dtype, index, out)
+        elif not self._is_ahead:
+            call.kernels.gather_rows(call.c, index, None, out)
+        self._is_ahead = False
+        return out, formula
+
+    def ahead(self, v0: int, v1: int) -> Ahead:
+        """What gathers the rows of the next window, v0 to v1, while that at hand is worked on; where ``gathered``."""
+        assert self._order is not None
+        if len(self._buffers) < 2:
+            self._buffers.append(self._new(len(self._buffers[0])))
+        self._is_ahead = True
+        return Ahead(self._call.c, self._order[v0:v1], self._buffers[1][: v1 - v0])
+
+    def _new(self, rows: int) -> Tensor:
+        dtype = self._call.problem.dtype
+        return self._call.empty(rows, padded(self._call.problem.d, dtype), dtype=dtype)
 
     def of(self, x: Tensor | None, v0: int, v1: int) -> Tensor | None:
         """What belongs to these places of a vector with a number an entry."""

@@ -49,6 +49,22 @@ class Plan:
     items: Tensor
 
 
+def shapes(tiles: int, blocks: int, slots: int) -> tuple[int, int, int, dict[str, tuple[int, ...]]]:
+    """Chunks, slots in use, live tiles from the beginning of a chunk to that of the next, and the tables' shapes."""
+    slots = min(slots, blocks * tiles + blocks)
+    step = slots - blocks + 1  # a chunk's last vocabulary block begins before its step ends, and may bring B tiles
+    chunks = cdiv(blocks * tiles + 1, step)
+    tables = {
+        "tile_list": (blocks, tiles), "live_count": (tiles,), "block_list": (tiles, blocks),
+        "slot_list": (tiles, blocks), "chunk_start": (chunks + 1,), "items": (chunks,),
+    }  # fmt: skip
+    for name in ("block_slot", "block_tiles", "block_first"):
+        tables[name] = (chunks, blocks)
+    for name in ("item_block", "item_first", "item_slot", "item_tiles"):
+        tables[name] = (chunks, slots)
+    return chunks, slots, step, tables
+
+
 def make(live: Tensor, slots: int, pack: int) -> Plan:
     """The plan for ``slots`` tiles of scratch memory, ``pack`` of which one program computes at a time.
 
@@ -58,9 +74,7 @@ def make(live: Tensor, slots: int, pack: int) -> Plan:
         pack: tiles of an item.
     """
     tiles, blocks = live.shape
-    slots = min(slots, blocks * tiles + blocks)
-    step = slots - blocks + 1  # a chunk's last vocabulary block begins before its step ends, and may bring B tiles
-    chunks = cdiv(blocks * tiles + 1, step)
+    chunks, slots, step, _ = shapes(tiles, blocks, slots)
     before, in_column = _counts(live.T), _counts(live)  # (B, T + 1), (T, B + 1)
     live_count = in_column[:, -1].contiguous()
     earlier = _counts(live_count[None])[0]  # (T + 1,) live tiles of the vocabulary blocks before each

@@ -18,6 +18,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, total: Tensor | None = Non
     return torch.addmm(total, a, b, out_dtype=dtype, out=total)
 
 
+def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, of a dtype not narrower than the factors'."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.device.type == "cpu":
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, rounded to the dtype of ``out``."""
     if out.dtype == a.dtype:

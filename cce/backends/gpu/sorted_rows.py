@@ -26,7 +26,7 @@ class SortedRows:
 
     @classmethod
     def of(cls, call: Call, row_order: Tensor, keep: Tensor) -> SortedRows:
-        """A copy of all, if the scratch memory has room for it."""
+        """A copy of all, if there is room for it."""
         rows = cls(call, row_order, keep, None)
         return replace(rows, e=rows.part(0, len(keep))) if rows_are_copied(call.problem, call.spec) else rows
 
@@ -35,7 +35,9 @@ class SortedRows:
         if self.e is not None:
             return self.e[n0:n1]
         index = self.row_order[n0:n1]
-        return self.call.e.index_select(0, index).masked_fill_(~self.keep.index_select(0, index)[:, None], 0)
+        out = self.call.empty(len(index), self.call.e.shape[1], dtype=self.call.e.dtype)
+        self.call.kernels.gather_rows(self.call.e, index, self.keep, out)
+        return out
 
     @property
     def step(self) -> int:

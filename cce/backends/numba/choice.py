@@ -14,10 +14,6 @@ from cce.spec import Spec
 #: Of arithmetic, by dtype; of float32 there are two.
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-#: dE and dC of live tiles with Hopper's matrix unit, in blocks of 128: it compiles and was timed, at 0.9 of the time of
-#: mma.sync (docs/numba-kernel.md), but its results were never compared on a GPU.
-HOPPER_SUMS = False
-
 
 @dataclass(frozen=True)
 class GPU:
@@ -75,7 +71,7 @@ def choose(problem: Problem, spec: Spec, gpu: GPU, ieee: bool) -> Choice:
     block_n, block_v = (spec.block_n or 16, spec.block_v or 16) if filtered else (128, 128)
     widest = block_v if problem.maps(spec) else 16
     both = "entropy" in problem.outputs or problem.bias
-    forward = both or "prediction" in problem.outputs
+    forward = both or "prediction" in problem.outputs or (kind == "ieee" and problem.softcap is not None)
     gradient = both or "weighted_logit" in problem.outputs or problem.softcap is not None or problem.k > 1
     return _choose(kind, widest, block_n, block_v, forward, gradient, gpu)
 
@@ -97,9 +93,11 @@ def _choose(
         wide = Tile(kind, 8, 1, 256, 2) if widest == 256 else Tile(kind, 4, 2, 128, stages, resident=2)
     # For epilogues that need registers: fewer columns.
     many = Tile(kind, 8, 1, 128, 6, hopper=True) if hopper else wide
+    if kind == "ieee" and widest <= 64:
+        many = Tile(kind, 4, 2, 64, stages, resident=2)
     forward, gradient = (many if busy and widest <= 128 else wide for busy in (busy_forward, busy_gradient))
-    live = gradient if block_n == 128 and block_v <= gradient.columns else _rows(kind, block_n, max(block_v, 64), 2)
-    transposed = HOPPER_SUMS and hopper and kind != "tf32"  # its matrix unit can read such factors
+    live = gradient if block_n == 128 and block_v <= gradient.columns else _rows(kind, block_n, max(block_v, 64), 2, 64)
+    transposed = hopper and kind != "tf32"  # its matrix unit can read such factors
     de, dc = (
         Tile(kind, 8, 1, 256, 4, hopper=True) if transposed and rows == 128 else _rows(kind, rows, 128, stages)
         for rows in (block_n, min(block_v, 128))
@@ -111,11 +109,11 @@ def _choose(
 def store_tile(kind: str, gpu: GPU) -> Tile:
     """Of the logits that are kept; of both kinds of float32 equally many columns."""
     wide = kind in ("tf32", "ieee")
-    return _choose(kind, 16, 128, 128, wide, wide, gpu).gradient
+    return _choose(kind, 128 if wide else 16, 128, 128, wide, wide, gpu).gradient
 
 
-def _rows(kind: str, rows: int, columns: int, stages: int) -> Tile:
-    """A tile of so many rows: of 32 a warp, if there are as many and the columns leave it registers for them."""
-    parts = 2 if rows >= 32 and columns <= 128 else 1
+def _rows(kind: str, rows: int, columns: int, stages: int, most: int = 128) -> Tile:
+    """A tile of so many rows: of 32 a warp, if there are as many and ``most`` columns leave registers for them."""
+    parts = 2 if rows >= 32 and columns <= min(most, 2 * rows) else 1
     warps = rows // (16 * parts)
     return Tile(kind, warps, parts, columns, stages, resident=2 if warps <= 4 and columns <= 128 else 1)

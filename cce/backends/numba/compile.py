@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from cce.backends.numba.launch import Kernel, simulated
-from cce.backends.numba.options import Gradient, Product, Statistics, Targets
+from cce.backends.numba.options import Gradient, Mass, Means, Product, Statistics, Sums, Targets
 
 
 @lru_cache(maxsize=256)
@@ -28,17 +28,9 @@ def live_kernel(options: Gradient) -> Kernel:
 
 
 @lru_cache(maxsize=256)
-def de_kernel(options: Product) -> Kernel:
-    """dE of live tiles."""
-    tile = options.tile
-    return Kernel("sums.make_de", options, tile.threads, tile.stages * options.stage, tile.resident)
-
-
-@lru_cache(maxsize=256)
-def dc_kernel(options: Product) -> Kernel:
-    """dC of live tiles."""
-    tile = options.tile
-    return Kernel("sums.make_dc", options, tile.threads, tile.stages * options.stage_transposed, tile.resident)
+def sums_kernel(options: Sums) -> Kernel:
+    """dE and dC of live tiles."""
+    return Kernel("sums.make_sums", options, options.tile.threads, options.shared, options.resident)
 
 
 @lru_cache(maxsize=256)
@@ -51,3 +43,15 @@ def dbias_kernel(options: Product) -> Kernel:
 def targets_kernel(options: Targets) -> Kernel:
     """The targets' logits."""
     return Kernel("targets.make_targets", options, 32 * options.warps, 0)
+
+
+@lru_cache(maxsize=256)
+def mean_rows_kernel(options: Means) -> Kernel:
+    """Mean rows of ``c``."""
+    return Kernel("compensation.make_mean_rows", options, 32 if simulated() else 128, 0)
+
+
+@lru_cache(maxsize=256)
+def dead_mass_kernel(options: Mass) -> Kernel:
+    """The mass of dead tiles."""
+    return Kernel("compensation.make_dead_mass", options, 32 if simulated() else 256, 0)

@@ -217,3 +217,22 @@ def read_float(typing, address):
 def write_float(typing, address, x):
     """A float into shared memory: ``st.shared.f32``."""
     return ptx(types.void(I32, F32), "st.shared.f32 [$0], $1;", "r,f,~{memory}", effect=True)
+
+
+@intrinsic
+def read_int(typing, address):
+    """An integer in shared memory: ``ld.shared.s32``."""
+    return ptx(I32(I32), "ld.shared.s32 $0, [$1];", "=r,r,~{memory}", effect=True)
+
+
+@intrinsic
+def write_int(typing, address, x):
+    """An integer into shared memory: ``st.shared.s32``."""
+    return ptx(types.void(I32, I32), "st.shared.s32 [$0], $1;", "r,r,~{memory}", effect=True)
+
+
+@intrinsic
+def draw(typing, pointer, place):
+    """The int32 number at a place, which goes up by one for whoever comes next: ``atom.global.add.s32``."""
+    body = "{ .reg .b64 at; mad.lo.s64 at, $2, 4, $1; atom.global.add.s32 $0, [at], 1; }"
+    return ptx(I32(I64, I64), body, "=r,l,l,~{memory}", effect=True)

@@ -179,15 +179,15 @@ def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
         warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
         from numba import cuda, types
 
-    function = kernel.build()
-    parameters = function.__annotations__.values()
-    signature = types.void(*parameters)
-    cc = (*capability, "a") if capability[0] >= 9 else capability
-    bounds = (kernel.threads, kernel.resident)
-    with _no_device_needed(capability):
-        found, _ = cuda.compile(
-            function, signature, cc=cc, device=False, abi="numba", output="ptx", launch_bounds=bounds
-        )
+        function = kernel.build()
+        parameters = function.__annotations__.values()
+        signature = types.void(*parameters)
+        cc = (*capability, "a") if capability[0] >= 9 else capability
+        bounds = (kernel.threads, kernel.resident)
+        with _no_device_needed(capability):
+            found, _ = cuda.compile(
+                function, signature, cc=cc, device=False, abi="numba", output="ptx", launch_bounds=bounds
+            )
     text = found if isinstance(found, str) else found.decode()
     entry = text.split(".entry ", 1)[1].split("(", 1)[0].strip()
     return Program(entry, "".join(_FORMATS[str(x)] for x in parameters), text)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from cce.backends.gpu.kernels import Live
 from cce.backends.numba.choice import KINDS, Choice
-from cce.backends.numba.compile import dbias_kernel, dc_kernel, de_kernel, live_kernel
+from cce.backends.numba.compile import dbias_kernel, live_kernel, sums_kernel
 from cce.backends.numba.operands import pieces_of, pitch_of
-from cce.backends.numba.options import Gradient, Product
+from cce.backends.numba.options import Gradient, Product, Sums
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -18,10 +20,13 @@ _Launch = Callable[[int], None]
 def launches(problem: Problem, spec: Spec, live: Live, choice: Choice) -> list[_Launch]:
     """Of a chunk, whose number is what each is called with."""
     found = [_dx(problem, spec, live, choice)]
-    if live.de is not None:
-        found.append(_de(problem, spec, live, choice))
-    if live.dc is not None:
-        found.append(_dc(problem, spec, live, choice))
+    de = None if live.de is None else _product(spec, live, choice, "de")
+    dc = None if live.dc is None else _product(spec, live, choice, "dc")
+    if de is not None and dc is not None and de.tile.threads == dc.tile.threads:
+        found.append(_sums(problem, spec, live, choice, Sums(de, dc)))
+    else:
+        found += [_sums(problem, spec, live, choice, Sums(de, None))] if de is not None else []
+        found += [_sums(problem, spec, live, choice, Sums(None, dc))] if dc is not None else []
     if live.dbias is not None:
         found.append(_dbias(problem, spec, live, choice))
     return found
@@ -58,24 +63,15 @@ def _product(spec: Spec, live: Live, choice: Choice, name: str) -> Product:
     )  # fmt: skip
 
 
-def _de(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
-    assert live.de is not None
-    plan, d = live.plan, live.de.shape[1]
-    blocks = plan.block_slot.shape[1]
-    return de_kernel(_product(spec, live, choice, "de")).prepare(
-        blocks * -(-d // choice.de.columns), live.dz, live.c, live.order, plan.tile_list, plan.block_slot,
-        plan.block_tiles, plan.block_first, live.de, problem.n, problem.v, d, spec.tiles(problem.v), blocks,
-        pieces_of(live.c), pitch_of(live.c), 0,
-    )  # fmt: skip
-
-
-def _dc(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
-    assert live.dc is not None
-    plan = live.plan
-    return dc_kernel(_product(spec, live, choice, "dc")).prepare(
-        choice.programs * choice.dc.resident, live.dz, live.e, live.order, live.row_order, live.keep, plan.live_count,
-        plan.block_list, plan.slot_list, plan.chunk_start, live.mass_e, live.norm, live.dc, problem.n, problem.v,
-        live.e.shape[1], live.dc.shape[1], plan.block_list.shape[1], pieces_of(live.e), pitch_of(live.e), 0,
+def _sums(problem: Problem, spec: Spec, live: Live, choice: Choice, options: Sums) -> _Launch:
+    plan, e, c = live.plan, live.e, live.c
+    drawn = torch.zeros(plan.chunks, dtype=torch.int32, device=e.device)
+    return sums_kernel(options).prepare(
+        choice.programs * options.resident, drawn, live.dz, e, c, live.order, live.row_order, live.keep,
+        plan.tile_list, plan.block_slot, plan.block_tiles, plan.block_first, plan.live_count, plan.block_list,
+        plan.slot_list, plan.chunk_start, live.mass_e, live.norm, live.de, live.dc, problem.n, problem.v, e.shape[1],
+        spec.tiles(problem.v), 0 if live.dc is None else live.dc.shape[1], plan.block_list.shape[1], pieces_of(e),
+        pitch_of(e), pitch_of(c), 0,
     )  # fmt: skip
 
 

@@ -9,13 +9,14 @@ from torch import Tensor
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import ALIGNMENT, padded
+from cce.backends.numba import compensation
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
 from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
 from cce.backends.numba.live import launches
 from cce.backends.numba.onepass import NumbaOnePass
 from cce.backends.numba.operands import pieces_of, pitch_of
 from cce.backends.numba.options import Gradient, Statistics, Targets
-from cce.problem import Problem
+from cce.problem import Maps, Problem
 from cce.spec import Spec
 
 
@@ -115,6 +116,23 @@ class NumbaKernels(Kernels):
             rows.g, rows.h, rows.s, rows.targets, len(e), len(c), problem.k, pieces_of(e), pitch_of(e), pitch_of(c),
             dz.stride(0), first, formula.scale, formula.softcap or 0.0,
         )  # fmt: skip
+
+    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
+        compensation.mean_rows(spec, c, order, out)
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        row_order: Tensor,
+        live: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> bool:
+        compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
+        return True
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         steps = launches(problem, spec, live, _choice(problem, spec, live.formula.ieee))

@@ -204,6 +204,26 @@ def write_float(address: int, x: Any) -> None:
 
 
 @device
+def read_int(address: int) -> Any:
+    """An integer in shared memory."""
+    return cuda.shared.array(0, uint8)[address : address + 4].view(np.int32)[0]
+
+
+@device
+def write_int(address: int, x: Any) -> None:
+    """An integer into shared memory."""
+    cuda.shared.array(0, uint8)[address : address + 4].view(np.int32)[0] = x
+
+
+def draw(pointer: Pointer, place: int) -> Any:
+    """The int32 number at a place, which goes up by one for whoever comes next."""
+    numbers = ints(pointer)
+    found = numbers[place]
+    numbers[place] += 1
+    return found
+
+
+@device
 def read_panel(panel: int, rows: int) -> np.ndarray:
     """The first rows of a panel as (rows, 128) bytes, pieces back at their places (``kernels/tiles.py``, ``spot``)."""
     shared = cuda.shared.array(0, uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weighted_rows, weights_of
 from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
 from cce.problem import Inputs, Outputs, Upstream
-from cce.rows import rows_of
 from cce.worklist import target_positions
 
 
@@ -39,15 +38,6 @@ class Formula:
         place = target_positions(inputs).to(torch.int32).contiguous()
         return cls(outputs, scaled(upstream, call.problem.logit_scale, norm), norm, place)
 
-    def of_rows(self, rows: slice) -> Formula:
-        """The same of some rows."""
-        return replace(
-            self,
-            outputs=rows_of(self.outputs, rows),
-            upstream=rows_of(self.upstream, rows),
-            target_place=self.target_place[rows],
-        )
-
     def arguments(self) -> dict[str, Any]:
         """As the kernels take them."""
         upstream = self.upstream
@@ -64,10 +54,12 @@ class Formula:
         }
 
 
-def finish_de(call: Call, total: Tensor, row_order: Tensor | None, norm: Tensor | None) -> Tensor:
-    """dE (N, D) in its dtype; ``total`` holds its rows in ``row_order``."""
+def finish_de(
+    call: Call, total: Tensor, row_order: Tensor | None, norm: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """dE (N, D) in its dtype, in ``out`` if given; ``total`` holds its rows in ``row_order``."""
     problem = call.problem
-    de = call.empty(problem.n, problem.d, dtype=problem.de_dtype)
+    de = call.empty(problem.n, problem.d, dtype=problem.de_dtype) if out is None else out
     finish_kernel[(problem.n, cdiv(problem.d, 1024))](
         total, row_order, norm, de, problem.n, problem.d, de.stride(0), SORTED=row_order is not None,
         NORM=norm is not None, BLOCK_D=1024,

@@ -2,16 +2,7 @@
 //
 // MAP_HALF: the maps are float16, else float32.
 #include "gradient.cuh"
-
-#ifndef MAP_HALF
-#define MAP_HALF 0
-#endif
-
-__device__ __forceinline__ float of_half(half_word x) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x));
-    return value;
-}
+#include "maps.cuh"
 
 #if DTYPE == FLOAT32
 constexpr int PIECE = 4;  // elements of 16 bytes
@@ -79,14 +70,6 @@ struct MassArguments {
     float softcap;
     int N, V, B, block_n, block_v, first;
 };
-
-__device__ __forceinline__ float of_map(const void* map, long long where) {
-#if MAP_HALF
-    return of_half(static_cast<const half_word*>(map)[where]);
-#else
-    return static_cast<const float*>(map)[where];
-#endif
-}
 
 // out_ti = softcap'(zbar) p (a + h (tile_entropy - log p - H)) of dead tiles, p their mass; 0 of live ones.
 // zbar, the log of the tile's mean exp(z), stands for its logits. Columns i are rows in the work list's order.

@@ -34,14 +34,12 @@ def make_dx(options, width):
     @function
     def columns(part, state):
         """dx of some columns of a row."""
-        z, r, start, biases, us, gs, row_values, scale, softcap = state
+        z, r, start, weight_at, gs, row_values, scale, softcap = state
         base, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
         power_scale = TWO * scale / softcap * LOG2E if SOFTCAP else ZERO
         b = part * PART // WIDTH
         for k in range(part * PART, (part + 1) * PART):
             x, slope = z[r, k], ONE
-            if BIAS:
-                x = x + biases[k]
             if SOFTCAP:
                 # tanh y = 1 - 2 u with u = 1 / (1 + exp 2y); its derivative without the cancellation of 1 - tanh^2.
                 power = min(exp2(x * power_scale), MOST)
@@ -61,7 +59,7 @@ def make_dx(options, width):
             elif near:
                 d = d - gs[k]
             if WEIGHTED:
-                d = d + row_s * us[k]
+                d = d + row_s * read_float(weight_at + 4 * (8 * (k >> 1) + (k & 1)))
             if SOFTCAP:
                 d = d * slope
             if (BIAS and x == NEG_INF) or not counts:
@@ -71,11 +69,12 @@ def make_dx(options, width):
     all_columns = repeat(columns, 0, K // PART)
 
     @function
-    def dx(z, r, row, counts, starts, biases, us, gs, given):
-        """scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), in place of the product.
+    def dx(z, r, row, counts, starts, weight_at, gs, given):
+        """scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), in place of e c^T + bias.
 
-        0 where the row does not count. ``starts``: the place of this thread's first column in each block; biases and
-        us: of its columns; gs: room for a number of each. ``given``: a, g, h and s have been multiplied by the scale.
+        0 where the row does not count. ``starts``: the place of this thread's first column in each block;
+        ``weight_at``: where in shared memory the weight of its first column is; gs: room for a number of each of its
+        columns. ``given``: a, g, h and s have been multiplied by the scale.
         """
         lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
         row_lse, row_a = floats(lse)[row], floats(a)[row]
@@ -89,7 +88,7 @@ def make_dx(options, width):
         else:
             near = put_targets(row, starts, gs, g, targets, targets_a_row)
         row_values = (row_lse * LOG2E, row_a, row_h, centre, row_s, row_g, target, near, counts)
-        all_columns((z, r, starts, biases, us, gs, row_values, scale, softcap))
+        all_columns((z, r, starts, weight_at, gs, row_values, scale, softcap))
 
     @function
     def put_targets(row, starts, gs, g, targets, targets_a_row):
@@ -108,6 +107,20 @@ def make_dx(options, width):
         return near
 
     return dx
+
+
+def make_add_biases(tile):
+    """The function that adds the biases of a tile's columns, which lie in shared memory, to the products."""
+    R, K = tile.thread_rows, tile.thread_columns
+
+    @function
+    def add_biases(z, bias_at):
+        for k in range(K):
+            bias = read_float(bias_at + 4 * (8 * (k >> 1) + (k & 1)))
+            for r in range(R):
+                z[r, k] = z[r, k] + bias
+
+    return add_biases
 
 
 def make_column_sums(tile):

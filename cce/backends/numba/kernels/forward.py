@@ -153,7 +153,8 @@ def make_statistics(options):
                     if MAPS:
                         block_m = quad_max(block_m)
                     new_m = max(m[r], block_m)
-                    shift = finite(new_m) if ONLINE else finite(block_m)
+                    # Of a masked block the row's own: exp(0 - m) may be inf, and times its sum, 0, NaN.
+                    shift = finite(new_m) if ONLINE or block_m == NEG_INF else block_m
                     block_s, block_gap = add_block(z, r, k0, WIDTH, shift, GAPS)
                     if MAPS:
                         where = (np.int64(first_tile + t) * BLOCKS + b) * N + row

@@ -8,12 +8,14 @@ from numba import cuda, float32, int32, uint8
 
 from cce.backends.numba.device import (
     ZERO,
+    barrier,
     floats,
     function,
     pointer,
     shared_address,
+    write_float,
 )
-from cce.backends.numba.kernels.dx import make_column_sums, make_dx
+from cce.backends.numba.kernels.dx import make_add_biases, make_column_sums, make_dx
 from cce.backends.numba.kernels.epilogue import make_store, repeat
 from cce.backends.numba.kernels.tiles import make_logit_tile
 
@@ -33,8 +35,8 @@ def make_gradient(options):
     ROWS, TILE_V, R, K, THREADS = tile.rows, tile.columns, tile.thread_rows, tile.thread_columns, tile.threads
     BIAS, WEIGHTED, SUMS, GROUP = options.bias, options.weighted and options.softcap, options.sums, options.group
     PART_ROWS, STEP, PANELS = 16 * tile.parts, tile.threads // 8, tile.stages * tile.stage_bytes
-    BIASES, US, GS = K if BIAS else 1, K if WEIGHTED else 1, 1 if options.one_target else K
-    dx = make_dx(options, tile.columns)
+    BIASES, WEIGHTS, GS = options.biases, options.weights, 1 if options.one_target else K
+    dx, add_biases = make_dx(options, tile.columns), make_add_biases(tile)
     put, join = make_column_sums(tile)
     store, store_pair = make_store(tile.kind)
     begin, product, e_copies, c_copies = make_logit_tile(tile)
@@ -42,9 +44,9 @@ def make_gradient(options):
     @function
     def finish_row(r, state):
         """dx of a row in place of its products; 0 of one that is not there."""
-        z, row0, N, starts, biases, us, gs, given = state
+        z, row0, N, starts, weight_at, gs, given = state
         counts = not SUMS or row0 + 8 * r < N
-        dx(z, r, min(row0 + 8 * r, N - 1), counts, starts, biases, us, gs, given)
+        dx(z, r, min(row0 + 8 * r, N - 1), counts, starts, weight_at, gs, given)
 
     all_rows = repeat(finish_row, 0, R)
 
@@ -61,9 +63,7 @@ def make_gradient(options):
         column0 = 2 * (thread & 3)
         z = cuda.local.array((R, K), float32)
         starts = cuda.local.array(1, int32)
-        biases = cuda.local.array(BIASES, float32)
         gs = cuda.local.array(GS, float32)
-        us = cuda.local.array(US, float32)
         e_rows = cuda.local.array(e_copies, int32)
         c_rows = cuda.local.array(c_copies, int32)
 
@@ -93,14 +93,18 @@ def make_gradient(options):
                 begin(shared, e, c, e_rows, c_rows, pieces, thread)
             # Epilogue. Columns beyond the chunk are stored nowhere, so they need no mask.
             starts[0] = first + tile0 + column0
-            for k in range(K):
-                column = min(tile0 + column0 + 8 * (k >> 1) + (k & 1), V - 1)
-                if BIAS:
-                    biases[k] = floats(bias)[column]
-                if WEIGHTED:
-                    us[k] = floats(weight)[column]
+            if BIAS or WEIGHTED:
+                for column in range(thread, TILE_V, THREADS):
+                    place = min(tile0 + column, V - 1)
+                    if BIAS:
+                        write_float(shared + BIASES + 4 * column, floats(bias)[place])
+                    if WEIGHTED:
+                        write_float(shared + WEIGHTS + 4 * column, floats(weight)[place])
+                barrier()
+            if BIAS:
+                add_biases(z, shared + BIASES + 4 * column0)
             given = (lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap)
-            all_rows((z, row0, N, starts, biases, us, gs, given))
+            all_rows((z, row0, N, starts, shared + WEIGHTS + 4 * column0, gs, given))
             # Store.
             for r in range(R):
                 if row0 + 8 * r < N:

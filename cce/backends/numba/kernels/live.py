@@ -8,6 +8,7 @@ from numba import cuda, float32, int32, uint8
 
 from cce.backends.numba.device import (
     ZERO,
+    barrier,
     flags,
     floats,
     function,
@@ -15,8 +16,9 @@ from cce.backends.numba.device import (
     longs,
     pointer,
     shared_address,
+    write_float,
 )
-from cce.backends.numba.kernels.dx import make_column_sums, make_dx
+from cce.backends.numba.kernels.dx import make_add_biases, make_column_sums, make_dx
 from cce.backends.numba.kernels.epilogue import make_store, repeat
 from cce.backends.numba.kernels.tiles import make_logit_tile
 
@@ -29,15 +31,15 @@ def make_live(options):
     BIAS, SUMS, ORDERED, SORTED = options.bias, options.sums, options.ordered, options.sorted
     PART_ROWS, STEP, PANELS = 16 * tile.parts, tile.threads // 8, tile.stages * tile.stage_bytes
     WHOLE = options.block_v % STEP == 0
-    BIASES, GS, WIDTH = K if BIAS else 1, 1 if options.one_target else K, options.block_v // 4
-    dx = make_dx(options, options.block_v)
+    BIASES, GS, WIDTH = options.biases, 1 if options.one_target else K, options.block_v // 4
+    dx, add_biases = make_dx(options, options.block_v), make_add_biases(tile)
     put, join = make_column_sums(tile)
     _, store_pair = make_store(tile.kind)
     begin, product, e_copies, c_copies = make_logit_tile(tile)
 
     @function
     def entry_of(place, order, V):
-        """The vocabulary entry at a place; one beyond the last is read as the last."""
+        """The vocabulary entry at a place; one beyond the last is read as the last, and nobody reads its dx."""
         place = np.int32(min(place, V - 1))
         return np.int32(longs(order)[place]) if ORDERED else place
 
@@ -65,15 +67,10 @@ def make_live(options):
     @function
     def finish_row(r, state):
         """dx of a row in place of its products, 0 where nothing is wanted."""
-        z, row0, column0, N, V, starts, biases, gs, given, row_order, keep = state
+        z, row0, N, starts, gs, given, row_order, keep = state
         row = longs(row_order)[min(row0 + 8 * r, N - 1)]
         counts = row0 + 8 * r < N and flags(keep)[row] != 0
-        dx(z, r, row, counts, starts, biases, biases, gs, given)
-        for b in range(BLOCKS):
-            if starts[b] - column0 + BLOCK_V > V:
-                for k in range(b * WIDTH, (b + 1) * WIDTH):
-                    if starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1) >= V:
-                        z[r, k] = ZERO
+        dx(z, r, row, counts, starts, 0, gs, given)
 
     all_rows = repeat(finish_row, 0, R)
 
@@ -92,7 +89,6 @@ def make_live(options):
         z = cuda.local.array((R, K), float32)
         starts = cuda.local.array(BLOCKS, int32)
         blocks_at = cuda.local.array(BLOCKS, int32)
-        biases = cuda.local.array(BIASES, float32)
         gs = cuda.local.array(GS, float32)
         e_rows = cuda.local.array(e_copies, int32)
         c_rows = cuda.local.array(c_copies, int32)
@@ -122,11 +118,13 @@ def make_live(options):
             # Epilogue.
             if BIAS:
                 for b in range(BLOCKS):
-                    for k in range(b * WIDTH, (b + 1) * WIDTH):
-                        place = starts[b] + 8 * ((k - b * WIDTH) >> 1) + (k & 1)
-                        biases[k] = floats(bias)[entry_of(place, order, V)]
+                    for column in range(thread, BLOCK_V, THREADS):
+                        entry = entry_of(starts[b] - column0 + column, order, V)
+                        write_float(shared + BIASES + 4 * (b * BLOCK_V + column), floats(bias)[entry])
+                barrier()
+                add_biases(z, shared + BIASES + 4 * column0)
             given = (lse, entropy, a, g, h, a, targets, targets_a_row, scale, softcap)
-            all_rows((z, row0, column0, N, V, starts, biases, gs, given, row_order, keep))
+            all_rows((z, row0, N, starts, gs, given, row_order, keep))
             # Store.
             for r in range(R):
                 for b in range(BLOCKS):

@@ -1,7 +1,8 @@
 """Block-sparse products of the live tiles: dE += dx c, dC = dx^T e and dbias (docs/algorithm.md, step 4).
 
-No atomics: the order in which a sum runs is that of the work list, so the bits are the same every run. A step of a sum
-is ``depth`` places or rows, a panel's width; of a narrower tile the rest is zeros.
+The order in which a sum runs is that of the work list, so the bits are the same every run: a tile of a result is one
+block of threads', whichever draws it. A step of a sum is ``depth`` places or rows, a panel's width; of a narrower tile
+the rest is zeros.
 """
 
 import numpy as np
@@ -10,205 +11,79 @@ from numba import cuda, float32, int32, uint8
 from cce.backends.numba.device import (
     ZERO,
     barrier,
-    copies_commit,
     divide,
-    flags,
+    draw,
     floats,
     function,
     ints,
     longs,
     pointer,
+    read_int,
     shared_address,
+    write_int,
 )
-from cce.backends.numba.kernels.epilogue import make_store
-from cce.backends.numba.kernels.tiles import make_load_panel, make_step
-from cce.backends.numba.tile import PANEL, PIECES
+from cce.backends.numba.kernels.dc import make_dc
+from cce.backends.numba.kernels.de import make_de
 
 
-def make_de(options):
-    """The kernel for tiles of de [N, D], rows in the work list's order: += sum over the chunk's live tiles of dx c."""
-    tile = options.tile
-    TILE_D, R, K, DEPTH, STAGES, STAGE = (
-        tile.columns, tile.thread_rows, tile.thread_columns, tile.depth, tile.stages, options.stage
-    )  # fmt: skip
-    BLOCK_N, BLOCK_V, ORDERED = options.block_n, options.block_v, options.ordered
-    STEPS, AHEAD, DX_BYTES, HEIGHT = -(-BLOCK_V // DEPTH), STAGES - 1, PANEL * tile.rows, PANEL * DEPTH
-    PIECES_D, PIECES_V, PANELS = TILE_D * tile.itemsize // 16, BLOCK_V * tile.itemsize // 16, tile.panels(TILE_D)
-    PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
-    load_dx, dx_copies = make_load_panel(tile.rows, tile.threads)
-    load_c, c_copies = make_load_panel(DEPTH, tile.threads)
-    arrived, start, multiply, finish = make_step(tile, DX_BYTES, False, True)
-
-    @function
-    def load(
-        stage, step, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows, V, c_pitch, d_piece, pieces, thread
-    ):
-        """dx and the rows of c of a step, if there is one; one group of copies in any case."""
-        if step < steps:
-            t, part = ints(tile_list)[at + step // STEPS], step % STEPS * DEPTH
-            for n in range(dx_copies):
-                dx_rows[n] = ((slot + step // STEPS) * BLOCK_N + (thread >> 3) + n * STRIDE) * PIECES_V
-            for n in range(c_copies):
-                column = part + (thread >> 3) + n * STRIDE
-                entry = np.int64(min(t * BLOCK_V + column, V - 1))
-                if ORDERED:
-                    entry = longs(order)[entry]
-                c_rows[n] = entry * c_pitch if column < BLOCK_V else -1
-            load_dx(stage, dz, dx_rows, step % STEPS * PIECES, PIECES_V, thread)
-            for p in range(PANELS):
-                load_c(stage + DX_BYTES + p * HEIGHT, c, c_rows, d_piece + p * PIECES, pieces, thread)
-        copies_commit()
-
-    def de(
-        dz: pointer, c: pointer, order: pointer, tile_list: pointer, block_slot: pointer,
-        block_tiles: pointer, block_first: pointer, de: pointer,
-        N: int32, V: int32, D: int32, T: int32, blocks: int32, pieces: int32, c_pitch: int32,
-        chunk: int32,
-    ):  # fmt: skip
-        # Output tile: row block b, longest first: the work list puts the rows with most hits last; columns from d0.
-        thread = np.int32(cuda.threadIdx.x)
-        shared = shared_address(cuda.shared.array(0, uint8))
-        tiles_d = (D + TILE_D - 1) // TILE_D
-        b = blocks - 1 - np.int32(cuda.blockIdx.x) // tiles_d
-        nth_d = np.int32(cuda.blockIdx.x) % tiles_d
-        where = np.int64(chunk) * blocks + b
-        steps = ints(block_tiles)[where] * STEPS
-        if steps > 0:
-            slot, at = ints(block_slot)[where], np.int64(b) * T + ints(block_first)[where]
-            dx_rows = cuda.local.array(dx_copies, int32)
-            c_rows = cuda.local.array(c_copies, int32)
-            for step in range(AHEAD):
-                load(shared + step * STAGE, step, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows, V, c_pitch,
-                     nth_d * PIECES_D, pieces, thread)  # fmt: skip
-            # The sum so far comes first.
-            z = cuda.local.array((R, K), float32)
-            row0 = b * BLOCK_N + PART_ROWS * (thread >> 5) + ((thread & 31) >> 2)
-            d0 = nth_d * TILE_D + 2 * (thread & 3)
-            for r in range(R):
-                row = np.int64(min(row0 + 8 * r, N - 1)) * D
-                for k in range(K):
-                    z[r, k] = floats(de)[row + min(d0 + 8 * (k >> 1) + (k & 1), D - 1)]
-            now, later = 0, AHEAD
-            for step in range(steps):
-                arrived()
-                start(z, shared + now * STAGE, thread)
-                load(shared + later * STAGE, step + AHEAD, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows,
-                     V, c_pitch, nth_d * PIECES_D, pieces, thread)  # fmt: skip
-                multiply(z, shared + now * STAGE, thread)
-                now = now + 1 if now + 1 < STAGES else 0
-                later = later + 1 if later + 1 < STAGES else 0
-            finish(z)
-            for r in range(R):
-                if row0 + 8 * r < N:
-                    row = np.int64(row0 + 8 * r) * D
-                    for k in range(K):
-                        d = d0 + 8 * (k >> 1) + (k & 1)
-                        if d < D:
-                            floats(de)[row + d] = z[r, k]
-
-    return de
+@function
+def unwanted(*arguments):
+    """In place of what there is no gradient for."""
+    return
 
 
-def make_dc(options):
-    """The kernel for tiles of dc [V, D]: the sum over live row blocks of dx^T e, and what stands for the dead ones."""
-    tile = options.tile
-    ROWS, TILE_D, R, K, DEPTH, STAGES, STAGE = (
-        tile.rows, tile.columns, tile.thread_rows, tile.thread_columns, tile.depth, tile.stages,
-        options.stage_transposed,
-    )  # fmt: skip
-    BLOCK_N, BLOCK_V, ORDERED, SORTED = options.block_n, options.block_v, options.ordered, options.sorted
-    COMPENSATE, NORM = options.compensate, options.norm
-    STEPS, AHEAD, HEIGHT = -(-BLOCK_N // DEPTH), STAGES - 1, PANEL * DEPTH
-    PIECES_D, PIECES_M, PIECES_V = (x * tile.itemsize // 16 for x in (TILE_D, ROWS, BLOCK_V))
-    PANELS_V, PANELS_D, PARTS = tile.panels(ROWS), tile.panels(TILE_D), BLOCK_V // ROWS
-    PART_ROWS, STRIDE = 16 * tile.parts, tile.threads // 8
-    load_panel, copies = make_load_panel(DEPTH, tile.threads)
-    arrived, start, multiply, finish = make_step(tile, PANELS_V * HEIGHT, True, True)
-    store, store_pair = make_store(options.out)
+UNWANTED = unwanted, ((1, 1), 1, 1)
 
-    @function
-    def load(
-        stage, step, steps, dz, e, row_order, keep, block_list, slot_list, at, dx_rows, e_rows, N, e_pitch, v_piece,
-        d_piece, pieces, thread,
-    ):  # fmt: skip
-        """dx and the rows of e of a step, if there is one; one group of copies in any case."""
-        if step < steps:
-            b, slot = ints(block_list)[at + step // STEPS], ints(slot_list)[at + step // STEPS]
-            for n in range(copies):
-                nth = step % STEPS * DEPTH + (thread >> 3) + n * STRIDE
-                row = np.int64(b * BLOCK_N + nth)
-                counts = nth < BLOCK_N and row < N
-                row = min(row, N - 1)
-                if not SORTED:
-                    row = longs(row_order)[row]
-                    counts = counts and flags(keep)[row] != 0
-                dx_rows[n] = (slot * BLOCK_N + nth) * PIECES_V if nth < BLOCK_N else -1
-                e_rows[n] = row * e_pitch if counts else -1
-            for p in range(PANELS_V):
-                load_panel(stage + p * HEIGHT, dz, dx_rows, v_piece + p * PIECES, PIECES_V, thread)
-            for p in range(PANELS_D):
-                load_panel(stage + (PANELS_V + p) * HEIGHT, e, e_rows, d_piece + p * PIECES, pieces, thread)
-        copies_commit()
 
-    def dc(
-        dz: pointer, e: pointer, order: pointer, row_order: pointer, keep: pointer, live_count: pointer,
+def make_sums(options):
+    """The kernel for dE and dC of a chunk: blocks of threads draw tiles of either, the long ones of dE first."""
+    DE, DC, DRAWN = options.de is not None, options.dc is not None, options.panels
+    de, (DE_Z, DE_DX, DE_C) = make_de(options.de) if DE else UNWANTED
+    dc, (DC_Z, DC_DX, DC_E) = make_dc(options.dc) if DC else UNWANTED
+    DE_COLUMNS, DC_COLUMNS = (x.tile.columns if x is not None else 1 for x in (options.de, options.dc))
+    PARTS = options.dc.block_v // options.dc.tile.rows if DC else 0
+
+    def sums(
+        drawn: pointer, dz: pointer, e: pointer, c: pointer, order: pointer, row_order: pointer, keep: pointer,
+        tile_list: pointer, block_slot: pointer, block_tiles: pointer, block_first: pointer, live_count: pointer,
         block_list: pointer, slot_list: pointer, chunk_start: pointer, mass_e: pointer, norm: pointer,
-        dc: pointer,
-        N: int32, V: int32, D: int32, dc_pitch: int32, blocks: int32, pieces: int32, e_pitch: int32,
-        chunk: int32,
+        total: pointer, out: pointer,
+        N: int32, V: int32, D: int32, T: int32, dc_pitch: int32, blocks: int32, pieces: int32, e_pitch: int32,
+        c_pitch: int32, chunk: int32,
     ):  # fmt: skip
         thread = np.int32(cuda.threadIdx.x)
         shared = shared_address(cuda.shared.array(0, uint8))
-        z = cuda.local.array((R, K), float32)
-        dx_rows = cuda.local.array(copies, int32)
-        e_rows = cuda.local.array(copies, int32)
         t0, t1 = ints(chunk_start)[chunk], ints(chunk_start)[chunk + 1]
-        tiles_d = (dc_pitch + TILE_D - 1) // TILE_D
-        for item in range(np.int32(cuda.blockIdx.x), (t1 - t0) * PARTS * tiles_d, np.int32(cuda.gridDim.x)):
-            # Output tile: entries of vocabulary block t, ROWS of them, columns from d0.
-            t, part, nth_d = t0 + item // (tiles_d * PARTS), item // tiles_d % PARTS, item % tiles_d
-            at, steps = np.int64(t) * blocks, ints(live_count)[t] * STEPS
-            for step in range(AHEAD):
-                load(shared + step * STAGE, step, steps, dz, e, row_order, keep, block_list, slot_list, at, dx_rows,
-                     e_rows, N, e_pitch, part * PIECES_M, nth_d * PIECES_D, pieces, thread)  # fmt: skip
-            d0 = nth_d * TILE_D + 2 * (thread & 3)
-            for k in range(K):
-                share = ZERO
-                if COMPENSATE:
-                    d = min(d0 + 8 * (k >> 1) + (k & 1), D - 1)
-                    share = divide(floats(mass_e)[np.int64(t) * D + d], float32(min(BLOCK_V, V - t * BLOCK_V)))
-                for r in range(R):
-                    z[r, k] = share
-            now, later = 0, AHEAD
-            for step in range(steps):
-                arrived()
-                start(z, shared + now * STAGE, thread)
-                load(shared + later * STAGE, step + AHEAD, steps, dz, e, row_order, keep, block_list, slot_list, at,
-                     dx_rows, e_rows, N, e_pitch, part * PIECES_M, nth_d * PIECES_D, pieces, thread)  # fmt: skip
-                multiply(z, shared + now * STAGE, thread)
-                now = now + 1 if now + 1 < STAGES else 0
-                later = later + 1 if later + 1 < STAGES else 0
-            finish(z)
-            barrier()  # all are done with the panels: those of the next tile may come
-            # Store: written once, in its final dtype.
-            for r in range(R):
-                place = t * BLOCK_V + part * ROWS + PART_ROWS * (thread >> 5) + ((thread & 31) >> 2) + 8 * r
-                if place < V:
-                    line = (longs(order)[place] if ORDERED else np.int64(place)) * dc_pitch
-                    factor = floats(norm)[0] if NORM else float32(1)
-                    for j in range(K // 2):
-                        d = d0 + 8 * j
-                        x, y = z[r, 2 * j] * factor, z[r, 2 * j + 1] * factor
-                        if (dc_pitch & 1) == 0:
-                            if d < dc_pitch:
-                                store_pair(dc, line + d, x, y)
-                        else:
-                            if d < dc_pitch:
-                                store(dc, line + d, x)
-                            if d + 1 < dc_pitch:
-                                store(dc, line + d + 1, y)
+        de_z, dc_z = cuda.local.array(DE_Z, float32), cuda.local.array(DC_Z, float32)
+        de_dx, dc_dx = cuda.local.array(DE_DX, int32), cuda.local.array(DC_DX, int32)
+        c_rows, e_rows = cuda.local.array(DE_C, int32), cuda.local.array(DC_E, int32)
+        item, first, end = np.int32(0), np.int32(0), np.int32(0)
+        if t0 < t1:
+            if DE:
+                first = np.int32(blocks * ((D + DE_COLUMNS - 1) // DE_COLUMNS))
+            end = np.int32(first + (t1 - t0) * PARTS * ((dc_pitch + DC_COLUMNS - 1) // DC_COLUMNS))
+        if end > 0:
+            if thread == 0:
+                write_int(shared + DRAWN, draw(drawn, np.int64(chunk)))
+            barrier()
+            item = read_int(shared + DRAWN)
+        later = item
+        while item < end:
+            if thread == 0:
+                later = draw(drawn, np.int64(chunk))  # has arrived when this tile is done
+            if item < first:
+                de(de_z, de_dx, c_rows, item, shared, dz, c, order, tile_list, block_slot, block_tiles, block_first,
+                   total, N, V, D, T, blocks, pieces, c_pitch, chunk, thread)  # fmt: skip
+            else:
+                dc(dc_z, dc_dx, e_rows, item - first, shared, dz, e, order, row_order, keep, live_count, block_list,
+                   slot_list, t0, mass_e, norm, out, N, V, D, dc_pitch, blocks, pieces, e_pitch, thread)  # fmt: skip
+            barrier()  # all have read the number of this tile, and are done with its panels
+            if thread == 0:
+                write_int(shared + DRAWN, later)
+            barrier()
+            item = read_int(shared + DRAWN)
 
-    return dc
+    return sums
 
 
 def make_dbias(options):

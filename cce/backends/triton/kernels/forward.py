@@ -49,7 +49,8 @@ def add_tile(
     if ONLINE:
         shift = tl.broadcast_to(finite(m_new)[:, None], (BLOCK_N, TILES))
     else:
-        shift = finite(tile_m)
+        # Of a masked block the row's own: exp(0 - m) may be inf, and times its sum, 0, NaN.
+        shift = tl.where(tile_m == NEG_INF, finite(m_new)[:, None], tile_m)
     p = tl.exp2(z3 * LOG2E - (shift * LOG2E)[:, :, None])
     tile_s = tl.sum(p, 2)
     if ENTROPY:

@@ -176,7 +176,7 @@ def sparse_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr,
     DBIAS: tl.constexpr, MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into slots of [BLOCK_N, BLOCK_V].
 
@@ -189,7 +189,7 @@ def sparse_kernel(
     step = tl.num_programs(0)
     b, slot, count, first = item_at(base + tl.minimum(tl.program_id(0), max_items - 1), item_block, item_slot,
                                     item_tiles, item_first)  # fmt: skip
-    for item in tl.range(tl.program_id(0), total, step, flatten=FLATTEN):
+    for item in range(tl.program_id(0), total, step):
         # Tile origin: rows of block b in the work list's order; for each BLOCK_V columns one of its live tiles.
         sorted_rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
         rows = tl.load(row_order + tl.minimum(sorted_rows, N - 1))

@@ -93,7 +93,7 @@ def scale_kernel(
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
     row_a = tl.load(a + rows, mask=rows < N, other=0.0)
     m = tl.load(tile_max + t.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
-    factor = tl.exp2((finite(m) - row_lse) * LOG2E) * row_a
+    factor = tl.where(m == NEG_INF, 0.0, tl.exp2((m - row_lse) * LOG2E)) * row_a
     where = rows.to(tl.int64)[:, None] * stride_q + place[None, :]
     x = tl.load(q + where, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
     used = rows < 0

@@ -1,7 +1,8 @@
 """Block-sparse products of the live tiles: dE += dx c and dC = dx^T e (docs/algorithm.md, step 4).
 
-The order in which a sum runs is that of the work list, so the bits are the same every run. No atomics touch a result;
-``products_kernel`` takes its next output tile from a counter, since the sums of its tiles differ in length.
+The order in which a sum runs is that of the work list, so the bits are the same every run: what a chunk adds to an
+element of dE is one number, and chunks follow one another. ``products_kernel`` takes its next output tile from a
+counter, since the sums of its tiles differ in length.
 """
 
 import triton
@@ -12,9 +13,9 @@ from cce.backends.triton.kernels.tiles import entries_of, wide
 
 @triton.jit
 def add_to_de(
-    item, dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de, de_in,
+    item, dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de,
     N, D, T, blocks, stride_cv, stride_cd, chunk,
-    DZ_TMA: tl.constexpr, C_TMA: tl.constexpr, DE_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
+    DZ_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -31,11 +32,7 @@ def add_to_de(
         rows = b * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (rows < N)[:, None] & (d < D)[None, :]
         where = rows.to(tl.int64)[:, None] * D + d[None, :]
-        # The sum so far comes first, not last: adding it at the end would spill registers.
-        if DE_TMA:
-            total = de_in.load([b * BLOCK_N, d0])
-        else:
-            total = tl.load(de + where, mask=inside, other=0.0)
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         STEPS: tl.constexpr = BLOCK_V // BLOCK_K
         for step in tl.range(0, count * STEPS, num_stages=STAGES):
             slot = base + step // STEPS
@@ -57,7 +54,8 @@ def add_to_de(
                 else:
                     c_tile = tl.load(source, mask=(d < D)[None, :], other=0.0)
             total = tl.dot(dx, c_tile.to(DOT), total, input_precision=PRECISION)
-        tl.store(de + where, total, mask=inside)
+        # Added where the memory is: to read the sum so far would take registers, and the time of a wait.
+        tl.atomic_add(de + where, total, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -121,11 +119,11 @@ def write_dc(
 
 @triton.jit(do_not_specialize=["chunk"])
 def products_kernel(
-    e_dz, c_dz, e, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de, de_in,
+    e_dz, c_dz, e, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de,
     order, row_order, keep, live_count, block_list, slot_list, chunk_start, counters, mass_e, norm, dc,
     N, V, D, T, blocks, stride_en, stride_ed, stride_cv, stride_cd, stride_dc, chunk,
     DE: tl.constexpr, DC: tl.constexpr,
-    SORTED: tl.constexpr, DZ_TMA: tl.constexpr, C_TMA: tl.constexpr, E_TMA: tl.constexpr, DE_TMA: tl.constexpr,
+    SORTED: tl.constexpr, DZ_TMA: tl.constexpr, C_TMA: tl.constexpr, E_TMA: tl.constexpr,
     DC_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ORDER: tl.constexpr,
     COMPENSATE: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     E_BLOCK_D: tl.constexpr, E_BLOCK_K: tl.constexpr, E_STAGES: tl.constexpr,
@@ -133,7 +131,7 @@ def products_kernel(
 ):  # fmt: skip
     """Both products of a chunk: tiles of dE, then of dC, which keep busy who has found none of dE left.
 
-    ``e_dz`` and ``c_dz`` are dx in boxes for either product, ``de_in`` is de as it is read.
+    ``e_dz`` and ``c_dz`` are dx in boxes for either product.
     counters [chunks, 2]: the next tile of each.
     """
     t0 = tl.load(chunk_start + chunk)
@@ -144,8 +142,8 @@ def products_kernel(
         while item < tiles_e:
             mine = item
             item = tl.atomic_add(counters + 2 * chunk, 1)  # the next one, asked for now: nobody waits for it then
-            add_to_de(mine, e_dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de, de_in, N, D, T,
-                      blocks, stride_cv, stride_cd, chunk, DZ_TMA, C_TMA, DE_TMA, EVEN_D, DOT, PRECISION, WIDE,
+            add_to_de(mine, e_dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de, N, D, T,
+                      blocks, stride_cv, stride_cd, chunk, DZ_TMA, C_TMA, EVEN_D, DOT, PRECISION, WIDE,
                       BLOCK_N, BLOCK_V, E_BLOCK_D, E_BLOCK_K, E_STAGES)  # fmt: skip
     if DC:
         tiles_c = tiles * tl.cdiv(D, C_BLOCK_D) * (BLOCK_V // C_BLOCK_M)

@@ -13,6 +13,10 @@ struct Plan {
     int max_items, T, B;
 };
 
+#ifndef COLUMNS_AT_ONCE
+#define COLUMNS_AT_ONCE 3
+#endif
+
 struct Arguments {
     TensorMap e_map, c_map, dz_map;  // boxes of 64 x 64; e in the work list's order
     Plan plan;
@@ -55,9 +59,13 @@ struct Product {
 
     __device__ __forceinline__ Product(const Arguments& x, const Products& all, int nth) {
         of_e = nth < all.of_e;
-        const int inside = of_e ? nth : nth - all.of_e;
-        column = inside % all.tiles_d * TILE_V;
-        index = of_e ? x.plan.B - 1 - inside / all.tiles_d : all.first + inside / all.tiles_d;
+        int inside = of_e ? nth : nth - all.of_e;
+        // A few columns of all blocks, then the next few: what all share of e, or of c, stays in the cache.
+        const int blocks = (of_e ? all.of_e : all.all - all.of_e) / all.tiles_d;
+        const int first = inside / (blocks * COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE, count = min(all.tiles_d - first, COLUMNS_AT_ONCE);
+        inside -= first * blocks;
+        column = (first + inside % count) * TILE_V;
+        index = of_e ? x.plan.B - 1 - inside / count : all.first + inside / count;
     }
 };
 

@@ -101,7 +101,6 @@ struct Multiplier {
     }
 
     __device__ __forceinline__ void skip_stage() {
-        __syncwarp();  // all have read the message
         pipe.release(ring.stage);
         ring.next();
     }

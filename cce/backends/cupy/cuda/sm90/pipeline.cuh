@@ -81,7 +81,10 @@ struct Pipeline {
     /// By a warp of the multipliers: the message that comes with the stage, when it is there.
     __device__ __forceinline__ int2 read_message(const Ring& ring) const {
         barrier_wait(full(ring.stage), ring.parity);
-        return load_shared_two(message(ring.stage));
+        // By the lane that gives the stage back: nobody else may still read when the next message is written.
+        int2 found = {0, 0};
+        if (threadIdx.x % 32 == 0) found = load_shared_two(message(ring.stage));
+        return make_int2(__shfl_sync(~0u, found.x, 0), __shfl_sync(~0u, found.y, 0));
     }
 
     /// By a warp: its warpgroup has read the stage for the last time, here and what came from the other blocks.

@@ -2,8 +2,9 @@
 //
 // A cluster owns CLUSTER x 128 rows and one of `splits` stretches of the vocabulary and walks along it, carrying each
 // row's maximum and sum; then it takes the next such unit. GROUP: clusters of rows side by side. Steps 1 and 2 of
-// docs/algorithm.md.
+// docs/algorithm.md. Meanwhile idle warps gather rows of c for the next window, where the vocabulary has an order.
 #include "../statistics.cuh"
+#include "ahead.cuh"
 #include "columns.cuh"
 
 struct Arguments {
@@ -13,6 +14,7 @@ struct Arguments {
     Tiles tiles;
     Formula formula;
     int N, V, D, S, first, carry;
+    Ahead ahead;  // no rows: nothing is
 };
 
 /// Rows and tiles of a unit: GROUP row blocks run side by side, so that they share what they read of c.
@@ -96,7 +98,8 @@ statistics_sm90(const __grid_constant__ Arguments x) {
     Pipeline().start();
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x < 32 && elected()) load(x);
+        if (threadIdx.x >= 32) gather_ahead(x.ahead);
+        else if (elected()) load(x);
     } else {
         more_registers<CONSUMER_REGISTERS>();
         compute(x);

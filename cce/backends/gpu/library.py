@@ -1,0 +1,165 @@
+"""What kernels may replace, and the library does otherwise: the small operations around a filtered step's products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu import plan as plans
+from cce.backends.gpu import work as works
+from cce.backends.gpu.plan import Plan
+from cce.backends.gpu.work import Work
+from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.spec import Spec
+
+if TYPE_CHECKING:
+    from cce.backends.gpu.kernels import Formula, Rows, Splits, Tiles
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Rows of ``c`` that are gathered for the next window while one is worked on: out_i = c[order_i].
+
+    Attributes:
+        c: (V, D) aligned. order: (rows,) int64. out: (rows, D) contiguous; nothing else reads or writes it.
+    """
+
+    c: Tensor
+    order: Tensor
+    out: Tensor
+
+
+def finite(m: Tensor) -> Tensor:
+    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
+    return torch.where(m == -torch.inf, 0, m)
+
+
+class LibraryOperations:
+    """Some two hundred operations, which take about 3 ms of a step whatever its size.
+
+    ``problem`` and the resolved ``spec`` are those of the call.
+    """
+
+    def gathers_ahead(self, problem: Problem) -> bool:
+        """Whether there is :meth:`statistics_ahead`."""
+        return False
+
+    def statistics_ahead(
+        self,
+        problem: Problem,
+        spec: Spec,
+        e: Tensor,
+        c: Tensor,
+        formula: Formula,
+        weight: Tensor | None,
+        first: int,
+        splits: Splits,
+        tiles: Tiles | None,
+        ahead: Ahead,
+    ) -> None:
+        """As :meth:`cce.backends.gpu.kernels.Kernels.statistics`, and gathers meanwhile what is ``ahead``."""
+        raise NotImplementedError
+
+    def joined_lse(self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
+        """(N,) log-sum-exp of the splits; at least each target's logit, so that no loss is negative. 0 if not in use.
+
+        Args:
+            target_logits: (N, K) float32. targets: (N, K) int64, -1 for none. in_use: (N,) bool.
+        """
+        m = finite(splits.max.amax(0))
+        lse = m + ((splits.max - m).exp_() * splits.sum).sum(0).log()
+        named = torch.where(targets >= 0, target_logits, -torch.inf).amax(1)
+        return torch.where(in_use, torch.maximum(lse, named), 0)
+
+    def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
+        """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
+
+        The library's takes about three times as long on a GPU as reading ``c`` once.
+
+        Args:
+            c: (V, D) aligned; order: (V,) int64 or None; out: contiguous, in the products' dtype.
+        """
+        assert spec.block_v is not None
+        entries = torch.arange(problem.v, device=c.device) if order is None else order
+        first = torch.arange(0, problem.v, spec.block_v, device=c.device)
+        out.copy_(torch.nn.functional.embedding_bag(entries, c, first, mode="mean"))
+
+    def dead_mass(
+        self,
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        row_order: Tensor,
+        live: Tensor,
+        first: int,
+        out: Tensor,
+    ) -> bool:
+        """Fills ``out`` with the sums of dx over the columns of dead tiles, 0 of live ones; or leaves it.
+
+        ``softcap'(zbar) p (a + h (tile_entropy - log p - H))``, p the tile's mass; zbar, the log of its mean exp(z),
+        stands for its logits.
+
+        Args:
+            rows, maps: by row of the problem.
+            row_order: (N,) int64; live: (T, B) bool, contiguous.
+            first: vocabulary block of the first row of ``out`` (blocks, N), whose columns are in ``row_order``.
+
+        Returns:
+            Whether it did; if not, the library does.
+        """
+        return False
+
+    def fill_maps(
+        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
+    ) -> bool:
+        """Fills the maps with what the backward reads, from the blocks' statistics, which may be overwritten.
+
+        The mass exp(tile_lse - lse) (lse = 0 where it is -inf); negated, and at least ``LEAST_HIT``, where the filter's
+        quantity (``tiles.max``, or else ``tiles.lse``) exceeds lse + log threshold. 0 of rows not in use.
+
+        Args:
+            lse: (N,) float32. in_use: (N,) bool.
+
+        Returns:
+            Whether it did; if not, the library does.
+        """
+        return False
+
+    def work_list(
+        self,
+        inputs: Inputs[Tensor],
+        problem: Problem,
+        spec: Spec,
+        rows: Rows,
+        maps: Maps[Tensor],
+        upstream: Upstream[Tensor],
+    ) -> Work:
+        """The rows' order and the live tiles, as :func:`cce.worklist.live_blocks` finds them; ``rows``: the places."""
+        return Work.of(inputs, problem, spec, maps, upstream)
+
+    def plan(self, live: Tensor, slots: int, pack: int) -> Plan:
+        """What :func:`cce.backends.gpu.plan.make` makes of the live tiles (T, B)."""
+        return plans.make(live, slots, pack)
+
+    def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
+        """out_i = e[row_order_i], 0 where ``keep`` of that row is False; of ``c`` as well.
+
+        Args:
+            e: (N, D) aligned; row_order: (rows,) int64, some of the rows; keep: (N,) bool, or None.
+            out: (rows, D) contiguous, in the dtype of ``e``.
+        """
+        works.gather_rows(e, row_order, keep, out)
+
+    def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
+        """out[row_order_i] = total_i norm, rounded.
+
+        Args:
+            total: (N, D) float32, the first columns of aligned rows; may be overwritten. norm: one float32, or None.
+            row_order: (N,) int64; out: (N, D) contiguous, in any of the three dtypes.
+        """
+        step = max(1, spec.scratch_bytes // (8 * total.shape[1]))
+        works.scatter_rows(total, norm, row_order, step, out)

@@ -1,0 +1,56 @@
+"""The work list of a filtered backward as its kernels take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.rows import used_rows
+from cce.spec import Spec
+from cce.worklist import live_blocks
+
+
+@dataclass(frozen=True)
+class Work:
+    """Which rows, and which tiles of theirs.
+
+    Attributes:
+        row_order: (N,) int64; block b holds rows ``row_order[b BLOCK_N : (b + 1) BLOCK_N]``.
+        keep: (N,) bool, the row wants a gradient, in its own place.
+        live: (T, B) bool, contiguous.
+        row_of: (N,) int32, ``row_order``, or -1 where the row wants no gradient; or None.
+    """
+
+    row_order: Tensor
+    keep: Tensor
+    live: Tensor
+    row_of: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
+    ) -> Work:
+        """By operations of the library."""
+        row_order, live = live_blocks(inputs, problem, spec, maps, upstream, used_rows(inputs))
+        keep = (upstream.a != 0) | (upstream.g != 0).any(1)
+        if upstream.h is not None:
+            keep |= upstream.h != 0
+        return cls(row_order, keep, live.contiguous())
+
+
+def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
+    """See :meth:`cce.backends.gpu.kernels.Kernels.gather_rows`."""
+    torch.index_select(e, 0, row_order, out=out)
+    if keep is not None:
+        out.masked_fill_(~keep.index_select(0, row_order)[:, None], 0)
+
+
+def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, step: int, out: Tensor) -> None:
+    """See :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows`; ``step`` rows at a time."""
+    if norm is not None:
+        total.mul_(norm)
+    for rows, index in zip(total.split(step), row_order.split(step), strict=True):
+        out.index_copy_(0, index, rows.to(out.dtype))

@@ -1,0 +1,97 @@
+"""What stands for the dead tiles (docs/algorithm.md, step 5): a product of the library for dE, and one for dC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce.backends.gpu.products import product
+from cce.backends.gpu.sizes import cdiv
+from cce.backends.triton import plan as plans
+from cce.backends.triton.call import Call
+from cce.backends.triton.gradients import Formula
+from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel
+from cce.backends.triton.sorted_rows import Rows, sorted_rows
+from cce.problem import Maps
+
+
+@dataclass(frozen=True)
+class Dead:
+    """What the dead tiles add.
+
+    Attributes:
+        de: (N, D) float32, m^T cbar, rows in the work list's order; None where dE is not wanted.
+        mass_e: (T, D) float32, m e; mass: (T,) row sums of m.
+    """
+
+    de: Tensor | None
+    mass_e: Tensor | None
+    mass: Tensor | None
+
+    def of_blocks(self, t0: int, t1: int) -> Dead:
+        """The same of some vocabulary blocks."""
+        mass_e = None if self.mass_e is None else self.mass_e[t0:t1]
+        return Dead(self.de, mass_e, None if self.mass is None else self.mass[t0:t1])
+
+
+def compensation(call: Call, formula: Formula, live: plans.Live, rows: Rows, maps: Maps[Tensor]) -> Dead:
+    """The products with the dead tiles' mass, in pieces of the map that fit into the scratch memory."""
+    problem, t = call.problem, call.tiles
+    n, d = problem.n, problem.d
+    piece = max(1, min(t, call.spec.scratch_bytes // 4 // (n * problem.dtype.itemsize)))
+    m = call.empty(piece, n, dtype=problem.dtype)
+    means = mean_rows(call) if problem.grad_e else None
+    de = None
+    mass_e = call.empty(t, d) if problem.grad_c else None
+    mass = call.empty(t) if problem.grad_bias else None
+    for t0 in range(0, t, piece):
+        t1 = min(t, t0 + piece)
+        part = _dead_mass(call, formula, live, maps, m, t0, t1)  # (t1 - t0, N)
+        if means is not None:
+            de = product(part.T, means[t0:t1], torch.float32, de)
+        if mass_e is not None:
+            _times_e(call, live, rows, part, mass_e[t0:t1])
+        if mass is not None:
+            torch.sum(part, 1, dtype=torch.float32, out=mass[t0:t1])
+    return Dead(de, mass_e, mass)
+
+
+def mean_rows(call: Call) -> Tensor:
+    """(T, D) the mean row of ``c`` of each vocabulary block, in the products' dtype."""
+    problem = call.problem
+    means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
+    mean_rows_kernel[(call.tiles, cdiv(problem.d, 256))](
+        call.c, call.order, None, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
+        ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
+    )  # fmt: skip
+    return means
+
+
+def _dead_mass(
+    call: Call, formula: Formula, live: plans.Live, maps: Maps[Tensor], m: Tensor, t0: int, t1: int
+) -> Tensor:
+    """(t1 - t0, N): the sum of dx over the columns of each dead tile, rows in the work list's order."""
+    assert maps.tile_mass is not None
+    n, outputs = call.problem.n, formula.outputs
+    dead_mass_kernel[(t1 - t0, cdiv(n, 1024))](
+        maps.tile_mass, maps.tile_entropy, live.live, live.row_order, live.keep, outputs.lse, outputs.entropy,
+        formula.upstream.a, formula.upstream.h, m, n, call.problem.v, live.live.shape[1], maps.tile_mass.stride(0),
+        call.softcap, t0, ENTROPY=formula.upstream.h is not None, SOFTCAP=call.problem.softcap is not None,
+        BLOCK_N=call.block_n, BLOCK_V=call.block_v, BLOCK=1024,
+    )  # fmt: skip
+    return m[: t1 - t0]
+
+
+def _times_e(call: Call, live: plans.Live, rows: Rows, m: Tensor, out: Tensor) -> None:
+    """out = m e, (tiles, D); without a copy of the sorted rows, some of them at a time."""
+    n, d = call.problem.n, call.problem.d
+    if rows.copied:
+        out.copy_(product(m, rows.e, torch.float32))
+        return
+    step = max(1, call.spec.scratch_bytes // 8 // (d * call.e.element_size()))
+    out.zero_()
+    for n0 in range(0, n, step):
+        n1 = min(n, n0 + step)
+        product(m[:, n0:n1], sorted_rows(call, live, n0, n1), torch.float32, out)

@@ -1,0 +1,217 @@
+"""The part of the contract that a library fulfils as well: work list, plan, rows in its order, maps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from contract_cases import Case
+from contract_results import Results, compare
+from plain import PlainKernels
+from plans import NOBODY, make_plan, random_live, random_maps
+from torch import Tensor
+
+from cce.backends.gpu.kernels import Formula, Kernels, Rows, Splits, Tiles
+from cce.backends.gpu.library import Ahead
+from cce.backends.gpu.sizes import cdiv
+from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.spec import Spec
+from cce.worklist import target_positions
+
+
+class Lists:
+    """Of a case, drawn: see ``contract.Bench``. Each method returns what is wrong with the kernels' of that name."""
+
+    kernels: Kernels
+    plain: PlainKernels
+    case: Case
+    device: str
+    problem: Problem
+    spec: Spec
+    dtype: torch.dtype
+    e: Tensor
+    c: Tensor
+    rng: torch.Generator
+
+    def plan(self) -> list[str]:
+        """Every table, in all that it tells, for scratch memory of three sizes."""
+        assert self.spec.block_n is not None
+        tiles, blocks = self.spec.tiles(self.case.v), cdiv(self.case.n, self.spec.block_n)
+        density, pack, faults = self.case.density, self.case.pack, []
+        live = (
+            random_live(tiles, blocks, density, self.rng)
+            if 0 < density < 1
+            else torch.full((tiles, blocks), bool(density))
+        )
+        for slots in (2 * blocks, 2 * blocks + 3, self.case.slots or 10_000):
+            found, expected = self.kernels.plan(live.to(self.device), slots, pack), make_plan(live, slots, pack)
+            if (found.chunks, found.max_items) != (expected.chunks, expected.max_items):
+                faults.append(f"{found.chunks} chunks of {found.max_items}, {expected.chunks} of {expected.max_items}")
+                continue
+            for name, x in vars(expected).items():
+                if isinstance(x, Tensor):
+                    y = getattr(found, name)
+                    told = x != NOBODY
+                    same = y.is_contiguous() and y.shape == x.shape and torch.equal(y.cpu()[told], x[told])
+                    faults += [] if same and y.dtype == torch.int32 else [f"{name}, {slots} slots"]
+        return faults
+
+    def work_list(self) -> list[str]:
+        case, n = self.case, self.case.n
+        spec = self.spec if case.sorted_rows else Spec(**{**vars_of(self.spec), "row_order": "natural"})
+        inputs, upstream = self._call()
+        maps = random_maps(self.problem, spec, self.device, self.rng)
+        assert maps.tile_mass is not None
+        if case.density < 0.2:  # few rows hit a tile
+            maps.tile_mass.abs_()
+            maps.tile_mass[:, ::17] *= -1
+        if case.density == 0:
+            maps.tile_mass.abs_()
+        places = target_positions(inputs).to(torch.int32).contiguous()
+        rows = Rows(upstream.a, upstream.a, upstream.g, places, None, upstream.h, None)
+        found = self.kernels.work_list(inputs, self.problem, spec, rows, maps, upstream)
+        expected = self.plain.work_list(inputs, self.problem, spec, rows, maps, upstream)
+        faults = []
+        for name in ("row_order", "keep", "live"):
+            mine, other = getattr(found, name), getattr(expected, name)
+            if not (torch.equal(mine, other) and mine.dtype == other.dtype and mine.is_contiguous()):
+                faults.append(f"{name}: differs")
+        if found.row_of is not None:
+            row_of = torch.where(expected.keep[expected.row_order], expected.row_order, -1).to(torch.int32)
+            faults += [] if torch.equal(found.row_of, row_of) else ["row_of: differs"]
+        return faults if len(found.row_order) == n else [*faults, "row_order: too short"]
+
+    def _call(self) -> tuple[Inputs[Tensor], Upstream[Tensor]]:
+        """Targets of which some are none, rows that do not count, gradients of which some are 0."""
+        case, n, rng = self.case, self.case.n, self.rng
+        targets = torch.randint(-1, case.v, (n, case.k), generator=rng)
+        targets[-1, -1] = case.v - 1
+        targets[2::5] = -1
+        a, g = torch.randn(n, generator=rng), torch.randn(n, case.k, generator=rng)
+        a[::3], g[::3], g[1::4, -1] = 0, 0, 0
+        h = None
+        if "entropy" in case.outputs:
+            h = torch.zeros(n)
+            h[::6] = 1
+        order = torch.randperm(case.v, generator=rng).to(self.device) if case.ordered else None
+        e, c = torch.zeros(n, 1, device=self.device), torch.zeros(case.v, 1, device=self.device)
+        in_use = torch.rand(n, generator=rng) < 0.8 if case.nan_rows else None
+        inputs = Inputs(
+            e, c, targets.to(self.device), vocab_order=order, in_use=None if in_use is None else in_use.to(self.device)
+        )
+        to = self.device
+        return inputs, Upstream(a.to(to), g.to(to), None if h is None else h.to(to))
+
+    def gather_rows(self) -> list[str]:
+        """Some of the rows, those not wanted NaN."""
+        case, n = self.case, self.case.n
+        keep = torch.rand(n, generator=self.rng) < 0.7
+        e = torch.randn(n, case.d, generator=self.rng)
+        e[~keep] = torch.nan
+        e = self.operand(e)  # type: ignore[attr-defined]
+        whole = self.operand(torch.randn(n, case.d, generator=self.rng))  # type: ignore[attr-defined]
+        keep, order = keep.to(self.device), torch.randperm(n, generator=self.rng).to(self.device)[n // 3 :]
+        found = Results(self.device)
+        out = found.new("rows", (len(order), e.shape[1]), self.dtype)
+        self.kernels.gather_rows(e, order, keep, out)
+        every = found.new("every row", out.shape, self.dtype)
+        self.kernels.gather_rows(whole, order, None, every)
+        expected = torch.where(keep[order][:, None], e[order], 0)
+        faults = [*compare("rows", out, expected, 0), *compare("every row", every, whole[order], 0)]
+        return [*found.overruns(), *faults]
+
+    def scatter_rows(self) -> list[str]:
+        case, n = self.case, self.case.n
+        total = torch.full((n, cdiv(case.d, 8) * 8), torch.nan)
+        total[:, : case.d] = torch.randn(n, case.d, generator=self.rng)
+        norm = torch.tensor(0.5, device=self.device) if case.norm else None
+        order = torch.randperm(n, generator=self.rng).to(self.device)
+        found, total = Results(self.device), total.to(self.device)[:, : case.d]
+        expected = torch.empty(n, case.d, device=self.device)
+        expected[order] = total if norm is None else total * norm
+        out = found.new("rows", (n, case.d), self.dtype)
+        self.kernels.scatter_rows(self.spec, total, norm, order, out)
+        return [*found.overruns(), *compare("rows", out, expected.to(self.dtype), 0)]
+
+    def statistics_ahead(self) -> list[str]:
+        """The bits of the statistics are those of a call that gathers nothing."""
+        case, n, kernels = self.case, self.case.n, self.kernels
+        if not kernels.gathers_ahead(self.problem):
+            return []
+        e, c = self.operand(self.e), self.operand(self.c)  # type: ignore[attr-defined]
+        order = torch.randperm(case.v, generator=self.rng).to(self.device)[: case.v - 3]
+        found, results = Results(self.device), []
+        rows = found.new("rows", (len(order), c.shape[1]), self.dtype)
+        for ahead in (None, Ahead(c, order, rows)):
+            top, total = (torch.zeros(case.splits, n, device=self.device) for _ in range(2))
+            splits = Splits(top, total, None, None, None)
+            given = self.problem, self.spec, e, c, Formula(None, 1.0, None, True), None, 0, splits, None
+            kernels.statistics(*given) if ahead is None else kernels.statistics_ahead(*given, ahead)
+            results.append(torch.stack((top, total)))
+        faults = [] if torch.equal(*results) else ["splits: other bits"]
+        return [*faults, *found.overruns(), *compare("rows", rows, c[order], 0)]
+
+    def joined_lse(self) -> list[str]:
+        """Splits of which some saw nothing but -inf, rows that are all -inf or NaN, targets of larger logits."""
+        case, n = self.case, self.case.n
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=self.rng).to(self.device)
+
+        top, total = 30 * draw(case.splits, n), draw(case.splits, n).abs() + 1
+        empty = draw(case.splits, n) < -1
+        empty[:, 3::13] = True
+        top[empty], total[empty] = -torch.inf, 0
+        top[0, 5::17] = torch.nan
+        targets = torch.randint(-1, 2, (n, case.k), generator=self.rng).to(self.device)
+        named, in_use = 30 * draw(n, case.k), draw(n) < 1
+        splits = Splits(top, total, None, None, None)
+        lse = self.kernels.joined_lse(splits, named, targets, in_use)
+        expected = torch.logsumexp(top.double() + total.double().log(), 0)
+        largest = torch.where(targets >= 0, named, -torch.inf).double().amax(1)
+        expected = torch.where(in_use, torch.maximum(expected, largest), 0)
+        odd = in_use & expected.isnan()
+        faults = [] if bool(lse[odd].isnan().all()) and lse.shape == (n,) else ["lse: NaN was expected"]
+        return faults + compare("lse", lse[~odd], expected[~odd], 1e-6)
+
+    def fill_maps(self) -> list[str]:
+        """The masses to a unit in the last place; which are hit, and entropies, exactly."""
+        case, n, tiles = self.case, self.case.n, self.spec.tiles(self.case.v)
+        assert self.spec.threshold is not None
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=self.rng).to(self.device)
+
+        tile_lse = 6 * draw(tiles + 1, n)  # as many as whole tiles of the forward have
+        tile_lse[::7], tile_lse[:, 2::11] = -torch.inf, -torch.inf
+        lse = tile_lse[:tiles].amax(0) + draw(n).abs()
+        given = Tiles(
+            tile_lse, tile_lse - draw(tiles + 1, n).abs() if case.filter == "element" else None,
+            draw(tiles + 1, n).abs() if "entropy" in case.outputs else None,
+        )  # fmt: skip
+        in_use = draw(n) < 1
+        quantity = tile_lse if given.max is None else given.max
+        hit = (quantity[:tiles] > lse + math.log(self.spec.threshold)) & in_use
+        mass = torch.exp(tile_lse[:tiles].double() - torch.where(lse == -torch.inf, 0, lse).double())
+        mass = torch.where(hit, -mass.clamp(min=2.0**-24), torch.where(in_use, mass, 0))
+        found, half = Results(self.device), self.problem.map_dtype(self.spec)
+        pitch = n + 5
+        out = Maps(
+            found.new("mass", (tiles, n), half, pitch),
+            None if given.entropy is None else found.new("entropy", (tiles, n), half, pitch),
+        )
+        if not self.kernels.fill_maps(self.problem, self.spec, lse, in_use, given, out):
+            return []  # the library's then
+        assert out.tile_mass is not None
+        faults = [*found.overruns(), *compare("mass", out.tile_mass, mass, 2.0 * torch.finfo(half).eps)]
+        if not torch.equal(out.tile_mass < 0, hit):
+            faults.append("mass: other rows and tiles are hit")
+        if out.tile_entropy is not None and given.entropy is not None:
+            entropy = torch.where(in_use, given.entropy[:tiles], 0).to(half)
+            faults += compare("entropy", out.tile_entropy, entropy, 0)
+        return faults
+
+
+def vars_of(spec: Spec) -> dict[str, object]:
+    """The fields to make another one from."""
+    return {name: value for name, value in vars(spec).items() if name != "key"}
