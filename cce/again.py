@@ -8,13 +8,15 @@ one pass (``onepass.py``); the values of the targets are checked in every call.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cce import ops, registry, transforms
-from cce.onepass import Call, weighted_loss
+from cce.flat import Flat, wanted_gradients
+from cce.onepass import Call, choose, weighted_loss
 from cce.spec import Spec
 
 _MOST = 256  # kinds kept; a training step has one
@@ -64,11 +66,43 @@ def kind_of(e: Any, c: Any, targets: Any, bias: Any, spec: Any, options: tuple[A
     return tuple(found)
 
 
-def remember(kind: Kind, call: Call, wide: torch.dtype) -> None:
-    """A call of this kind runs so."""
+def first(
+    flat: Flat,
+    coefficients: Tensor | None,
+    of_tokens: Tensor | None,
+    total: Callable[[], Tensor] | None,
+    kind: Kind | None,
+) -> Tensor | None:
+    """The sum (mean) of the losses with their gradients computed along with it; None where that is not to be had.
+
+    ``total`` makes what a mean divides by. The weights must be known beforehand, and it is the caller's to multiply the
+    gradients by one number only. A call of this ``kind`` is remembered.
+    """
+    grads = wanted_gradients(flat.e, flat.c, flat.bias)
+    if flat.part is not None or any(x is not None and x.requires_grad for x in (coefficients, of_tokens)):
+        return None
+    call = choose(
+        flat.e, flat.c, flat.bias, flat.targets, flat.softcap, flat.logit_scale, flat.backend, flat.spec, grads
+    )
+    if call is None:
+        return None
+    if kind is not None and not flat.shift:
+        _remember(kind, Known(call, flat.wide))
+    if total is not None and coefficients is None and of_tokens is None:
+        weights = call.backend.mean_weights(flat.targets, flat.wide)
+    else:
+        weights = flat.targets >= 0 if coefficients is None else coefficients
+        if of_tokens is not None:
+            weights = weights * of_tokens[:, None]
+        # Of a mean over nothing, which is NaN, too.
+        weights = weights.to(flat.wide) if total is None else weights / total()
+    return weighted_loss(flat.e, flat.c, flat.bias, flat.targets, weights, call)
+
+
+def _remember(kind: Kind, known: Known) -> None:
     if len(_known) >= _MOST:
         _known.clear()
-    _known[kind] = Known(call, wide)
+    _known[kind] = known
 
 
 def run(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cce import again, checks, onepass
+from cce import again, checks
 from cce import reduction as reductions
-from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
+from cce.flat import Flat, Rows, flatten, run, shifted, unflatten
 from cce.spec import Spec
 
 
@@ -193,7 +193,7 @@ def loss(
         of_target = coefficients if weight is not None and target_weight is None else None
         total = partial(_total, flat, of_target, of_tokens)
     if reduction != "none" and not label_smoothing and not z_loss:
-        value = _in_one_pass(flat, coefficients, of_tokens, total, kind)
+        value = again.first(flat, coefficients, of_tokens, total, kind)
         if value is not None:
             return value
     rows = run(flat, ("weighted_logit",), _smoothing(flat, weight)) if label_smoothing else run(flat)
@@ -229,39 +229,6 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
     rows = run(flat)
     each = (rows.lse[:, None] - rows.target_logits).masked_fill(flat.targets < 0, 0).reshape(targets.shape)
     return each if not flat.shift else each.narrow(-2, 0, flat.shape[-1] - flat.shift)
-
-
-def _in_one_pass(
-    flat: Flat,
-    coefficients: Tensor | None,
-    of_tokens: Tensor | None,
-    total: Callable[[], Tensor] | None,
-    kind: again.Kind | None,
-) -> Tensor | None:
-    """The sum (mean) of the losses with their gradients computed along with it; None where that is not to be had.
-
-    ``total`` makes what a mean divides by. The weights must be known beforehand, and it is the caller's to multiply the
-    gradients by one number only. A call of this ``kind`` is remembered.
-    """
-    grads = wanted_gradients(flat.e, flat.c, flat.bias)
-    if flat.part is not None or any(x is not None and x.requires_grad for x in (coefficients, of_tokens)):
-        return None
-    call = onepass.choose(
-        flat.e, flat.c, flat.bias, flat.targets, flat.softcap, flat.logit_scale, flat.backend, flat.spec, grads
-    )
-    if call is None:
-        return None
-    if kind is not None and not flat.shift:
-        again.remember(kind, call, flat.wide)
-    if total is not None and coefficients is None and of_tokens is None:
-        weights = call.backend.mean_weights(flat.targets, flat.wide)
-    else:
-        weights = flat.targets >= 0 if coefficients is None else coefficients
-        if of_tokens is not None:
-            weights = weights * of_tokens[:, None]
-        # Of a mean over nothing, which is NaN, too.
-        weights = weights.to(flat.wide) if total is None else weights / total()
-    return onepass.weighted_loss(flat.e, flat.c, flat.bias, flat.targets, weights, call)
 
 
 def _token_weights(flat: Flat, token_weight: Tensor) -> Tensor:

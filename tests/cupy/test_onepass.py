@@ -10,7 +10,7 @@ import pytest
 import torch
 from compiling import GPUS, compiled, cubin
 
-from cce.backends.cupy import onepass, sm90, variants
+from cce.backends.cupy import onepass, sm90_onepass, sm90_tiles, variants
 from cce.backends.cupy import sources as source_files
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
@@ -43,8 +43,8 @@ def portable(gpu: Gpu) -> dict[str, Variant]:
 
 SETTINGS = {name: portable(gpu) for name, gpu in GPUS.items()}
 SM90 = {
-    "plain": sm90.variant_of("store", 2, BF16, PLAIN, {}, 0),
-    "every option": sm90.variant_of("store", 1, F16, BOTH, {}, 0),
+    "plain": sm90_tiles.variant_of("store", 2, BF16, PLAIN, {}, 0),
+    "every option": sm90_tiles.variant_of("store", 1, F16, BOTH, {}, 0),
 }
 
 
@@ -76,7 +76,7 @@ LAYOUTS = {
         (name, " torch.int64" if name == "prepare" else " torch.bfloat16" if name == "scale" else "", layout)
         for name, layout in onepass.LAYOUTS.items()
     )},
-    "store_sm90": (SM90["plain"], sm90.STORE_LAYOUT, "Arguments"),
+    "store_sm90": (SM90["plain"], sm90_onepass.STORE_LAYOUT, "Arguments"),
 }  # fmt: skip
 
 

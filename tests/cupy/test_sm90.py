@@ -8,7 +8,7 @@ import pytest
 import torch
 from compiling import compiled, cubin
 
-from cce.backends.cupy import sm90
+from cce.backends.cupy import sm90, sm90_tiles
 from cce.backends.cupy import sources as source_files
 from cce.backends.cupy.module import Variant
 from cce.backends.gpu.kernels import Formula
@@ -23,7 +23,7 @@ def variant(name: str, cluster: int = 2, dtype: torch.dtype = torch.bfloat16, **
     formula = Formula(bias, 0.5 if options.pop("scale", 0) else 1.0, softcap, False)
     macros = {key.upper(): value for key, value in options.items()}
     arrays = sum(macros.get(key, 0) for key in ("WEIGHTED", "DBIAS", "GATHER")) + (name == "live" and bias is None)
-    return sm90.variant_of(name, cluster, dtype, formula, macros, arrays)
+    return sm90_tiles.variant_of(name, cluster, dtype, formula, macros, arrays)
 
 
 EVERY = {"bias": 1, "softcap": 1, "entropy": 1}

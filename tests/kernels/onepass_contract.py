@@ -63,9 +63,6 @@ CASES = (
 )
 
 
-SMALL = tuple(replace(case, n=min(case.n, 20), v=min(case.v, 75), d=12) for case in CASES)  # for a simulator
-
-
 def run(kernels: OnePassKernels, device: str = "cpu") -> list[tuple[str, bool, str]]:
     """Every case: its name, whether it passed, and what was wrong."""
     return [run_case(kernels, case, device) for case in CASES]

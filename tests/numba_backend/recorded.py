@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 
 import cce
-from cce.backends.numba import onepass, run
+from cce.backends.numba import run
 from cce.backends.numba.choice import GPU
 from cce.backends.numba.launch import Kernel
 
@@ -29,13 +29,7 @@ def recorded(gpu: GPU) -> Iterator[list[Kernel]]:
     def prepare(kernel: Kernel, grid: int, *arguments: Any) -> Any:
         return lambda *last: keep(kernel, grid)
 
-    def kernel(name: str, options: Any, threads: int, shared: int, resident: int, device: int) -> Any:
-        made = Kernel(onepass.maker(name), options, threads, shared, resident)
-        return lambda grid, *arguments: keep(made, grid)
-
     with (
-        patch.object(onepass, "_kernel", kernel),
-        patch.object(onepass, "gpu_of", lambda device: gpu),
         patch.object(Kernel, "__call__", keep),
         patch.object(Kernel, "prepare", prepare),
         patch.object(run, "gpu_of", lambda device: gpu),

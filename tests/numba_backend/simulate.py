@@ -8,14 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 
 import contract
-import onepass_contract
 from contract_cases import CASES
 
 from cce.backends.numba.run import NumbaKernels
@@ -34,9 +32,6 @@ CONTRACT = (
     "mean_rows", "mean_rows odd d", "mean_rows float32", "dead_mass", "dead_mass entropy softcap float32",
 )  # fmt: skip
 
-#: Of the contract of a pass with gradients, likewise.
-ONE_PASS = ("one class", "float16 k3", "tf32", "masked", "nan rows")
-
 #: Options of which no kernel hears: the front end makes them of the outputs.
 IN_FRONT = ("reduction", "shift", "ignore_index", "z_loss", "`weight` (classes)", "token_weight", "`nll`", "scratch")
 
@@ -47,18 +42,9 @@ def of_contract(name: str) -> None:
     assert passed and not message, message
 
 
-def of_one_pass(name: str) -> None:
-    case = next(case for case in onepass_contract.CASES if case.name == name)
-    case = replace(case, n=min(case.n, 9), v=min(case.v, 40), d=9)
-    _, passed, message = onepass_contract.run_case(NumbaKernels().one_pass(), case)
-    assert passed, message
-
-
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for name in CONTRACT:
         yield name, partial(of_contract, name)
-    for name in ONE_PASS:
-        yield f"one pass {name}", partial(of_one_pass, name)
     for option in (x for options in OPTIONS.values() for x in options):
         if not option.compiled and not any(name in option.name for name in IN_FRONT):
             yield f"option {option.name}", partial(check_option, option, "numba", "cpu")

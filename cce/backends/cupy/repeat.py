@@ -14,6 +14,9 @@ import torch
 
 from cce.backends.cupy.module import Variant, function
 
+# A thread that has not called CUDA before, as one of autograd's, has no context yet, which the driver does not make.
+_thread = threading.local()
+
 
 class Repeated:
     """A kernel on the device that is current when this is made, to be launched with any arguments.
@@ -25,7 +28,7 @@ class Repeated:
     """
 
     def __init__(self, variant: Variant, threads: int, layout: str) -> None:
-        from cupy.cuda import driver
+        from cupy.cuda import driver, runtime
 
         packer = struct.Struct("<" + layout)
         # The driver copies as many bytes as the kernel says; a struct of tensor maps is a multiple of 64.
@@ -35,10 +38,13 @@ class Repeated:
         self._places = (ctypes.c_void_p * 1)(ctypes.addressof(self._view))
         self._address, self._launch = ctypes.addressof(self._places), driver.launchKernel
         self._function, self._threads, self._shared = function(variant), threads, variant.shared
-        self._device = torch.cuda.current_device()
+        self._device, self._set_device = torch.cuda.current_device(), runtime.setDevice
 
     def __call__(self, x: int, y: int, *values: Any) -> None:
         """Launches x times y blocks on torch's current stream."""
+        if getattr(_thread, "device", None) != self._device:
+            self._set_device(self._device)
+            _thread.device = self._device
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         with self._lock:  # autograd's threads may come at the same time
             self._pack(self._memory, 0, *values)

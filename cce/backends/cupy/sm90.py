@@ -15,26 +15,18 @@ from torch import Tensor
 from cce.backends.cupy import arguments as structs
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
-from cce.backends.cupy.module import Variant
-from cce.backends.cupy.onepass import PortableOnePass
 from cce.backends.cupy.portable import PortableKernels, rows_of_places
-from cce.backends.cupy.repeat import Repeated
-from cce.backends.cupy.tensor_maps import TensorMap, box_bytes, boxes
-from cce.backends.cupy.variants import dtype_macros, formula_macros, rows_macros
+from cce.backends.cupy.sm90_onepass import Sm90OnePass
+from cce.backends.cupy.sm90_tiles import GROUP, THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
+from cce.backends.cupy.tensor_maps import TensorMap, boxes
+from cce.backends.cupy.variants import rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv, rows_are_copied
 from cce.problem import Problem
 from cce.spec import Spec
 
-THREADS = 384
-TILE_N, TILE_V = 128, 256
 BLOCK = 128  # of the filter, both ways
-STAGES = 4
-_STAGE = 48 * 1024
-_COLUMNS = 8 * TILE_V * 4  # an array of a tile's columns, one copy for each multiplying warp
-_SMALL = 128 + 1024  # barriers, and what aligns the stages
-_GROUP = 16  # row blocks at work side by side, which share what they read of c
 
 
 class AheadArguments(Arguments):
@@ -77,9 +69,6 @@ class GradientArguments(Arguments):
     )  # fmt: skip
 
 
-#: Arguments of sm90/store.cu: two tensor maps, addresses and a pitch, the formula, sizes.
-STORE_LAYOUT = "128s128s5q2f3i"
-
 _TABLES = (
     "tile_list", "live_count", "block_list", "slot_list", "chunk_start", "block_slot", "block_tiles", "block_first",
     "item_block", "item_first", "item_slot", "item_tiles", "items",
@@ -115,12 +104,12 @@ class Sm90Kernels(PortableKernels):
         self._one_pass = Sm90OnePass()
 
     def sizes(self, problem: Problem, spec: Spec) -> Sizes:
-        if not _is_served(problem.dtype):
+        if not is_served(problem.dtype):
             return super().sizes(problem, spec)
-        cluster = _cluster(problem.n)
+        cluster = cluster_of(problem.n)
         pack = TILE_V // BLOCK if _live_is_served(problem, spec) else super().sizes(problem, spec).pack
         programs = Gpu.current().processors // cluster
-        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs, _GROUP // cluster)
+        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs, GROUP // cluster)
 
     def statistics(
         self,
@@ -134,13 +123,13 @@ class Sm90Kernels(PortableKernels):
         splits: Splits,
         tiles: Tiles | None,
     ) -> None:
-        if _is_served(e.dtype):
+        if is_served(e.dtype):
             self._statistics(spec, e, c, formula, weight, first, splits, tiles, None)
         else:
             super().statistics(problem, spec, e, c, formula, weight, first, splits, tiles)
 
     def gathers_ahead(self, problem: Problem) -> bool:
-        return _is_served(problem.dtype)
+        return is_served(problem.dtype)
 
     def statistics_ahead(
         self,
@@ -169,7 +158,7 @@ class Sm90Kernels(PortableKernels):
         tiles: Tiles | None,
         ahead: Ahead | None,
     ) -> None:
-        number, cluster = len(splits.max), _cluster(len(e))
+        number, cluster = len(splits.max), cluster_of(len(e))
         arguments = StatisticsArguments(
             e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=weight,
             splits=structs.Splits.of(splits), tiles=structs.Tiles.of(tiles), formula=structs.Formula.of(formula),
@@ -185,7 +174,7 @@ class Sm90Kernels(PortableKernels):
                 "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
             }  # fmt: skip
         variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
-        Launch(variant, _grid(cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
+        Launch(variant, grid_of(cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
 
     def gradient(
         self,
@@ -200,10 +189,10 @@ class Sm90Kernels(PortableKernels):
         dz: Tensor,
         column_sums: Tensor | None,
     ) -> None:
-        if not _is_served(e.dtype):
+        if not is_served(e.dtype):
             super().gradient(problem, spec, e, c, formula, rows, weight, first, dz, column_sums)
             return
-        cluster = _cluster(len(e))
+        cluster = cluster_of(len(e))
         arguments = GradientArguments(
             e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=weight,
             rows=structs.Rows.of(rows), dz=dz, column_sums=column_sums, pitch=dz.stride(0),
@@ -213,7 +202,7 @@ class Sm90Kernels(PortableKernels):
         macros = rows_macros(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
         variant = variant_of("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
         tiles = cdiv(len(e), cluster * TILE_N) * cdiv(len(c), TILE_V)
-        Launch(variant, _grid(tiles, cluster), THREADS, arguments)()
+        Launch(variant, grid_of(tiles, cluster), THREADS, arguments)()
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         if not _live_is_served(problem, spec) or not live.sorted_rows:
@@ -227,30 +216,6 @@ class Sm90Kernels(PortableKernels):
                 launch()
 
         return chunk
-
-
-class Sm90OnePass(PortableOnePass):
-    """Likewise."""
-
-    def columns(self, dtype: torch.dtype) -> int:
-        return TILE_V if _is_served(dtype) else super().columns(dtype)
-
-    def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
-        if not _is_served(e.dtype):
-            super().store(e, c, formula, q, tile_max, tile_sum)
-            return
-        (n, d), v, bias = e.shape, len(c), formula.bias
-        cluster = _cluster(n)
-        key = ("store", e.dtype, cluster, bias is None, formula.scale == 1.0, e.get_device())
-        launch = self._kernels.get(key)
-        if launch is None:
-            variant = variant_of("store", cluster, e.dtype, formula, {}, 0)
-            launch = self._kernels[key] = Repeated(variant, THREADS, STORE_LAYOUT)
-        launch(
-            _grid(cdiv(n, cluster * TILE_N) * cdiv(v, TILE_V), cluster), 1, box_bytes(e, TILE_N),
-            box_bytes(c, TILE_V // cluster), 0 if bias is None else bias.data_ptr(), q.data_ptr(), q.stride(0),
-            tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, 0.0, n, v, d,
-        )  # fmt: skip
 
 
 def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
@@ -274,34 +239,9 @@ def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
     return Launch(variant, Gpu.current().processors, THREADS, arguments, (row_of, counters), cooperative=True)
 
 
-def _is_served(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
 def _live_is_served(problem: Problem, spec: Spec) -> bool:
     """The filtered backward, from metadata alone."""
     blocks = spec.block_n == BLOCK and spec.block_v == BLOCK
     pieces = problem.d % 8 == 0  # whole pieces of 16 bytes in the rows of dC
     copied = rows_are_copied(problem, spec)
-    return _is_served(problem.dtype) and blocks and pieces and copied and not problem.grad_bias
-
-
-def _cluster(rows: int) -> int:
-    """Blocks of threads that share what they load of ``c``: as many as have rows."""
-    return 2 if rows > TILE_N else 1
-
-
-def variant_of(
-    name: str, cluster: int, dtype: torch.dtype, formula: Formula, macros: dict[str, int], columns: int
-) -> Variant:
-    """``columns``: arrays of a tile's columns in shared memory beside the bias."""
-    macros = macros | formula_macros(formula) | dtype_macros(dtype, formula)
-    given = tuple(sorted((key, int(value)) for key, value in macros.items() if value))
-    sizes = (("STAGES", STAGES), ("CLUSTER", cluster), ("GROUP", _GROUP // cluster))
-    shared = STAGES * _STAGE + _SMALL + (columns + (formula.bias is not None)) * _COLUMNS
-    return Variant(f"sm90/{name}.cu", f"{name}_sm90", given + sizes, "sm_90a", shared)
-
-
-def _grid(units: int, cluster: int) -> int:
-    """Blocks of threads of a launch whose clusters take units in turn."""
-    return min(Gpu.current().processors // cluster, units) * cluster
+    return is_served(problem.dtype) and blocks and pieces and copied and not problem.grad_bias

@@ -105,13 +105,6 @@ def _choose(
     return Choice(forward, gradient, live, de, dc, max(1, live.columns // block_v), gpu.programs * wide.resident)
 
 
-@lru_cache
-def store_tile(kind: str, gpu: GPU) -> Tile:
-    """Of the logits that are kept; of both kinds of float32 equally many columns."""
-    wide = kind in ("tf32", "ieee")
-    return _choose(kind, 128 if wide else 16, 128, 128, wide, wide, gpu).gradient
-
-
 def _rows(kind: str, rows: int, columns: int, stages: int, most: int = 128) -> Tile:
     """A tile of so many rows: of 32 a warp, if there are as many and ``most`` columns leave registers for them."""
     parts = 2 if rows >= 32 and columns <= min(most, 2 * rows) else 1

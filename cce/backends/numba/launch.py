@@ -129,11 +129,6 @@ def _driver() -> Any:
     return driver
 
 
-def driver_of() -> Any:
-    """The driver's functions."""
-    return _driver()
-
-
 def _check(result: Any) -> Any:
     """What a call of the driver returned, but for its error code."""
     if result[0].value:

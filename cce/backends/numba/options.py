@@ -124,7 +124,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the kernel is compiled for: kinds of numbers are those of ``Tile``; ``copy``: rows of e are copied, too."""
+    """What the kernel is compiled for: kinds of numbers are those of ``Tile``."""
 
     e: str
     c: str
@@ -132,7 +132,6 @@ class Targets:
     scale: bool = False
     softcap: bool = False
     warps: int = 4
-    copy: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
-from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import ALIGNMENT, padded
 from cce.backends.numba import compensation
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
 from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
 from cce.backends.numba.live import launches
-from cce.backends.numba.onepass import NumbaOnePass
 from cce.backends.numba.operands import pieces_of, pitch_of
 from cce.backends.numba.options import Gradient, Statistics, Targets
 from cce.problem import Maps, Problem
@@ -22,12 +20,6 @@ from cce.spec import Spec
 
 class NumbaKernels(Kernels):
     """Compiled for the options of a call, when it is made."""
-
-    def __init__(self) -> None:
-        self._one_pass = NumbaOnePass()
-
-    def one_pass(self) -> OnePassKernels:
-        return self._one_pass
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         # Kernels count 16 bytes at a time, in 32 bits.
@@ -84,8 +76,8 @@ class NumbaKernels(Kernels):
         )  # fmt: skip
         blocks = 1 if simulated else -(-targets.numel() // 4)
         targets_kernel(options)(
-            blocks, e, c, formula.bias, targets, out, None, len(e), targets.shape[1], e.shape[1], *e.stride(),
-            *c.stride(), formula.scale, formula.softcap or 0.0,
+            blocks, e, c, formula.bias, targets, out, len(e), targets.shape[1], e.shape[1], *e.stride(), *c.stride(),
+            formula.scale, formula.softcap or 0.0,
         )  # fmt: skip
 
     def gradient(

@@ -5,7 +5,7 @@ from numba import cuda, float32, int32, int64
 
 from cce.backends.numba import device
 from cce.backends.numba.device import ZERO, floats, function, halves, lane_xor, longs, pointer
-from cce.backends.numba.kernels.epilogue import make_cap, make_store
+from cce.backends.numba.kernels.epilogue import make_cap
 
 
 def make_element(kind):
@@ -27,18 +27,13 @@ def make_element(kind):
 
 
 def make_targets(options):
-    """The kernel for z[i, targets[i, k]], 0 where there is none; e and c have any strides. ``copy``: rows of e, too."""
-    WARPS, BIAS, COPY = options.warps, options.bias, options.copy
-    store, _ = make_store(options.e)
+    """The kernel for z[i, targets[i, k]], 0 where there is none; e and c have any strides."""
+    WARPS, BIAS = options.warps, options.bias
     e_element, c_element = make_element(options.e), make_element(options.c)
     cap = make_cap(options.bias, options.scale, options.softcap)
 
-    @function
-    def element_or_zero(matrix, place, there):
-        return e_element(matrix, place) if there else ZERO
-
     def targets(
-        e: pointer, c: pointer, bias: pointer, targets: pointer, out: pointer, used_e: pointer, N: int32, K: int32,
+        e: pointer, c: pointer, bias: pointer, targets: pointer, out: pointer, N: int32, K: int32,
         D: int32, stride_en: int64, stride_ed: int64, stride_cv: int64, stride_cd: int64,
         scale: float32, softcap: float32,
     ):  # fmt: skip
@@ -46,12 +41,6 @@ def make_targets(options):
         for pair in range(cuda.blockIdx.x * WARPS + warp, np.int64(N) * K, np.int64(cuda.gridDim.x) * WARPS):
             target = longs(targets)[pair]
             e_row, c_row = pair // K * stride_en, max(target, 0) * stride_cv
-            if COPY and pair % K == 0:  # the row of e, 0 if none of its targets counts
-                used = False
-                for k in range(K):
-                    used = used or longs(targets)[pair + k] >= 0
-                for d in range(lane, D, 32):
-                    store(used_e, pair // K * D + d, element_or_zero(e, e_row + d * stride_ed, used))
             total = ZERO
             if target >= 0:
                 for d in range(lane, D, 32):
