@@ -27,9 +27,9 @@ def run(parts: list[str], tmp_path: Path, **more: str) -> subprocess.CompletedPr
 
 
 def test_every_option_is_one_of_the_command(tmp_path: Path) -> None:
-    assert run(["heads", "scaling", "models", "split"], tmp_path).returncode == 0
+    assert run(["heads", "models", "split"], tmp_path).returncode == 0
     calls = [call.split() for call in (tmp_path / "calls").read_text().splitlines()]
-    assert len(calls) == 3 + 1 + 3 + 1 + 2 + 2 + 1 + 1
+    assert len(calls) == 3 + 1 + 3 + 5 + 2 + 1
     for call in calls:
         name = " ".join(word for word in call[1:3] if not word.startswith("-")) if call[0] == "-m" else ""
         source = ROOT / (SOURCES[name] if name else next(word for word in call if word.endswith(".py")))
@@ -49,7 +49,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path: Path) -> None:
     failing.chmod(0o755)
     assert run(["heads"], tmp_path, PYTHON=str(failing)).returncode == 0
     steps = (tmp_path / "out/steps.log").read_text()
-    assert steps.count("exit 3") == 1 and steps.count("exit 0") == 8
+    assert steps.count("exit 3") == 1 and steps.count("exit 0") == 11
 
 
 def test_a_part_ends_in_time(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_part_ends_in_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "more", "said"),
     [
-        (["all"], {}, "got 'all', expected heads, scaling, models or split"),
-        ([], {}, "heads, scaling, models or split"),
+        (["all"], {}, "got 'all', expected heads, models or split"),
+        ([], {}, "heads, models or split"),
         (["heads"], {"OUT": ""}, "folder for the records"),
         (["heads"], {"COMMIT": ""}, "commit that the records name"),
     ],
