@@ -3,11 +3,10 @@
 #
 #     OUT=/tmp/records COMMIT=$(git rev-parse --short HEAD) bash bench/record.sh heads
 #
-# heads: kernels, heads of models, conformance, trained states (8 to 9 minutes); scaling: sweeps and the filter's
-# threshold (4); models: loss curves, families of transformers (7); split: a vocabulary on both GPUs (3). Several parts
-# run one after another. Every step ends by the time it is given and keeps what it has found till then: $OUT/steps.log
-# has the time of each, $OUT/NAME.log what it printed; LIMIT=SECONDS ends a part sooner. Nothing else may run on the
-# GPUs. Then
+# heads: kernels, heads of models, conformance, trained states, sweeps and the filter's threshold (12 to 13 minutes);
+# models: loss curves, families of transformers (7); split: a vocabulary on both GPUs (3). Several parts run one after
+# another. Every step ends by the time it is given and keeps what it has found till then: $OUT/steps.log has the time of
+# each, $OUT/NAME.log what it printed; LIMIT=SECONDS ends a part sooner. Nothing else may run on the GPUs. Then
 #
 #     cp -r /tmp/records/{benchmarks,conformance,assets} docs/ && python bench/page.py
 set -u
@@ -42,34 +41,31 @@ gpu() { # gpu RECORD SECONDS OPTION...
     step "$record" "$limit" "$PYTHON" bench/gpu.py --backends $OUR "$@" --commit "$COMMIT" --out "$RECORDS/$record.json"
 }
 
-# GPU 0 times; GPU 1 trains, and times what was trained. The conformance kit runs beside the making of tokens and the
-# training, which are not timed. The making of tokens takes all cores for a minute: rows timed by the wall clock, of few
-# tokens, come later.
+# GPU 0 times kernels and heads; GPU 1 trains, times what was trained, and the sweeps. The conformance kit runs beside the
+# making of tokens and the training, which are not timed. The making of tokens takes all cores for a minute: rows timed by
+# the wall clock, of few tokens, come later.
 heads() {
     (
         export CUDA_VISIBLE_DEVICES=0
         gpu "$NAME" 150 --only exact compiled
         gpu "$NAME-imposed" 90 --only imposed --shapes gemma2
         gpu "$NAME-few" 60 --only few
-        bench "suite-$NAME" 400
+        bench "suite-$NAME" 480
     ) &
     (
         export CUDA_VISIBLE_DEVICES=1
         for backend in $OUR; do
-            step "conformance-$backend" 180 "$PYTHON" -m cce.testing --backend "$backend" --device cuda \
+            step "conformance-$backend" 240 "$PYTHON" -m cce.testing --backend "$backend" --device cuda \
                 --commit "$COMMIT" --out "$CONFORMANCE/$backend-$NAME.json" &
         done
         step train 300 "$PYTHON" bench/train_lm.py --out "$LM" --seconds 115 55
         wait
-        bench "trained-$NAME" 400 --trained "$LM"/*.pt --data trained --studies heads filter \
-            --peers compiled liger cut-cross-entropy
+        bench "trained-$NAME" 270 --trained "$LM"/*.pt --data trained --studies heads filter --backends $OUR \
+            --passes forward+backward --peers compiled cut-cross-entropy
+        step numba-first-call 120 "$PYTHON" bench/first_call.py --commit "$COMMIT" --out "$RECORDS/numba-first-call.json"
+        bench "scaling-nf-$NAME" 180 --studies tokens filter
+        bench "scaling-vd-$NAME" 180 --studies vocabulary width
     ) &
-    wait
-}
-
-scaling() {
-    CUDA_VISIBLE_DEVICES=0 bench "scaling-vd-$NAME" 250 --studies vocabulary width &
-    CUDA_VISIBLE_DEVICES=1 bench "scaling-nf-$NAME" 250 --studies tokens filter &
     wait
 }
 
@@ -87,10 +83,10 @@ split() { # NVLink multicast off
 }
 
 # Seconds of each part.
-declare -A MOST=([heads]=535 [scaling]=250 [models]=450 [split]=240)
+declare -A MOST=([heads]=790 [models]=450 [split]=240)
 
-for part in "${@:?heads, scaling, models or split}"; do
-    [[ -v "MOST[$part]" ]] || { echo "got '$part', expected heads, scaling, models or split" >&2 && exit 2; }
+for part in "${@:?heads, models or split}"; do
+    [[ -v "MOST[$part]" ]] || { echo "got '$part', expected heads, models or split" >&2 && exit 2; }
     ends=$((SECONDS + ${LIMIT:-${MOST[$part]}}))
     "$part"
 done

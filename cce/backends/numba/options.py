@@ -23,7 +23,7 @@ class Statistics:
     element: bool = False
     tile_entropy: bool = False
     block_v: int = 0
-    group: int = 8
+    group: int = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Gradient:
     sorted: bool = False
     block_n: int = 0
     block_v: int = 0
-    group: int = 16
+    group: int = 8
 
     @property
     def biases(self) -> int:

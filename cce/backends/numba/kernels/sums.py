@@ -62,26 +62,18 @@ def make_sums(options):
             if DE:
                 first = np.int32(blocks * ((D + DE_COLUMNS - 1) // DE_COLUMNS))
             end = np.int32(first + (t1 - t0) * PARTS * ((dc_pitch + DC_COLUMNS - 1) // DC_COLUMNS))
-        if end > 0:
+        while item < end:
             if thread == 0:
                 write_int(shared + DRAWN, draw(drawn, np.int64(chunk)))
             barrier()
             item = read_int(shared + DRAWN)
-        later = item
-        while item < end:
-            if thread == 0:
-                later = draw(drawn, np.int64(chunk))  # has arrived when this tile is done
+            barrier()  # all have read it, and are done with the panels of the tile before
             if item < first:
                 de(de_z, de_dx, c_rows, item, shared, dz, c, order, tile_list, block_slot, block_tiles, block_first,
                    total, N, V, D, T, blocks, pieces, c_pitch, chunk, thread)  # fmt: skip
-            else:
+            elif item < end:
                 dc(dc_z, dc_dx, e_rows, item - first, shared, dz, e, order, row_order, keep, live_count, block_list,
                    slot_list, t0, mass_e, norm, out, N, V, D, dc_pitch, blocks, pieces, e_pitch, thread)  # fmt: skip
-            barrier()  # all have read the number of this tile, and are done with its panels
-            if thread == 0:
-                write_int(shared + DRAWN, later)
-            barrier()
-            item = read_int(shared + DRAWN)
 
     return sums
 
