@@ -111,7 +111,7 @@ class Sm90Kernels(PortableKernels):
         cluster = _cluster(problem.n)
         pack = TILE_V // BLOCK if _live_is_served(problem, spec) else super().sizes(problem, spec).pack
         programs = Gpu.current().processors // cluster
-        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs, _GROUP // cluster)
+        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs)
 
     def statistics(
         self,
