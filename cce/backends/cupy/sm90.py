@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy import arguments as structs
+from cce.backends.cupy.ahead import AheadArguments
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
 from cce.backends.cupy.module import Variant
@@ -33,25 +34,6 @@ _STAGE = 48 * 1024
 _COLUMNS = 8 * TILE_V * 4  # an array of a tile's columns, one copy for each multiplying warp
 _SMALL = 128 + 1024  # barriers, and what aligns the stages
 _GROUP = 16  # row blocks at work side by side, which share what they read of c
-
-
-class AheadArguments(Arguments):
-    """``Ahead`` of sm90/ahead.cuh."""
-
-    _fields_ = (
-        ("from_", c_void_p), ("order", c_void_p), ("to", c_void_p), ("pitch", c_longlong), ("rows", c_int),
-        ("pieces", c_int),
-    )  # fmt: skip
-
-    @classmethod
-    def of(cls, ahead: Ahead | None) -> AheadArguments:
-        if ahead is None:
-            return cls()
-        size, width = ahead.c.element_size(), ahead.out.shape[1]
-        return cls(
-            from_=ahead.c, order=ahead.order, to=ahead.out, pitch=ahead.c.stride(0) * size // 16, rows=len(ahead.out),
-            pieces=width * size // 16,
-        )  # fmt: skip
 
 
 class StatisticsArguments(Arguments):
