@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy import arguments as structs
+from cce.backends.cupy.ahead import AheadArguments
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
 from cce.backends.cupy.portable import PortableKernels, rows_of_places
 from cce.backends.cupy.sm90_onepass import Sm90OnePass
-from cce.backends.cupy.sm90_tiles import GROUP, THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
+from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import rows_macros
 from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
@@ -27,25 +28,6 @@ from cce.problem import Problem
 from cce.spec import Spec
 
 BLOCK = 128  # of the filter, both ways
-
-
-class AheadArguments(Arguments):
-    """``Ahead`` of sm90/ahead.cuh."""
-
-    _fields_ = (
-        ("from_", c_void_p), ("order", c_void_p), ("to", c_void_p), ("pitch", c_longlong), ("rows", c_int),
-        ("pieces", c_int),
-    )  # fmt: skip
-
-    @classmethod
-    def of(cls, ahead: Ahead | None) -> AheadArguments:
-        if ahead is None:
-            return cls()
-        size, width = ahead.c.element_size(), ahead.out.shape[1]
-        return cls(
-            from_=ahead.c, order=ahead.order, to=ahead.out, pitch=ahead.c.stride(0) * size // 16, rows=len(ahead.out),
-            pieces=width * size // 16,
-        )  # fmt: skip
 
 
 class StatisticsArguments(Arguments):
@@ -109,7 +91,7 @@ class Sm90Kernels(PortableKernels):
         cluster = cluster_of(problem.n)
         pack = TILE_V // BLOCK if _live_is_served(problem, spec) else super().sizes(problem, spec).pack
         programs = Gpu.current().processors // cluster
-        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs, GROUP // cluster)
+        return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs)
 
     def statistics(
         self,

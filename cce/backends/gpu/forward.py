@@ -16,8 +16,8 @@ from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
 from cce.rows import used_rows
 from cce.spec import Spec
 
-_FEW_SPLITS, _MOST_SPLITS = 8, 64
-_SPLIT_BYTES = 2**20  # of all splits' maxima and sums, if more than a few
+_MOST_SPLITS = 64
+_SPLIT_BYTES = 2**20  # of all splits' maxima and sums
 
 
 def forward(
@@ -89,8 +89,8 @@ def _statistics(call: Call, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[
 
 def _splits(call: Call, tiles: int, weighted: bool) -> Splits:
     n, outputs = call.problem.n, call.problem.outputs
-    most = max(_FEW_SPLITS, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * n)))
-    s = busiest_splits(cdiv(n, call.sizes.forward_rows), tiles, call.sizes.programs, most, call.sizes.group)
+    most = max(1, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * n)))
+    s = busiest_splits(cdiv(n, call.sizes.forward_rows), tiles, call.sizes.programs, most)
     return Splits(
         call.empty(s, n),
         call.empty(s, n),

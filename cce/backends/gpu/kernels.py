@@ -44,7 +44,6 @@ class Sizes:
         gradient_rows, gradient_columns: of a tile of :meth:`Kernels.gradient`; columns at most 256.
         pack: live tiles of one row block that :meth:`Kernels.live` computes at a time, at most.
         programs: blocks of threads that run at the same time.
-        group: row blocks that :meth:`Kernels.statistics` works on side by side, through all splits; 0: not told.
     """
 
     forward_rows: int
@@ -53,7 +52,6 @@ class Sizes:
     gradient_columns: int
     pack: int
     programs: int
-    group: int = 0
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def finite(m: Tensor) -> Tensor:
 
 
 class LibraryOperations:
-    """Some two hundred operations, which take about 3 ms of a step whatever its size.
+    """Some four hundred small operations of a filtered step; kernels of CuPy's instead save 1 to 2 ms on an H100.
 
     ``problem`` and the resolved ``spec`` are those of the call.
     """

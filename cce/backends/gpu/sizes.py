@@ -93,25 +93,17 @@ def windows(places: int, tile: int, row_bytes: int, budget: int) -> list[tuple[i
     return [(v0, min(places, v0 + step)) for v0 in range(0, places, step)]
 
 
-def busiest_splits(blocks: int, tiles: int, programs: int, most: int, group: int = 0) -> int:
+def busiest_splits(blocks: int, tiles: int, programs: int, most: int) -> int:
     """The number of splits, ``most`` at most, that keeps the multiprocessors busiest.
 
-    ``blocks`` row blocks times the splits are shared by ``programs``; each walks all tiles of its split. If not 0,
-    ``group`` row blocks are worked on side by side, through all splits, before the next: then as many splits as let one
-    group keep all programs busy, if that takes no more than 1.5 percent longer. The rows of ``e`` at work stay in the
-    caches, where those of all blocks would be read from memory again for every tile.
+    ``blocks`` row blocks times the splits are shared by ``programs``; each walks all tiles of its split.
     """
 
     def rounds(splits: int) -> int:
         """Tiles one after the other on the busiest multiprocessor, about."""
         return cdiv(blocks * splits, programs) * cdiv(tiles, splits)
 
-    least, most = min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits)), min(tiles, most)
-    if 0 < group < blocks:
-        many = min(range(min(programs // group, most), most + 1), key=lambda splits: (rounds(splits), splits))
-        if many > least and rounds(many) <= 1.015 * rounds(least):
-            return many
-    return least
+    return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
 
 
 def copied_in_scratch(problem: Problem, spec: Spec) -> int:

@@ -13,10 +13,6 @@ struct Plan {
     int max_items, T, B;
 };
 
-#ifndef COLUMNS_AT_ONCE
-#define COLUMNS_AT_ONCE 3
-#endif
-
 struct Arguments {
     TensorMap e_map, c_map, dz_map;  // boxes of 64 x 64; e in the work list's order
     Plan plan;
@@ -35,6 +31,7 @@ struct Arguments {
     int N, V, D, width, first_chunk, last_chunk, phases;
 };
 
+constexpr int COLUMNS_AT_ONCE = 3;  // of the products' tiles
 constexpr int SLOT = BLOCK_N * BLOCK_V;
 static_assert(BLOCK_N == TILE_N && 2 * BLOCK_V == TILE_V, "two tiles of the filter make one of the product");
 
