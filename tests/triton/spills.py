@@ -21,12 +21,13 @@ SPILLS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
         "filtered-order": ("an address for each gathered row of c", {"sparse_kernel": 64}),
     },
     "sm_100": {
-        "exact-odd": (_ODD, {"dense_kernel": 72, "store_kernel": 112}),
+        "exact-odd": (_ODD, {"dense_kernel": 80, "store_kernel": 112}),
         "exact-softcap": (_EPILOGUE, {"dense_kernel": 136}),
         "exact-smoothing": (_EPILOGUE, {"dense_kernel": 664}),
-        "exact-everything": (_EPILOGUE, {"forward_kernel": 40, "dense_kernel": 480}),
+        "exact-everything": (_EPILOGUE, {"forward_kernel": 40, "dense_kernel": 512}),
         "filtered-odd": (_ODD, {"sparse_kernel": 80}),
         "filtered-entropy": (_EPILOGUE, {"forward_kernel": 224}),
+        "filtered-everything": (_EPILOGUE, {"sparse_kernel": 56}),
     },
 }
 
