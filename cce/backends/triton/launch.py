@@ -1,8 +1,9 @@
 """Launch configurations: what changes the speed of the kernels and nothing else.
 
 One frozen dataclass, and one factory that owns the heuristics. The figures for sm_90 were measured
-(docs/performance-notes.md); those of the other architectures compile and were never timed. What spills registers is in
-tests/triton/spills.py. ``choice.py`` puts in their place what the user has tuned.
+(docs/performance-notes.md); those of the other architectures compile and were never timed. Tiles are smaller where they
+would spill many registers; what still does is in tests/triton/spills.py. ``choice.py`` puts in their place what the
+user has tuned.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cce.backends.gpu.sizes import BLOCKS_V, LEAST_COLUMNS
+from cce.backends.gpu.sizes import ALIGNMENT, BLOCKS_V, LEAST_COLUMNS
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -132,23 +133,40 @@ _SM100 = replace(
     forward=Tile(128, 256, 64, stages=3),
     dense=Tile(128, 256, 64, stages=3),
     sparse=Tile(128, 256, 64, stages=3),
-    de=Tile(128, 256, 64, stages=3),
-    dc=Tile(128, 256, 64, stages=3),
+    de=Tile(128, 128, 64, stages=3),
+    dc=Tile(128, 128, 64, stages=3),
     measured=False,
 )
 _SM80 = Launch(
     forward=Tile(128, 128, 32, stages=3),
     dense=Tile(128, 128, 32, stages=3),
     sparse=Tile(128, 128, 32, stages=3),
-    de=Tile(128, 128, 32, stages=3),
+    de=Tile(128, 64, 32, stages=3),
     dc=Tile(128, 128, 32, stages=3),
     group_n=16,
     tma=False,
     programs=108,
     measured=False,
 )
-#: IEEE float32 has no matrix unit: small tiles of multiply-adds.
+#: IEEE float32 has no matrix unit: small tiles of multiply-adds; the filter's blocks make a larger one.
 _FMA = Tile(32, 64, 32, warps=4, stages=2)
+_FMA_BLOCKS = Tile(32, 64, 32, warps=8, stages=2)
+#: Where operands come by pointers and masks, a register or two for each; and where an epilogue has many options.
+_ODD = {
+    "forward": Tile(128, 128, 32),
+    "dense": Tile(128, 128, 64),
+    "sparse": Tile(128, 128, 64),
+    "de": Tile(128, 64, 64, stages=3),
+    "dc": Tile(128, 64, 64, stages=3),
+}
+_ODD_80 = {
+    "forward": Tile(128, 128, 32, stages=3),
+    "dense": Tile(128, 64, 32, stages=3),
+    "sparse": Tile(128, 128, 32, stages=3),
+    "de": Tile(128, 64, 32, stages=3),
+    "dc": Tile(128, 64, 32, stages=3),
+}
+_NARROW = {90: Tile(128, 128, 64), 80: Tile(128, 64, 32, stages=3)}
 
 
 def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
@@ -156,15 +174,30 @@ def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
     base = _SM100 if device.capability >= (10, 0) else _SM90 if device.capability >= (9, 0) else _SM80
     wide = problem.dtype == torch.float32
     if wide and device.precision == "ieee":
-        base = replace(base, forward=_FMA, dense=_FMA, sparse=_FMA, de=_FMA, dc=_FMA, tma=False, measured=False)
+        own = _FMA_BLOCKS
+        base = replace(base, forward=_FMA, dense=_FMA, sparse=own, de=own, dc=own, tma=False, measured=False)
     elif wide:
         base = _halved(base)
+    else:
+        base = base.with_tiles(_spared(problem, base.tma))
     assert spec.block_n is not None
     # Few row blocks make few tiles of dE: narrower ones then keep more multiprocessors busy.
     blocks = -(-problem.n // min(spec.block_n, base.sparse.rows))
     if blocks * -(-problem.d // base.de.columns) < 2 * device.programs:
         base = replace(base, de=replace(base.de, columns=min(base.de.columns, 128)))
     return fitted(replace(base, programs=device.programs), problem, spec)
+
+
+def _spared(problem: Problem, tma: bool) -> dict[str, Tile]:
+    """Tiles of 16-bit operands for which the usual ones would spill registers, by name."""
+    if problem.d * problem.dtype.itemsize % ALIGNMENT:
+        return _ODD if tma else _ODD_80
+    narrow = _NARROW[90 if tma else 80]
+    entropy = "entropy" in problem.outputs
+    found = {"dense": narrow} if entropy else {}
+    if entropy and (problem.softcap is not None or len(problem.outputs) > 1):
+        found["forward"] = found["sparse"] = narrow
+    return found
 
 
 def fitted(launch: Launch, problem: Problem, spec: Spec) -> Launch:
