@@ -28,7 +28,9 @@ def choose(problem: Problem, spec: Spec, device: Device, ordered: bool) -> Launc
     tiles = entries.get(tunecache.key_of(problem, spec, device, ordered))
     if tiles is None:
         return launch
-    tuned = replace(launch.with_tiles(tiles), tuned=True)
+    tuned = launch.with_tiles(tiles)
+    # One kernel has both products: tiles of dE have the warps of dC's, whichever was tuned.
+    tuned = replace(tuned, de=replace(tuned.de, warps=tuned.dc.warps), tuned=True)
     if fitted(tuned, problem, spec) != tuned:
         warnings.warn(
             f"cce: the tuned launch configuration {tiles} does not fit {spec}, the shipped one is used; "

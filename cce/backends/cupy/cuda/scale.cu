@@ -37,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
         const long long row = row0 + r;
         if (row >= p.N) break;
         const float lse = p.lse[row], a = p.a[row * p.stride_a];
-        const float factor = exp2_of((finite(tile_max[row]) - lse) * LOG2E) * a;
+        // In a masked tile q is 0, and exp(0 - lse) may be infinite.
+        const float m = tile_max[row], factor = m == NEG_INF ? 0.0f : exp2_of((finite(m) - lse) * LOG2E) * a;
         const unsigned word[4] = {words[r].x, words[r].y, words[r].z, words[r].w};
         float x[EACH];
 #pragma unroll
