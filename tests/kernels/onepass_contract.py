@@ -26,7 +26,8 @@ class Case:
     """One problem, on which all methods are called.
 
     Attributes:
-        bias: "", "random" or "masked" (-inf; whole tiles, and a target's entry).
+        bias: "", "random", "masked" (-inf; whole tiles, and a target's entry) or "masked low" (and what is left lies
+            where exp(-z) is no float32).
         nan_rows: some rows have no target, and hold NaN.
     """
 
@@ -57,6 +58,7 @@ CASES = (
     replace(_PLAIN, name="float32 k2", dtype=F32, d=33, k=2),
     replace(_PLAIN, name="tf32", dtype=F32, d=33, ieee=False, bias="random"),
     replace(_PLAIN, name="masked", bias="masked", k=2),
+    replace(_PLAIN, name="masked low", bias="masked low"),
     replace(_PLAIN, name="nan rows", nan_rows=True, scale=0.5),
     replace(_PLAIN, name="nan rows k3", nan_rows=True, k=3, dtype=F16),
     replace(_PLAIN, name="wide d", n=20, v=300, d=1030),
@@ -92,7 +94,8 @@ class Bench:
         if case.nan_rows:
             e[3::14], targets[3::14] = torch.nan, -1
         bias = torch.randn(case.v, generator=rng) if case.bias else None
-        if bias is not None and case.bias == "masked":
+        if bias is not None and case.bias != "random":
+            bias -= 300.0 * (case.bias == "masked low")
             bias[::3] = -torch.inf
             bias[case.v // 6 : -case.v // 6] = -torch.inf  # whole tiles
         self.e, self.c, self.targets = e.to(device, case.dtype), c.to(device, case.dtype), targets.to(device)

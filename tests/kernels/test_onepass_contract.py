@@ -6,6 +6,7 @@ import onepass_contract
 import pytest
 import torch
 from onepass_contract import CASES
+from plain import finite
 from plain_onepass import PlainOnePass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +54,15 @@ class TargetsOfQ(PlainOnePass):
         super().scale(q, tile_max, lse, target_logits.clamp(min=-1e4), targets, a, g)
 
 
+class FactorOfMaskedTile(PlainOnePass):
+    """A tile without an entry is scaled by exp(0 - lse), which may be infinite."""
+
+    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
+        super().scale(q, tile_max, lse, target_logits, targets, a, g)
+        factor = torch.exp(finite(tile_max) - lse).repeat_interleave(self.columns(q.dtype), 0)[: q.shape[1]]
+        q.mul_((factor.T / factor.T).where(targets >= 0, 1))
+
+
 class CopiesAll(PlainOnePass):
     """Rows without a target are copied, too."""
 
@@ -80,7 +90,8 @@ class OtherBits(PlainOnePass):
 
 MUTANTS = {
     MaximumForgotten: "plain", LastTileDropped: "aligned sizes", OneTarget: "float16 k3", NanKept: "nan rows",
-    TargetsOfQ: "masked", CopiesAll: "nan rows", CountsAll: "plain", OtherBits: "plain",
+    TargetsOfQ: "masked", FactorOfMaskedTile: "masked low", CopiesAll: "nan rows", CountsAll: "plain",
+    OtherBits: "plain",
 }  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula, Kernels, Splits, Tiles
+from cce.backends.gpu.kernels import Kernels, Splits, Tiles
 from cce.backends.gpu.library import finite
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.sizes import busiest_splits, cdiv, windows
@@ -49,8 +50,10 @@ def forward(
 def closed_form(call: Call, logit_weight: Tensor | None, in_use: Tensor) -> Tensor:
     """(N,) sum_v u_v z_iv without a softcap: scale (e_i . sum_v u_v c_v + sum_v u_v bias_v)."""
     mean = weighted_rows(call, logit_weight)[None]  # (1, D)
-    bias = None if call.bias is None else (call.weights(logit_weight) * call.bias).sum()[None]
-    formula = Formula(bias, call.problem.logit_scale, None, call.formula.ieee)
+    bias = call.formula.bias
+    if bias is not None:
+        bias = (call.weights(logit_weight) * bias).sum()[None]
+    formula = replace(call.formula, bias=bias, softcap=None)
     found = call.empty(call.problem.n, 1)
     # The logit of an entry 0 that is the mean; of none where the row does not count.
     call.kernels.target_logits(call.own_e, mean, in_use.to(torch.int64).sub_(1)[:, None], formula, found)

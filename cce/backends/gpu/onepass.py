@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
-from cce.backends.gpu.operands import aligned, is_aligned
+from cce.backends.gpu.operands import aligned, formula_of, is_aligned
+from cce.backends.gpu.products import narrow_product
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
 from cce.backends.scaling import norm_of, scaled
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
@@ -33,9 +34,7 @@ def loss_and_gradients(
     """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``; every row of ``e`` is given."""
     n, v, k, dtype = problem.n, problem.v, problem.k, problem.dtype
     e, c, targets = aligned(inputs.e, dtype), inputs.c, inputs.targets.contiguous()
-    bias = None if inputs.bias is None else inputs.bias.to(torch.float32).contiguous()
-    ieee = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    formula = Formula(bias, problem.logit_scale, None, ieee)
+    formula = formula_of(inputs.bias, problem)
     tiles = cdiv(v, kernels.columns(dtype))
 
     weights = weights.contiguous()
@@ -88,8 +87,8 @@ def _store(
 
 def _products(problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None) -> Gradients[Tensor]:
     """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
-    de = torch.mm(dz, c).to(problem.e_dtype) if problem.grad_e else None
-    dc = None if e is None else torch.mm(dz.T, e)
+    de = narrow_product(dz, c).to(problem.e_dtype) if problem.grad_e else None
+    dc = None if e is None else narrow_product(dz.T, e)
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     if norm is not None:
         for x in (de, dc, dbias):

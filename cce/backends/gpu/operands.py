@@ -37,12 +37,20 @@ def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: 
     return out
 
 
+def formula_of(bias: Tensor | None, problem: Problem) -> Formula:
+    """Of logits of the whole vocabulary; ``bias`` of any dtype."""
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    ieee = torch.get_float32_matmul_precision() == "highest"
+    return Formula(bias, problem.logit_scale, problem.softcap, ieee)
+
+
 @dataclass(frozen=True)
 class Call(Blocks):
     """A problem and the kernels that run it.
 
     Attributes:
-        e: (N, D) aligned, rows in use only. c: (V, D) as given. bias: (V,) float32 or None.
+        e: (N, D) aligned, rows in use only. c: (V, D) as given.
+        formula: of logits of the whole vocabulary.
         order: (V,) vocabulary order or None.
     """
 
@@ -50,25 +58,19 @@ class Call(Blocks):
     sizes: Sizes
     e: Tensor
     c: Tensor
-    bias: Tensor | None
+    formula: Formula
     order: Tensor | None
 
     @classmethod
     def of(cls, kernels: Kernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
         e = aligned(inputs.e, problem.dtype, inputs.rows)
-        bias = None if inputs.bias is None else inputs.bias.to(torch.float32).contiguous()
-        return cls(problem, spec, kernels, kernels.sizes(problem, spec), e, inputs.c, bias, inputs.vocab_order)
+        formula, sizes = formula_of(inputs.bias, problem), kernels.sizes(problem, spec)
+        return cls(problem, spec, kernels, sizes, e, inputs.c, formula, inputs.vocab_order)
 
     @property
     def own_e(self) -> Tensor:
         """(N, D) without padding."""
         return self.e[:, : self.problem.d]
-
-    @property
-    def formula(self) -> Formula:
-        """Of logits of the whole vocabulary."""
-        ieee = torch.get_float32_matmul_precision() == "highest"
-        return Formula(self.bias, self.problem.logit_scale, self.problem.softcap, ieee)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.e.new_empty(shape, dtype=dtype)
@@ -105,7 +107,7 @@ class Windows:
 
     def at(self, v0: int, v1: int) -> tuple[Tensor, Formula]:
         """Rows v0 to v1, and their formula; until the next call. The first window is the largest."""
-        call, formula = self._call, replace(self._formula, bias=self.of(self._call.bias, v0, v1))
+        call, formula = self._call, replace(self._formula, bias=self.of(self._formula.bias, v0, v1))
         if not self.copied:
             return call.c[v0:v1], formula
         if not self._buffers:

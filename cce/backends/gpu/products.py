@@ -28,9 +28,16 @@ def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def narrow_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b, in the factors' dtype."""
+    if a.device.type == "cpu":  # oneDNN's bfloat16 products on AMX take up what lies behind a row of a
+        a = a.contiguous()
+    return torch.mm(a, b, out=out)
+
+
 def write_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, rounded to the dtype of ``out``."""
     if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+        narrow_product(a, b, out)
     else:
-        out.copy_(torch.mm(a, b))
+        out.copy_(narrow_product(a, b))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.products import product
+from cce.backends.gpu.products import product, wide_product
 from cce.backends.gpu.sizes import cdiv
 from cce.backends.triton import plan as plans
 from cce.backends.triton.call import Call
@@ -88,10 +88,13 @@ def _times_e(call: Call, live: plans.Live, rows: Rows, m: Tensor, out: Tensor) -
     """out = m e, (tiles, D); without a copy of the sorted rows, some of them at a time."""
     n, d = call.problem.n, call.problem.d
     if rows.copied:
-        out.copy_(product(m, rows.e, torch.float32))
+        wide_product(m, rows.e, out)
         return
     step = max(1, call.spec.scratch_bytes // 8 // (d * call.e.element_size()))
-    out.zero_()
     for n0 in range(0, n, step):
         n1 = min(n, n0 + step)
-        product(m[:, n0:n1], sorted_rows(call, live, n0, n1), torch.float32, out)
+        part = sorted_rows(call, live, n0, n1)
+        if n0 == 0:
+            wide_product(m[:, :n1], part, out)
+        else:
+            product(m[:, n0:n1], part, torch.float32, out)

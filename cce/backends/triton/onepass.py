@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.products import narrow_product
 from cce.backends.gpu.sizes import cdiv, pitch, power_of_two
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call, multiprocessors
@@ -133,8 +134,8 @@ def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradien
     """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
     problem = call.problem
     c = call.c.to(problem.dtype)
-    de = torch.mm(dz, c).to(problem.e_dtype) if problem.grad_e else None
-    dc = torch.mm(dz.T, e).to(problem.c_dtype) if problem.grad_c else None
+    de = narrow_product(dz, c).to(problem.e_dtype) if problem.grad_e else None
+    dc = narrow_product(dz.T, e).to(problem.c_dtype) if problem.grad_c else None
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     if norm is not None:
         for x in (de, dc, dbias):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from cce.backends.gpu.device import on_device_of
 from cce.backends.triton.call import INTERPRETED, Call
-from cce.backends.triton.device import on_device_of
 from cce.backends.triton.exact import exact
 from cce.backends.triton.filtered import filtered, live_tiles
 from cce.backends.triton.forward import forward as launch_forward
