@@ -30,7 +30,7 @@ def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def narrow_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, in the factors' dtype."""
-    if a.device.type == "cpu":  # oneDNN's bfloat16 products on AMX take up what lies behind a row of a
+    if a.device.type == "cpu" and a.dtype == torch.bfloat16:  # on AMX oneDNN takes up what lies behind its rows
         a = a.contiguous()
     return torch.mm(a, b, out=out)
 
