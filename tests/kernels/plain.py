@@ -173,15 +173,15 @@ class PlainKernels(Kernels):
         for k in range(problem.k):
             wanted = upstream.g[:, k] != 0
             keep |= wanted
-            named = wanted & (rows.targets[:, k] >= 0)
-            hit[(rows.targets[:, k] // spec.block_v)[named].long(), everyone[named]] = True
+            target = rows.targets[:, k]
+            tile = (target.clamp(min=0) // spec.block_v).long()
+            hit[tile, everyone] |= wanted & (target >= 0)
         if upstream.h is not None:
             keep |= upstream.h != 0
         hit &= keep
         counts = (inputs.targets >= 0).any(1) if inputs.in_use is None else inputs.in_use
         by_count = spec.row_order == "live" and spec.block_n > 1
-        key = torch.where(counts, hit.sum(0) if by_count else 0, tiles + 1).tolist()
-        order = torch.tensor(sorted(range(n), key=lambda i: (key[i], i)), device=hit.device)
+        order = torch.where(counts, hit.sum(0) if by_count else 0, tiles + 1).argsort(stable=True)
         live = torch.stack([hit[:, block].any(1) for block in order.split(spec.block_n)], 1)
         return Work(order, keep, live)
 
