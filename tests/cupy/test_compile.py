@@ -14,13 +14,14 @@ from cce.backends.cupy import arguments, variants
 from cce.backends.cupy import sources as source_files
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
-from cce.backends.gpu.kernels import Formula, Live, Rows, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, Live, Rows, Splits, Tiles
 from cce.spec import Spec
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 X = torch.zeros(1)
 PLAIN, BIAS, SCALE = Formula(None, 1.0, None, False), Formula(X, 1.0, None, False), Formula(None, 2.0, None, False)
 CAPPED, CAPPED_IEEE, IEEE = Formula(X, 2.0, 30.0, False), Formula(X, 2.0, 30.0, True), Formula(None, 1.0, None, True)
+ALL: dict[str, Any] = {"k": 2, "entropy": True, "dbias": True, "weighted": True}
 LSE, EVERY = Splits(X, X, None, None, None), Splits(X, X, X, X, X)
 MAPS, ALL_MAPS = Tiles(X, X, None), Tiles(X, X, X)
 
@@ -32,6 +33,11 @@ def spec(block_n: int = 128, block_v: int = 128, **fields: Any) -> Spec:
 def rows(k: int = 1, entropy: bool = False) -> Rows:
     h = X if entropy else None
     return Rows(X, X, X, torch.zeros(1, k, dtype=torch.int32), h, h, None)
+
+
+def dense(dtype: torch.dtype, formula: Formula, dbias: bool = False, weighted: bool = False, **options: Any) -> Dense:
+    """What a variant depends on."""
+    return Dense(torch.zeros(1, 8, dtype=dtype), formula, rows(**options), X if weighted else None, dbias)
 
 
 def live(dtype: torch.dtype, formula: Formula, sorted_rows: bool = True, dbias: bool = False, **options: Any) -> Live:
@@ -65,10 +71,10 @@ def settings(gpu: Gpu) -> dict[str, Variant]:
         "statistics wide everything": statistics(gpu, BF16, CAPPED, EVERY, ALL_MAPS, spec(block_v=256)),
         "statistics tf32": statistics(gpu, F32, PLAIN, LSE, None, spec()),
         "statistics ieee everything": statistics(gpu, F32, CAPPED_IEEE, EVERY, ALL_MAPS, spec()),
-        "gradient": variants.gradient_variant(gpu, BF16, PLAIN, rows(), False, False),
-        "gradient dbias": variants.gradient_variant(gpu, F16, BIAS, rows(), False, True),
-        "gradient everything": variants.gradient_variant(gpu, BF16, CAPPED, rows(2, True), True, True),
-        "gradient ieee everything": variants.gradient_variant(gpu, F32, CAPPED_IEEE, rows(2, True), True, True),
+        "gradient": variants.gradient_variant(gpu, dense(BF16, PLAIN)),
+        "gradient dbias": variants.gradient_variant(gpu, dense(F16, BIAS, dbias=True)),
+        "gradient everything": variants.gradient_variant(gpu, dense(BF16, CAPPED, **ALL)),
+        "gradient ieee everything": variants.gradient_variant(gpu, dense(F32, CAPPED_IEEE, **ALL)),
         "live": of_live(gpu, spec(), live(BF16, PLAIN)),
         "live unsorted": of_live(gpu, spec(), live(BF16, BIAS, False, True)),
         "live narrow": of_live(gpu, spec(16, 32), live(F16, CAPPED, **all_live)),

@@ -19,7 +19,7 @@ from plain import PlainKernels, logits
 from plans import make_plan, plan_to, random_live, random_maps, random_rows
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.sizes import cdiv
 from cce.problem import Problem
 from cce.spec import Spec
@@ -202,14 +202,16 @@ class Bench(Lists):
         weight = self._to(self._weights()) if rows.s is not None else None
         found, wanted = Results(self.device), Results(self.device)
         v0, v1 = case.v // 3, case.v - 5
-        formula = replace(self.formula, bias=None if self.bias is None else self._to(self.bias[v0:v1].clone()))
-        u = None if weight is None else weight[v0:v1].clone()
+        formula = replace(self.formula, bias=None if self.bias is None else self._to(self.bias))
         height, pitch = cdiv(n, self.sizes.gradient_rows), cdiv(v1 - v0, 16) * 16 + 16
         for kernels, results in ((self.kernels, found), (self.plain, wanted)):
             dz = results.new("dz", (n, v1 - v0), self.dtype, pitch)
             sums = results.new("column_sums", (height, v1 - v0)) if case.dbias else None
-            e, c = self.operand(self.e), self.operand(self.c[v0:v1])
-            kernels.gradient(self.problem, self.spec, e, c, formula, rows, u, v0, dz, sums)
+            dense = Dense(self.operand(self.e), formula, rows, weight, case.dbias)
+            window = kernels.gradient(self.problem, self.spec, dense)
+            other = sums if sums is None else torch.empty_like(sums[:, :8])
+            window(self.operand(self.c[:8]), 0, torch.empty_like(dz[:, :8]), other)  # no part of what comes next
+            window(self.operand(self.c[v0:v1]), v0, dz, sums)
         faults, keep = found.overruns(), self.counts.to(self.device)
         faults += compare("dz", found.whole["dz"][1][keep], wanted.whole["dz"][1][keep], self.rounded)
         if case.dbias:

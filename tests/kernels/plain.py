@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from plain_math import capped, describe, dx_of, finite, join, logits
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, Gradient, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.work import Work
 from cce.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
@@ -85,26 +86,21 @@ class PlainKernels(Kernels):
         ahead.out.copy_(ahead.c[ahead.order])
         self.statistics(*given)
 
-    def gradient(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        rows: Rows,
-        weight: Tensor | None,
-        first: int,
-        dz: Tensor,
-        column_sums: Tensor | None,
-    ) -> None:
-        z = logits(e, c, formula)
-        everyone = torch.arange(len(e), device=e.device)
-        dx = dx_of(z, rows, everyone, first + torch.arange(len(c), device=c.device), formula.softcap, weight)
-        dz.copy_(dx)
-        if column_sums is not None:
-            for i, block in enumerate(dx.split(self.sizes(problem, spec).gradient_rows)):
-                column_sums[i] = block.sum(0)
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+        everyone = torch.arange(len(dense.e), device=dense.e.device)
+
+        def window(c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:
+            here = slice(first, first + len(c))
+            bias, u = (None if x is None else x[here] for x in (dense.formula.bias, dense.weight))
+            z = logits(dense.e, c, replace(dense.formula, bias=bias))
+            places = first + torch.arange(len(c), device=c.device)
+            dx = dx_of(z, dense.rows, everyone, places, dense.formula.softcap, u)
+            dz.copy_(dx)
+            if column_sums is not None:
+                for i, block in enumerate(dx.split(self.sizes(problem, spec).gradient_rows)):
+                    column_sums[i] = block.sum(0)
+
+        return window
 
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
         assert spec.block_v is not None

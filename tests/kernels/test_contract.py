@@ -75,25 +75,37 @@ class LastOfTies(PlainKernels):
 class RoundedSums(PlainKernels):
     """Column sums of the dx that was stored."""
 
-    def gradient(self, problem, spec, e, c, formula, rows, weight, first, dz, column_sums):
-        super().gradient(problem, spec, e, c, formula, rows, weight, first, dz, column_sums)
-        if column_sums is not None:
-            for i, block in enumerate(dz.float().split(self.sizes(problem, spec).gradient_rows)):
-                column_sums[i] = block.sum(0)
+    def gradient(self, problem, spec, dense):
+        right = super().gradient(problem, spec, dense)
+
+        def window(c, first, dz, column_sums):
+            right(c, first, dz, column_sums)
+            if column_sums is not None:
+                for i, block in enumerate(dz.float().split(self.sizes(problem, spec).gradient_rows)):
+                    column_sums[i] = block.sum(0)
+
+        return window
 
 
 class PlacesFromZero(PlainKernels):
     """Targets are counted from the window's first column."""
 
-    def gradient(self, problem, spec, e, c, formula, rows, weight, first, dz, column_sums):
-        super().gradient(problem, spec, e, c, formula, rows, weight, 0, dz, column_sums)
+    def gradient(self, problem, spec, dense):
+        kernels = super()
+
+        def window(c, first, dz, column_sums):
+            bias, weight = (None if x is None else x[first:] for x in (dense.formula.bias, dense.weight))
+            moved = replace(dense, formula=replace(dense.formula, bias=bias), weight=weight)
+            kernels.gradient(problem, spec, moved)(c, 0, dz, column_sums)
+
+        return window
 
 
 class OneTarget(PlainKernels):
     """Of a row's targets the first alone is looked at."""
 
-    def gradient(self, problem, spec, e, c, formula, rows, *rest):
-        super().gradient(problem, spec, e, c, formula, first_target(rows), *rest)
+    def gradient(self, problem, spec, dense):
+        return super().gradient(problem, spec, replace(dense, rows=first_target(dense.rows)))
 
     def live(self, problem, spec, live):
         return super().live(problem, spec, replace(live, rows=first_target(live.rows)))
@@ -102,9 +114,14 @@ class OneTarget(PlainKernels):
 class WholePitch(PlainKernels):
     """Rows of dz are stored with what lies between them."""
 
-    def gradient(self, problem, spec, e, c, formula, rows, weight, first, dz, column_sums):
-        super().gradient(problem, spec, e, c, formula, rows, weight, first, dz, column_sums)
-        dz.as_strided((len(dz), dz.stride(0)), dz.stride())[:, dz.shape[1] :] = 0
+    def gradient(self, problem, spec, dense):
+        right = super().gradient(problem, spec, dense)
+
+        def window(c, first, dz, column_sums):
+            right(c, first, dz, column_sums)
+            dz.as_strided((len(dz), dz.stride(0)), dz.stride())[:, dz.shape[1] :] = 0
+
+        return window
 
 
 class KeepIgnored(PlainKernels):

@@ -17,7 +17,7 @@ class Launch:
 
     Fields of ``arguments`` may change between launches: the driver copies them at each. The tensors whose addresses
     they hold live as long as this; what runs behind the host is safe, since torch gives their memory to the same stream
-    only.
+    only. So may the grid.
 
     Args:
         variant: the kernel.
@@ -40,15 +40,16 @@ class Launch:
 
         given = (arguments,) if isinstance(arguments, ctypes.Structure) else tuple(arguments)
         self.arguments, self._tensors = given[-1], (given, tuple(tensors))
-        x, y = grid if isinstance(grid, tuple) else (grid, 1)
-        self._shape = (function(variant), x, y, 1, threads, 1, 1, variant.shared)
+        self.grid, self._function = grid if isinstance(grid, tuple) else (grid, 1), function(variant)
+        self._shape, self._device = (1, threads, 1, 1, variant.shared), torch.cuda.current_device()
         self._pointers = (ctypes.c_void_p * len(given))(*map(ctypes.addressof, given))
         self._address = ctypes.addressof(self._pointers)
         self._launch = driver.launchCooperativeKernel if cooperative else driver.launchKernel
         self._rest = (self._address,) if cooperative else (self._address, 0)
 
     def __call__(self) -> None:
-        self._launch(*self._shape, torch.cuda.current_stream().cuda_stream, *self._rest)
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self._launch(self._function, *self.grid, *self._shape, stream, *self._rest)
 
 
 def address(x: Tensor | None) -> int | None:

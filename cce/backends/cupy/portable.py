@@ -10,6 +10,7 @@ from torch import Tensor
 from cce.backends.cupy import arguments as structs
 from cce.backends.cupy import compensation, worklist
 from cce.backends.cupy import rows as row_kernels
+from cce.backends.cupy.dense import set_window, tensors_of
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Launch
 from cce.backends.cupy.onepass import PortableOnePass
@@ -23,7 +24,7 @@ from cce.backends.cupy.variants import (
     statistics_variant,
     targets_variant,
 )
-from cce.backends.gpu.kernels import Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, Gradient, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.sizes import cdiv
@@ -81,26 +82,21 @@ class PortableKernels(Kernels):
         variant = statistics_variant(Gpu.current(), e.dtype, formula, spec, splits, tiles, columns)
         Launch(variant, cdiv(len(e), TILE_N) * number, THREADS, arguments)()
 
-    def gradient(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        rows: Rows,
-        weight: Tensor | None,
-        first: int,
-        dz: Tensor,
-        column_sums: Tensor | None,
-    ) -> None:
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+        blocks = cdiv(len(dense.e), TILE_N)
         arguments = structs.GradientArguments(
-            e=structs.Matrix.of(e), c=structs.Matrix.of(c), bias=formula.bias, weight=weight,
-            rows=structs.Rows.of(rows), dz=dz, pitch_dz=dz.stride(0), column_sums=column_sums,
-            formula=structs.Formula.of(formula), N=len(e), V=len(c), first=first,
+            e=structs.Matrix.of(dense.e), rows=structs.Rows.of(dense.rows), formula=structs.Formula.of(dense.formula),
+            N=len(dense.e),
         )  # fmt: skip
-        variant = gradient_variant(Gpu.current(), e.dtype, formula, rows, weight is not None, column_sums is not None)
-        Launch(variant, cdiv(len(e), TILE_N) * cdiv(len(c), TILE_V), THREADS, arguments)()
+        launch = Launch(gradient_variant(Gpu.current(), dense), 0, THREADS, arguments, tensors_of(dense))
+
+        def window(c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:
+            arguments.c, arguments.pitch_dz = structs.Matrix.of(c), dz.stride(0)
+            set_window(arguments, dense, c, first, dz, column_sums)
+            launch.grid = blocks * cdiv(c.shape[0], TILE_V), 1
+            launch()
+
+        return window
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         launches = _launches(problem, spec, live, self.sizes(problem, spec).pack)

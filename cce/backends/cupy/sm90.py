@@ -14,14 +14,15 @@ from torch import Tensor
 
 from cce.backends.cupy import arguments as structs
 from cce.backends.cupy.ahead import AheadArguments
+from cce.backends.cupy.dense import set_window, tensors_of
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch
 from cce.backends.cupy.portable import PortableKernels, rows_of_places
 from cce.backends.cupy.sm90_onepass import Sm90OnePass
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
-from cce.backends.cupy.variants import rows_macros
-from cce.backends.gpu.kernels import Formula, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.cupy.variants import dense_macros, rows_macros
+from cce.backends.gpu.kernels import Dense, Formula, Gradient, Live, Sizes, Splits, Tiles
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv, rows_are_copied
 from cce.problem import Problem
@@ -158,33 +159,27 @@ class Sm90Kernels(PortableKernels):
         variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
         Launch(variant, grid_of(cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
 
-    def gradient(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        rows: Rows,
-        weight: Tensor | None,
-        first: int,
-        dz: Tensor,
-        column_sums: Tensor | None,
-    ) -> None:
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+        e, formula = dense.e, dense.formula
         if not is_served(e.dtype):
-            super().gradient(problem, spec, e, c, formula, rows, weight, first, dz, column_sums)
-            return
-        cluster = cluster_of(len(e))
+            return super().gradient(problem, spec, dense)
+        n, d = e.shape
+        cluster = cluster_of(n)
+        blocks, box = cdiv(n, cluster * TILE_N), TILE_V // cluster
         arguments = GradientArguments(
-            e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=weight,
-            rows=structs.Rows.of(rows), dz=dz, column_sums=column_sums, pitch=dz.stride(0),
-            formula=structs.Formula.of(formula), N=len(e), V=len(c), D=e.shape[1], first=first,
-        )  # fmt: skip
-        dbias, weighted = column_sums is not None, weight is not None
-        macros = rows_macros(rows) | {"DBIAS": dbias, "WEIGHTED": weighted}
-        variant = variant_of("gradient", cluster, e.dtype, formula, macros, dbias + weighted)
-        tiles = cdiv(len(e), cluster * TILE_N) * cdiv(len(c), TILE_V)
-        Launch(variant, grid_of(tiles, cluster), THREADS, arguments)()
+            e_map=boxes(e, TILE_N), rows=structs.Rows.of(dense.rows), formula=structs.Formula.of(formula), N=n, D=d
+        )
+        columns = dense.column_sums + (dense.weight is not None)
+        variant = variant_of("gradient", cluster, e.dtype, formula, dense_macros(dense), columns)
+        launch = Launch(variant, 0, THREADS, arguments, tensors_of(dense))
+
+        def window(c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:
+            arguments.c_map, arguments.pitch = boxes(c, box), dz.stride(0)
+            set_window(arguments, dense, c, first, dz, column_sums)
+            launch.grid = grid_of(blocks * cdiv(c.shape[0], TILE_V), cluster), 1
+            launch()
+
+        return window
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
         if not _live_is_served(problem, spec) or not live.sorted_rows:

@@ -6,7 +6,7 @@ import torch
 
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
-from cce.backends.gpu.kernels import Formula, Live, Rows, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, Live, Rows, Splits, Tiles
 from cce.spec import Spec
 
 THREADS = 256
@@ -59,16 +59,9 @@ def statistics_variant(
     return _of_tiles(gpu, "statistics", macros, TILE_N, columns)
 
 
-def gradient_variant(
-    gpu: Gpu, dtype: torch.dtype, formula: Formula, rows: Rows, weighted: bool, dbias: bool
-) -> Variant:
+def gradient_variant(gpu: Gpu, dense: Dense) -> Variant:
     """Of gradient."""
-    macros = (
-        formula_macros(formula)
-        | dtype_macros(dtype, formula)
-        | rows_macros(rows)
-        | {"DBIAS": dbias, "WEIGHTED": weighted}
-    )
+    macros = formula_macros(dense.formula) | dtype_macros(dense.e.dtype, dense.formula) | dense_macros(dense)
     return _of_tiles(gpu, "gradient", macros, TILE_N, TILE_V)
 
 
@@ -136,6 +129,11 @@ def dtype_macros(dtype: torch.dtype, formula: Formula) -> dict[str, int]:
 def rows_macros(rows: Rows) -> dict[str, int]:
     """Of the gradient's terms."""
     return {"ENTROPY": rows.h is not None, "SEVERAL_TARGETS": rows.targets.shape[1] > 1}
+
+
+def dense_macros(dense: Dense) -> dict[str, int]:
+    """Of an exact backward, beside the formula's."""
+    return rows_macros(dense.rows) | {"DBIAS": dense.column_sums, "WEIGHTED": dense.weight is not None}
 
 
 def _blocks(spec: Spec) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
-from cce.backends.gpu.kernels import Formula, Kernels
+from cce.backends.gpu.kernels import Dense, Gradient, Kernels
 from cce.backends.gpu.lent import SHARE, shaped, stretches
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.products import product, write_product
@@ -63,6 +63,8 @@ def _chunks(
     problem, total = call.problem, None
     rows_of_c, unit = Windows(call, ordered=False), call.sizes.gradient_columns
     weight = None if found.rows.s is None else call.weights(inputs.logit_weight)
+    dense = Dense(call.e, call.formula, found.rows, weight, dbias is not None)
+    gradient = call.kernels.gradient(problem, call.spec, dense)
     lending = None if rows_of_c.copied or problem.c_dtype != problem.dtype else dc  # copies are to be small
     row_bytes = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes
     for stretch in stretches(problem.v, lending, unit, SHARE, call.spec.scratch_bytes):
@@ -72,8 +74,8 @@ def _chunks(
         if memory is None:
             memory = call.empty(problem.n * pitch(places[0][1]) * problem.dtype.itemsize, dtype=torch.uint8)
         for v0, v1 in ((stretch.v0 + v0, stretch.v0 + v1) for v0, v1 in places):
-            c, formula = rows_of_c.at(v0, v1)
-            dz = _dz(call, found, c, formula, None if weight is None else weight[v0:v1], memory, v0, dbias)
+            c = rows_of_c.rows(v0, v1)
+            dz = _dz(call, gradient, c, v0, memory, dbias)
             if problem.grad_e:
                 total = product(dz, c[:, : problem.d], torch.float32, total)
             if dc is not None:
@@ -81,22 +83,13 @@ def _chunks(
     return total
 
 
-def _dz(
-    call: Call,
-    found: Scaled,
-    c: Tensor,
-    formula: Formula,
-    weight: Tensor | None,
-    memory: Tensor,
-    v0: int,
-    dbias: Tensor | None,
-) -> Tensor:
+def _dz(call: Call, gradient: Gradient, c: Tensor, v0: int, memory: Tensor, dbias: Tensor | None) -> Tensor:
     """(N, columns): dx of a chunk; its column sums go into ``dbias``."""
-    n, columns = call.problem.n, len(c)
+    n, columns = call.problem.n, c.shape[0]
     width = pitch(columns)
     dz = shaped(memory, (n, width), call.problem.dtype)[:, :columns]
     sums = None if dbias is None else call.empty(cdiv(n, call.sizes.gradient_rows), columns)
-    call.kernels.gradient(call.problem, call.spec, call.e, c, formula, found.rows, weight, v0, dz, sums)
+    gradient(c, v0, dz, sums)
     if dbias is not None and sums is not None:
         torch.sum(sums, 0, out=dbias[v0 : v0 + columns])
     return dz

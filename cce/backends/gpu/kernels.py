@@ -131,6 +131,27 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """An exact backward, but for the window of the vocabulary.
+
+    Attributes:
+        e: (N, D) aligned. formula: its bias is (V,).
+        weight: (V,) float32, u of the entries, with ``rows.s`` and a softcap only.
+        column_sums: they are wanted.
+    """
+
+    e: Tensor
+    formula: Formula
+    rows: Rows
+    weight: Tensor | None
+    column_sums: bool
+
+
+#: Computes dx of a window; what its arguments are, :meth:`Kernels.gradient` says.
+Gradient = Callable[[Tensor, int, Tensor, Tensor | None], None]
+
+
+@dataclass(frozen=True)
 class Live:
     """A filtered backward, but for the number of the chunk; see :class:`cce.backends.gpu.plan.Plan` for its tables.
 
@@ -221,27 +242,16 @@ class Kernels(LibraryOperations, ABC):
         """
 
     @abstractmethod
-    def gradient(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        rows: Rows,
-        weight: Tensor | None,
-        first: int,
-        dz: Tensor,
-        column_sums: Tensor | None,
-    ) -> None:
-        """dx of all rows and a window of the vocabulary.
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+        """A function that computes dx of all rows and a window of the vocabulary.
 
-        Args:
-            e, c, formula, first: as in :meth:`statistics`; ``first`` is any number, places are entries.
-            weight: (C,) float32, u of these places, with ``rows.s`` and a softcap only.
-            dz: (N, C) in the products' dtype, unit stride along C, aligned.
-            column_sums: (blocks of ``gradient_rows`` rows, C) float32 or None: sums over the block's rows of dx, before
-                it is rounded.
+        It is called for window after window; what costs time on the host is to be done once, here. Its arguments:
+
+        - c: (C, D) aligned, the rows of ``c`` from ``first`` on.
+        - first: any number. Places are entries.
+        - dz: (N, C) in the products' dtype, unit stride along C, aligned.
+        - column_sums: (blocks of ``gradient_rows`` rows, C) float32 or None: sums over the block's rows of dx, which is
+          not rounded yet.
         """
 
     @abstractmethod

@@ -106,10 +106,14 @@ class Windows:
         return padded(self._call.problem.d, dtype) * dtype.itemsize if self.copied else 0
 
     def at(self, v0: int, v1: int) -> tuple[Tensor, Formula]:
-        """Rows v0 to v1, and their formula; until the next call. The first window is the largest."""
-        call, formula = self._call, replace(self._formula, bias=self.of(self._formula.bias, v0, v1))
+        """Rows v0 to v1, until the next call, and their formula."""
+        return self.rows(v0, v1), replace(self._formula, bias=self.of(self._formula.bias, v0, v1))
+
+    def rows(self, v0: int, v1: int) -> Tensor:
+        """Rows v0 to v1, until the next call. The first window is the largest."""
+        call = self._call
         if not self.copied:
-            return call.c[v0:v1], formula
+            return call.c[v0:v1]
         if not self._buffers:
             self._buffers.append(self._new(v1 - v0))
         elif self._is_ahead:
@@ -122,7 +126,7 @@ class Windows:
         elif not self._is_ahead:
             call.kernels.gather_rows(call.c, index, None, out)
         self._is_ahead = False
-        return out, formula
+        return out
 
     def ahead(self, v0: int, v1: int) -> Ahead:
         """What gathers the rows of the next window, v0 to v1, while that at hand is worked on; where ``gathered``."""

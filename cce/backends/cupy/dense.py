@@ -1,0 +1,28 @@
+"""The arguments of a launch that computes dx of a window: what is the same for all windows, and what is each one's."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from torch import Tensor
+
+from cce.backends.cupy.launch import address
+from cce.backends.gpu.kernels import Dense
+
+
+def tensors_of(dense: Dense) -> tuple[Tensor | None, ...]:
+    """Those whose addresses the arguments hold as long as the launch is repeated."""
+    return dense.e, dense.formula.bias, dense.weight, *vars(dense.rows).values()
+
+
+def set_window(arguments: Any, dense: Dense, c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:
+    """The fields that both kinds of kernels have."""
+    arguments.V, arguments.first = c.shape[0], first
+    arguments.dz, arguments.column_sums = dz.data_ptr(), address(column_sums)
+    arguments.bias, arguments.weight = _from(dense.formula.bias, first), _from(dense.weight, first)
+
+
+def _from(x: Tensor | None, first: int) -> int | None:
+    """Address of an element of a contiguous vector of float32."""
+    return None if x is None else x.data_ptr() + first * ctypes.sizeof(ctypes.c_float)
