@@ -70,7 +70,7 @@ class TargetsArguments(Arguments):
         ("e", c_void_p), ("c", c_void_p),
         *((name, c_longlong) for name in ("stride_en", "stride_ed", "stride_cv", "stride_cd")),
         ("bias", c_void_p), ("targets", c_void_p), ("out", c_void_p), ("formula", Formula),
-        ("count", c_longlong), ("D", c_int), ("K", c_int), ("used_e", c_void_p),
+        ("D", c_int), ("K", c_int), ("used_e", c_void_p),
     )  # fmt: skip
 
 

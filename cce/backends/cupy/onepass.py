@@ -11,6 +11,7 @@ from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.repeat import Repeated
 from cce.backends.cupy.variants import (
+    TARGET_THREADS,
     THREADS,
     TILE_N,
     TILE_V,
@@ -28,7 +29,7 @@ _WIDE = 1024  # threads of the kernels of small.cu
 _ROWS_JOINED, _ROWS_SCALED = 32, 8  # of a block of threads
 #: Arguments of the kernels: q an address or a count, i an int, f a float; the formula is two floats.
 LAYOUTS = {
-    "prepare": "6q", "join": "8q", "value": "6q", "scale": "13q", "multiply": "5q", "targets": "9q2f1q2iq",
+    "prepare": "6q", "join": "8q", "value": "6q", "scale": "13q", "multiply": "5q", "targets": "9q2f2iq",
     "store": "2qi4x2qi4xqqqqq2f2i",
 }  # fmt: skip
 
@@ -65,12 +66,14 @@ class PortableOnePass(OnePassKernels):
         bias, scale = formula.bias, formula.scale
         key = ("targets", e.dtype, c.dtype, bias is None, scale == 1.0, used_e is None, e.get_device())
         launch = self._kernels.get(key) or self._launch(
-            key, "targets", targets_variant(Gpu.current(), e.dtype, c.dtype, formula, used_e is not None), THREADS
+            key,
+            "targets",
+            targets_variant(Gpu.current(), e.dtype, c.dtype, formula, used_e is not None),
+            TARGET_THREADS,
         )
         launch(
-            cdiv(n * k, THREADS // 32), 1, e.data_ptr(), c.data_ptr(), *e.stride(), *c.stride(),
-            0 if bias is None else bias.data_ptr(), targets.data_ptr(), out.data_ptr(), scale, 0.0, n * k, e.shape[1],
-            k, 0 if used_e is None else used_e.data_ptr(),
+            n * k, 1, e.data_ptr(), c.data_ptr(), *e.stride(), *c.stride(), 0 if bias is None else bias.data_ptr(),
+            targets.data_ptr(), out.data_ptr(), scale, 0.0, e.shape[1], k, 0 if used_e is None else used_e.data_ptr(),
         )  # fmt: skip
 
     def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:

@@ -15,6 +15,7 @@ from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Launch
 from cce.backends.cupy.onepass import PortableOnePass
 from cce.backends.cupy.variants import (
+    TARGET_THREADS,
     THREADS,
     TILE_N,
     TILE_V,
@@ -54,11 +55,10 @@ class PortableKernels(Kernels):
         n, k = targets.shape
         arguments = structs.TargetsArguments(
             e=e, c=c, stride_en=e.stride(0), stride_ed=e.stride(1), stride_cv=c.stride(0), stride_cd=c.stride(1),
-            bias=formula.bias, targets=targets, out=out, formula=structs.Formula.of(formula), count=n * k,
-            D=e.shape[1], K=k,
+            bias=formula.bias, targets=targets, out=out, formula=structs.Formula.of(formula), D=e.shape[1], K=k,
         )  # fmt: skip
         variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula)
-        Launch(variant, cdiv(n * k, THREADS // 32), THREADS, arguments)()
+        Launch(variant, n * k, TARGET_THREADS, arguments)()
 
     def statistics(
         self,

@@ -10,6 +10,7 @@ from cce.backends.gpu.kernels import Dense, Formula, Live, Rows, Splits, Tiles
 from cce.spec import Spec
 
 THREADS = 256
+TARGET_THREADS = 128  # of target_logits
 TILE_N = TILE_V = TILE_D = 128
 _ROW_BYTES = 128  # of an operand in shared memory
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}

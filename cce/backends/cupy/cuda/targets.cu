@@ -1,4 +1,5 @@
-// z[i, targets[i, k]]: a dot product for each, by one warp; 0 where there is none. With COPY, the rows of e that count.
+// z[i, targets[i, k]]: a dot product for each, by a block of threads, so that few rows keep all multiprocessors busy; 0
+// where there is none. With COPY, the rows of e that count.
 #include "formula.cuh"
 #include "numbers.cuh"
 
@@ -20,37 +21,47 @@ struct TargetsArguments {
     const long long* targets;  // (N, K)
     float* out;  // (N, K)
     Formula formula;
-    long long count;  // N K
     int D, K;
     char* used_e;  // (N, D) of the dtype of e, or null
 };
 
-// Row i of e, 0 if none of its targets counts; by the warp of its first target.
+constexpr int THREADS = 128, WARPS = THREADS / 32;
+
+// Row i of e, 0 if none of its targets counts; by the block of its first target.
 __device__ __forceinline__ void copy_row(const TargetsArguments& p, long long i) {
     bool used = false;
     for (int k = 0; k < p.K; ++k) used |= p.targets[i * p.K + k] >= 0;
 #pragma unroll 8
-    for (int d = lane_of_warp(); d < p.D; d += 32) {
+    for (int d = threadIdx.x; d < p.D; d += THREADS) {
         const float x = used ? load_number<E_TYPE>(p.e, i * p.stride_en + d * p.stride_ed) : 0.0f;
         store_number<E_TYPE>(p.used_e, i * p.D + d, x);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) targets_kernel(const __grid_constant__ TargetsArguments p) {
-    const long long where = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-    if (where >= p.count) return;
-    const long long i = where / p.K, target = p.targets[where];
+// The sum of all threads' numbers, in the order of the warps; thread 0 has it.
+__device__ __forceinline__ float sum_of_block(float x) {
+    __shared__ float sums[WARPS];
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
+    if (lane_of_warp() == 0) sums[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0;
+    for (int warp = 0; warp < WARPS; ++warp) total += sums[warp];
+    return total;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) targets_kernel(const __grid_constant__ TargetsArguments p) {
+    const long long where = blockIdx.x, i = where / p.K, target = p.targets[where];
     if constexpr (COPY) {
         if (where % p.K == 0) copy_row(p, i);
     }
     float total = 0;
     if (target >= 0) {
 #pragma unroll 8
-        for (int d = lane_of_warp(); d < p.D; d += 32) {
+        for (int d = threadIdx.x; d < p.D; d += THREADS) {
             const float x = load_number<E_TYPE>(p.e, i * p.stride_en + d * p.stride_ed);
             total = fmaf(x, load_number<C_TYPE>(p.c, target * p.stride_cv + d * p.stride_cd), total);
         }
-        for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffff, total, lanes);
+        total = sum_of_block(total);
         // As the tiles have it: z = softcap tanh(scale (x + bias) / softcap).
         if constexpr (BIAS) total += p.bias[target];
         if constexpr (SOFTCAP) {
@@ -60,5 +71,5 @@ extern "C" __global__ void __launch_bounds__(256) targets_kernel(const __grid_co
             total *= p.formula.scale;
         }
     }
-    if (lane_of_warp() == 0) p.out[where] = total;
+    if (threadIdx.x == 0) p.out[where] = total;
 }
