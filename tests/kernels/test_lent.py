@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cce.backends.gpu.lent import shaped, stretches
+from cce.backends.gpu.lent import shaped, share_of_chunk, stretches
 
 
-@pytest.mark.parametrize("share", [0.5, 2 / 3])
+@pytest.mark.parametrize("share", [0.5, 2 / 3, share_of_chunk(100, 7)])
 @pytest.mark.parametrize(("v", "d", "unit", "scratch"), [(2990, 64, 32, 2**14), (1000, 7, 16, 999), (257, 4, 256, 1)])
 def test_lent_rows_come_later(v: int, d: int, unit: int, scratch: int, share: float) -> None:
     dc = torch.empty(v, d)
@@ -22,15 +22,26 @@ def test_lent_rows_come_later(v: int, d: int, unit: int, scratch: int, share: fl
         assert one.lent.data_ptr() == dc[one.v1 :].data_ptr() and one.lent.numel() == dc[one.v1 :].nbytes > scratch
     # What is not worth it: the next would be lent less than the scratch memory.
     last = found[-1].v0
-    rest = v - last - -(-int((v - last) * share) // unit) * unit
-    assert rest * d * 4 <= scratch or v - last < unit
+    v1 = int((v - last) * share) // unit * unit
+    assert (v - last - v1) * d * 4 <= scratch or v1 == 0
 
 
 def test_what_is_lent_nothing() -> None:
     dc = torch.empty(900, 16)
     assert [(one.v0, one.v1) for one in stretches(900, None, 32, 0.5, 1)] == [(0, 900)]
     assert [(one.v0, one.v1) for one in stretches(900, dc, 32, 0.5, dc.nbytes)] == [(0, 900)]
-    assert [(one.v0, one.v1) for one in stretches(900, dc, 32, 0.5, 1024, most=1)] == [(0, 480), (480, 900)]
+    assert [(one.v0, one.v1) for one in stretches(900, dc, 32, 0.5, 1024, most=1)] == [(0, 448), (448, 900)]
+
+
+def test_a_chunk_has_room_in_what_is_lent() -> None:
+    n, v, d, unit = 500, 3000, 64, 32
+    found = stretches(v, torch.empty(v, d, dtype=torch.bfloat16), unit, share_of_chunk(n, d), n * unit * 2)
+    assert len(found) > 5
+    for one in found[:-1]:
+        assert (
+            one.lent is not None
+            and n * (one.v1 - one.v0) * 2 <= one.lent.numel() < n * (one.v1 - one.v0 + 2 * unit) * 2
+        )
 
 
 def test_shaped() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
 from cce.backends.gpu.kernels import Dense, Gradient, Kernels
-from cce.backends.gpu.lent import SHARE, shaped, stretches
+from cce.backends.gpu.lent import shaped, share_of_chunk, stretches
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.products import product, write_product
 from cce.backends.gpu.sizes import cdiv, pitch, windows
@@ -67,7 +67,7 @@ def _chunks(
     gradient = call.kernels.gradient(problem, call.spec, dense)
     lending = None if rows_of_c.copied or problem.c_dtype != problem.dtype else dc  # copies are to be small
     row_bytes = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes
-    for stretch in stretches(problem.v, lending, unit, SHARE, call.spec.scratch_bytes):
+    for stretch in stretches(problem.v, lending, unit, share_of_chunk(problem.n, problem.d), call.spec.scratch_bytes):
         room = call.spec.scratch_bytes if stretch.lent is None else stretch.lent.numel()
         places = windows(stretch.v1 - stretch.v0, unit, row_bytes, room)
         memory = stretch.lent

@@ -11,11 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.sizes import cdiv
-
-#: Of the entries that are left, those of the next stretch of an exact backward: half of them makes long chunks, and
-#: again with the other half.
-SHARE = 0.5
 #: Bytes beyond which nothing is gained, and kernels' 32-bit offsets would end.
 _MOST = 2**30
 
@@ -34,6 +29,14 @@ class Stretch:
     lent: Tensor | None
 
 
+def share_of_chunk(n: int, d: int) -> float:
+    """Of the entries that are left, those whose dx, n rows of it, fits into the others' rows of dC.
+
+    A stretch is one chunk then, as long as it can be.
+    """
+    return d / (n + d)
+
+
 def stretches(
     v: int, dc: Tensor | None, unit: int, share: float, scratch_bytes: int, most: int | None = None
 ) -> list[Stretch]:
@@ -43,14 +46,14 @@ def stretches(
         v: entries.
         dc: (V, D) contiguous, to be written in ascending order and not yet written; None if there is none such.
         unit: a stretch is a multiple of it, except for the last.
-        share: in (0, 1), of the entries that are left: the others' rows are lent.
+        share: in (0, 1), of the entries that are left, at most: the others' rows are lent.
         scratch_bytes: less than these are not worth being lent.
         most: stretches that are lent rows.
     """
     found: list[Stretch] = []
     v0 = 0
     while dc is not None and len(found) != most:
-        v1 = v0 + cdiv(int((v - v0) * share), unit) * unit
+        v1 = v0 + int((v - v0) * share) // unit * unit
         lent = bytes_of(dc[v1:])
         if lent.numel() <= scratch_bytes or v1 == v0:
             break

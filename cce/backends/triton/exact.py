@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.lent import SHARE, Stretch, shaped, stretches
+from cce.backends.gpu.lent import Stretch, shaped, share_of_chunk, stretches
 from cce.backends.gpu.products import product, write_product
 from cce.backends.gpu.sizes import cdiv, pitch, windows
 from cce.backends.gpu.used_rows import of_used_rows
@@ -64,7 +64,8 @@ def _chunks(
     problem, total = call.problem, None
     launch = _dz(call, inputs, formula)
     own = call.c.dtype == problem.dtype  # else a chunk's rows of c are copied, and are to be few
-    for stretch in stretches(problem.v, dc if own else None, call.launch.dense.columns, SHARE, call.spec.scratch_bytes):
+    lending, share = dc if own else None, share_of_chunk(problem.n, problem.d)
+    for stretch in stretches(problem.v, lending, call.launch.dense.columns, share, call.spec.scratch_bytes):
         places, memory = _places(call, stretch)
         for v0, v1 in places:
             dz = _chunk(call, launch, memory, v0, v1, None if dbias is None else dbias[v0:v1])
