@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cce.backends.triton import repeat
 from cce.backends.triton.repeat import Repeated
 
 
@@ -133,6 +135,39 @@ def test_threads_do_not_mix_arguments(kernel: Kernel) -> None:
         thread.join()
     assert len(kernel.launched) == 2000
     assert all(x == y == tensors[v0].data_ptr() for _, (x, y, _, v0, _) in kernel.launched)
+
+
+@dataclass
+class OnDevice:
+    """What Triton compiles for a GPU, as far as a launch needs it."""
+
+    function: int = 7
+    packed_metadata: tuple[str, ...] = ("metadata",)
+    usual: list[tuple[Any, ...]] = field(default_factory=list)
+    direct: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *values: self.usual.append(values)
+
+    def run(self, *arguments: Any) -> None:
+        self.direct.append(arguments)
+
+
+def test_a_profiler_is_told_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's own launch; without one the hooks' part of a launch is left out."""
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    compiled = OnDevice()
+    launch = repeat._launcher(compiled, (2, 1, 1))
+    launch("x")
+    assert compiled.direct == [(2, 1, 1, 5, 7, ("metadata",), None, None, None, "x")] and not compiled.usual
+    hook = triton.knobs.runtime.launch_exit_hook
+    hook.add(print)
+    try:
+        launch("y")
+    finally:
+        hook.remove(print)
+    assert compiled.usual == [("y",)] and len(compiled.direct) == 1
 
 
 def test_interpreter_compiles_nothing(kernel: Kernel) -> None:

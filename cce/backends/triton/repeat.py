@@ -75,13 +75,18 @@ def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     runtime = triton.knobs.runtime
 
     def launch(*values: Any) -> None:
-        if runtime.launch_enter_hook or runtime.launch_exit_hook:
+        if _calls_something(runtime.launch_enter_hook) or _calls_something(runtime.launch_exit_hook):
             usual(*values)
             return
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
         run(*grid, stream, function, metadata, None, None, None, *values)
 
     return launch
+
+
+def _calls_something(hook: Any) -> bool:
+    """A chain of hooks, which is one even where it is empty; or a hook or None, in other releases."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def _kind(x: Any) -> object:
