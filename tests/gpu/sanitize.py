@@ -61,8 +61,8 @@ def without_cublas() -> None:
     def addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor) -> Tensor:
         return out.copy_(total + mm(a, b, out_dtype))
 
-    torch.mm, torch.addmm = mm, addmm  # type: ignore[assignment]
-    Tensor.addmm_ = lambda total, a, b: total.add_(mm(a, b))  # type: ignore[assignment,method-assign]
+    torch.mm, torch.addmm = mm, addmm
+    Tensor.addmm_ = lambda total, a, b: total.add_(mm(a, b))
 
 
 def main(arguments: list[str]) -> int:
