@@ -1,5 +1,7 @@
 """What several epilogues have in common: a logit from a product, sums over the lanes that share a row, rounding."""
 
+from functools import cache
+
 from cce.backends.numba import device
 from cce.backends.numba.device import (
     LOG2E,
@@ -37,6 +39,7 @@ def quad_sum(x):
     return x + lane_xor(x, 2)
 
 
+@cache
 def make_cap(bias, scale, softcap):
     """The function that makes a logit of a product and a bias; three flags say what it does."""
     BIAS, SCALE, SOFTCAP = bias, scale, softcap
@@ -57,6 +60,7 @@ def make_cap(bias, scale, softcap):
     return cap
 
 
+@cache
 def make_store(kind):
     """``store(matrix, place, x)`` and ``store_pair(matrix, place, x, y)`` in the dtype of a kind of arithmetic.
 
