@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,10 +48,10 @@ def test_what_is_compiled_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("cuda.core")
     from numba.cuda import dispatcher
 
-    before = list(warnings.filters), dispatcher.get_current_device
+    before = list(warnings.filters), dispatcher.get_current_device, gc.isenabled()
     kernels = small()
     compile_all(kernels, CAPABILITY)
-    assert (list(warnings.filters), dispatcher.get_current_device) == before
+    assert (list(warnings.filters), dispatcher.get_current_device, gc.isenabled()) == before
     assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["mean_rows", "targets"]
 
     def again(kernel: Kernel, capability: tuple[int, int]) -> Any:

@@ -6,6 +6,7 @@ a process that finds all it needs there never imports Numba.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import secrets
@@ -65,7 +66,7 @@ class Program:
 
 def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
     """Compiles a kernel as far as Numba does it."""
-    with _COMPILER, warnings.catch_warnings():
+    with _COMPILER, _no_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
         from numba import cuda, types
 
@@ -81,6 +82,18 @@ def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
     text = found if isinstance(found, str) else found.decode()
     entry = text.split(".entry ", 1)[1].split("(", 1)[0].strip()
     return Program(entry, "".join(_FORMATS[str(x)] for x in parameters), text)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Most of what Numba makes is kept for good: to look through it for garbage took a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
