@@ -62,7 +62,7 @@ def measured(filter: str) -> dict[str, float]:
     """Seconds of each part; the files a process has read before may still be in memory."""
     import torch
 
-    from cce.backends.numba.launch import folder
+    from cce.backends.numba.cubin import folder
 
     e = torch.randn(N, D, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     c = torch.randn(V, D, dtype=torch.bfloat16, device="cuda", requires_grad=True)
@@ -93,7 +93,7 @@ def measured(filter: str) -> dict[str, float]:
 def import_numba() -> None:
     """What a first call imports when it has to compile."""
     with catch_warnings():
-        simplefilter("ignore", DeprecationWarning)  # as launch.py does
+        simplefilter("ignore", DeprecationWarning)  # as cubin.py does
         for module in ("cce.backends.numba.compile", "cce.backends.numba.device", "cuda.core", "cuda.bindings.driver"):
             import_module(module)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cce import parallel, registry
+from cce.operators import fake, operator
 from cce.order import mean_logit_order
 from cce.parallel import Part
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
@@ -56,15 +57,15 @@ def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
 
 
 #: The same for compiled code, which cannot look at values.
-prepare_targets_op = torch.library.custom_op("cce::prepare_targets", prepare_targets, mutates_args=())
+prepare_targets_op = operator("cce::prepare_targets")(prepare_targets)
 
 
-@prepare_targets_op.register_fake
+@fake("cce::prepare_targets")
 def _(targets: Tensor, v: int, ignore_index: int) -> Tensor:
     return torch.empty_like(targets, dtype=torch.int64)
 
 
-@torch.library.custom_op("cce::forward", mutates_args=())
+@operator("cce::forward")
 def forward(
     e: Tensor,
     c: Tensor,
@@ -110,7 +111,7 @@ def forward(
     return (*place_outputs(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
 
 
-@forward.register_fake
+@fake("cce::forward")
 def _(
     e: Tensor,
     c: Tensor,
@@ -130,7 +131,7 @@ def _(
     return _empty_outputs(e, targets, problem, _resolved(spec, problem, part))
 
 
-@torch.library.custom_op("cce::backward", mutates_args=())
+@operator("cce::backward")
 def backward(
     e: Tensor,
     c: Tensor,
@@ -182,7 +183,7 @@ def backward(
     return place_gradients(found, e, c, bias, rows)
 
 
-@backward.register_fake
+@fake("cce::backward")
 def _(
     e: Tensor,
     c: Tensor,
@@ -225,7 +226,7 @@ def differentiate(operator: Callable[..., Any], ctx: Any, *grads: Tensor | None)
     return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 10)
 
 
-forward.register_autograd(partial(differentiate, backward), setup_context=setup_context)
+torch.library.register_autograd("cce::forward", partial(differentiate, backward), setup_context=setup_context)
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -236,7 +237,7 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-backward.register_autograd(no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+torch.library.register_autograd("cce::backward", no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def _resolved(key: str, problem: Problem, part: str) -> Spec:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.operators import fake, operator
 from cce.parallel import gather, group_of
 
 
-@torch.library.custom_op("cce::gather_rows", mutates_args=())
+@operator("cce::gather_rows")
 def gather_rows(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     """(sum(sizes), ...): the rows of all processes, by rank; ``x`` (sizes[rank], ...) are this one's."""
     most = max(sizes)
@@ -25,12 +26,12 @@ def gather_rows(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     return torch.cat([rows[:size] for rows, size in zip(every, sizes, strict=True)])
 
 
-@gather_rows.register_fake
+@fake("cce::gather_rows")
 def _(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     return x.new_empty(sum(sizes), *x.shape[1:])
 
 
-@torch.library.custom_op("cce::own_rows", mutates_args=())
+@operator("cce::own_rows")
 def own_rows(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     """(sizes[rank], ...): this process's rows of ``x`` (sum(sizes), ...)."""
     rank = group_of(group).rank()
@@ -38,7 +39,7 @@ def own_rows(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     return x[first : first + sizes[rank]].clone()
 
 
-@own_rows.register_fake
+@fake("cce::own_rows")
 def _(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
     return x.new_empty(sizes[group_of(group).rank()], *x.shape[1:])
 
@@ -55,5 +56,5 @@ def _gather(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return gather_rows(grad, ctx.group, ctx.sizes), None, None
 
 
-gather_rows.register_autograd(_own, setup_context=_setup_context)
-own_rows.register_autograd(_gather, setup_context=_setup_context)
+torch.library.register_autograd("cce::gather_rows", _own, setup_context=_setup_context)
+torch.library.register_autograd("cce::own_rows", _gather, setup_context=_setup_context)

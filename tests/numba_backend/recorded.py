@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 
 import cce
-from cce.backends.numba import run
+from cce.backends.numba import live, run
 from cce.backends.numba.choice import GPU
 from cce.backends.numba.launch import Kernel
 
@@ -32,6 +32,7 @@ def recorded(gpu: GPU) -> Iterator[list[Kernel]]:
     with (
         patch.object(Kernel, "__call__", keep),
         patch.object(Kernel, "prepare", prepare),
+        patch.object(live, "prepare_all", lambda launches: [prepare(*x[:2]) for x in launches]),
         patch.object(run, "gpu_of", lambda device: gpu),
         patch("cce.backends.numba.backend.NumbaBackend.unavailable", lambda self, device: []),
     ):

@@ -12,7 +12,8 @@ from recorded import A100, H100, kernels_of_loss
 
 import cce
 from cce.backends.numba.choice import GPU
-from cce.backends.numba.launch import Kernel, ptx_of
+from cce.backends.numba.cubin import ptx_of
+from cce.backends.numba.launch import Kernel
 
 GPUS = {"sm_80": A100, "sm_90a": H100}
 SHARED = {"sm_80": 166_912, "sm_90a": 232_448}  # bytes that a block of threads may have

@@ -32,6 +32,32 @@ def ptx(signature: Any, body: str, constraints: str, effect: bool = False) -> tu
     return signature, codegen
 
 
+# Control
+
+
+def repeat(body: Any, count: int) -> Any:
+    """The function of a tuple that calls ``body(n, tuple)`` for n < ``count``, written out one after the other.
+
+    What a long loop does to arrays in registers: the compiler would not unroll it, and indices must be constants. They
+    are so for LLVM only: of an integer that Numba knows it would compile ``body`` anew.
+    """
+
+    @intrinsic
+    def run(typing, state):
+        kind = typing.resolve_value_type(body)
+        inner = typing.resolve_function_type(kind, (types.int64, state), {})
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            call = context.get_function(kind, inner)
+            for n in range(count):
+                call(builder, [ir.Constant(ir.IntType(64), n), args[0]])
+            return context.get_dummy_value()
+
+        return types.void(state), codegen
+
+    return run
+
+
 # Arithmetic
 
 

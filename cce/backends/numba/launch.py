@@ -1,49 +1,30 @@
-"""From a kernel in Python to a launch: compiled once, kept on disk, called through the driver.
+"""Kernels and their launches: compiled once, called through the driver.
 
-In the simulator kernels run as they are. Elsewhere Numba makes PTX of them and the toolkit's linker a cubin; both take
-seconds, so cubins are kept in a folder: a process that finds all it needs there never imports Numba. Numba's own launch
-takes some 50 microseconds for so many arguments, the driver's less.
+In the simulator kernels run as they are. Elsewhere Numba's own launch takes some 50 microseconds for so many arguments,
+the driver's less.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import secrets
 import struct
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
-from types import SimpleNamespace
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-VARIABLE = "CCE_NUMBA_CACHE"
-#: How an argument lies in memory, each in 8 bytes.
-_FORMATS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
-_SOURCES = ("device.py", "intrinsics.py", "matrix.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
+from cce.backends.numba.cubin import Code, compiled
 
 
 def simulated() -> bool:
     """Kernels run in Numba's simulator, in this process."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
-
-
-@dataclass(frozen=True)
-class Code:
-    """A kernel for a kind of GPU: the name of its entry, how its arguments lie in memory, and the cubin."""
-
-    entry: str
-    format: str
-    cubin: bytes
 
 
 class Kernel:
@@ -59,7 +40,9 @@ class Kernel:
     def __init__(self, make: str, options: Any, threads: int, shared: int, resident: int = 1) -> None:
         self.make, self.options = make, options
         self.threads, self.shared, self.resident = threads, shared, resident
+        self._codes: dict[tuple[int, int], Code] = {}
         self._loaded: dict[int, tuple[int, str]] = {}
+        self._lock = Lock()
 
     @property
     def name(self) -> str:
@@ -83,10 +66,21 @@ class Kernel:
             return lambda *last: _simulate(self, grid, [*arguments[: len(arguments) - len(last)], *last])
         return Launch(self, grid, arguments)
 
+    def code(self, capability: tuple[int, int]) -> Code:
+        """Compiled by the first thread that asks; the others wait for it."""
+        with self._lock:
+            if capability not in self._codes:
+                self._codes[capability] = compiled(self, capability)
+            return self._codes[capability]
+
+    def loaded(self, device: int) -> bool:
+        """It is ready to be launched there."""
+        return device in self._loaded
+
     def function(self, device: int) -> tuple[int, str]:
         """The driver's handle, and how its arguments lie in memory."""
         if device not in self._loaded:
-            code = compiled(self, torch.cuda.get_device_capability(device))
+            code = self.code(torch.cuda.get_device_capability(device))
             self._loaded[device] = _load(code, self.shared), code.format
         return self._loaded[device]
 
@@ -116,6 +110,25 @@ class Launch:
             _check(_driver().cuLaunchKernel(*self._call))
 
 
+def prepare_all(launches: Sequence[tuple[Kernel, int, Sequence[Any]]]) -> list[Callable[..., None]]:
+    """``prepare`` of several kernels, whose grids and arguments are given; they are compiled at the same time.
+
+    Numba's part holds Python's lock, the linker's does not. The last kernel comes first: sums takes the linker longest.
+    """
+    if not simulated():
+        device = torch.cuda.current_device()
+        missing = [kernel for kernel, _, _ in launches if not kernel.loaded(device)]
+        compile_all(missing[::-1], torch.cuda.get_device_capability(device))
+    return [kernel.prepare(grid, *arguments) for kernel, grid, arguments in launches]
+
+
+def compile_all(kernels: Sequence[Kernel], capability: tuple[int, int]) -> None:
+    """Each in a thread of its own; what one of them raises is raised here."""
+    if kernels:
+        with ThreadPoolExecutor(len(kernels)) as threads:
+            list(threads.map(lambda kernel: kernel.code(capability), kernels))
+
+
 def _number(x: Any) -> Any:
     if x is None:
         return 0
@@ -143,109 +156,6 @@ def _load(code: Code, shared: int) -> int:
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(function, attribute, shared))
     return function
-
-
-def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
-    """From the folder of cubins, or newly compiled."""
-    path = _path(kernel, capability)
-    if path is not None and path.exists():
-        head, cubin = path.read_bytes().split(b"\n", 1)
-        entry, layout = head.decode().split(" ")
-        return Code(entry, layout, cubin)
-    program = ptx_of(kernel, capability)
-    code = Code(program.entry, program.format, assemble(program.text, capability))
-    if path is not None:
-        _write(path, f"{code.entry} {code.format}\n".encode() + code.cubin)
-    return code
-
-
-@dataclass(frozen=True)
-class Program:
-    """What Numba makes of a kernel: PTX, the name of its entry, how arguments lie in memory."""
-
-    entry: str
-    format: str
-    text: str
-
-
-def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
-    """Compiles a kernel as far as Numba does it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
-        from numba import cuda, types
-
-        function = kernel.build()
-        parameters = function.__annotations__.values()
-        signature = types.void(*parameters)
-        cc = (*capability, "a") if capability[0] >= 9 else capability
-        bounds = (kernel.threads, kernel.resident)
-        with _no_device_needed(capability):
-            found, _ = cuda.compile(
-                function, signature, cc=cc, device=False, abi="numba", output="ptx", launch_bounds=bounds
-            )
-    text = found if isinstance(found, str) else found.decode()
-    entry = text.split(".entry ", 1)[1].split("(", 1)[0].strip()
-    return Program(entry, "".join(_FORMATS[str(x)] for x in parameters), text)
-
-
-@contextmanager
-def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
-    """Functions that a kernel calls are compiled for a device that Numba asks the driver for: here it is told."""
-    from unittest.mock import patch  # takes long to import, and is needed by what compiles only
-
-    from numba.cuda import dispatcher
-
-    with patch.object(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=capability)):
-        yield
-
-
-def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
-    """The cubin of a program."""
-    from cuda import core
-
-    arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
-    return bytes(core.Program(ptx, "ptx", core.ProgramOptions(arch=arch)).compile("cubin").code)
-
-
-def folder() -> Path | None:
-    """``CCE_NUMBA_CACHE``, else ``$XDG_CACHE_HOME/cce/numba`` or ``~/.cache/cce/numba``; None if it says "off"."""
-    given, home = os.environ.get(VARIABLE, ""), os.environ.get("XDG_CACHE_HOME", "")
-    if given.lower() == "off":
-        return None
-    try:
-        if given:
-            return Path(given).expanduser()
-        return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "cce" / "numba"
-    except RuntimeError:  # a user without a home
-        return None
-
-
-def _path(kernel: Kernel, capability: tuple[int, int]) -> Path | None:
-    place = folder()
-    if place is None:
-        return None
-    names = (kernel.make, repr(kernel.options), kernel.threads, kernel.resident, capability)
-    text = repr((names, _sources(), version("numba-cuda"), version("numba")))
-    return place / f"{kernel.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
-
-
-@cache
-def _sources() -> str:
-    """A digest of all that kernels are made from."""
-    here = Path(__file__).parent
-    texts = [path.read_bytes() for pattern in _SOURCES for path in sorted(here.glob(pattern))]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Under another name first, so that nobody reads half a file; a folder that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        other = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-        other.write_bytes(content)
-        other.replace(path)
-    except OSError:
-        return
 
 
 def _simulate(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from cce.backends.gpu.kernels import Live
 from cce.backends.numba.choice import KINDS, Choice
 from cce.backends.numba.compile import dbias_kernel, live_kernel, sums_kernel
+from cce.backends.numba.launch import Kernel, prepare_all
 from cce.backends.numba.operands import pieces_of, pitch_of
 from cce.backends.numba.options import Gradient, Product, Sums
 from cce.problem import Problem
 from cce.spec import Spec
 
-_Launch = Callable[[int], None]
+_Launch = tuple[Kernel, int, tuple[Any, ...]]  # blocks of threads, arguments
 
 
-def launches(problem: Problem, spec: Spec, live: Live, choice: Choice) -> list[_Launch]:
+def launches(problem: Problem, spec: Spec, live: Live, choice: Choice) -> list[Callable[..., None]]:
     """Of a chunk, whose number is what each is called with."""
     found = [_dx(problem, spec, live, choice)]
     de = None if live.de is None else _product(spec, live, choice, "de")
@@ -29,7 +31,7 @@ def launches(problem: Problem, spec: Spec, live: Live, choice: Choice) -> list[_
         found += [_sums(problem, spec, live, choice, Sums(None, dc))] if dc is not None else []
     if live.dbias is not None:
         found.append(_dbias(problem, spec, live, choice))
-    return found
+    return prepare_all(found)
 
 
 def _dx(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
@@ -42,8 +44,8 @@ def _dx(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
             block_v=spec.block_v or 0,
         )
     )  # fmt: skip
-    return kernel.prepare(
-        min(choice.programs, plan.max_items), live.e, live.c, formula.bias, live.order, live.row_order, live.keep,
+    return kernel, min(choice.programs, plan.max_items), (
+        live.e, live.c, formula.bias, live.order, live.row_order, live.keep,
         live.dz, live.column_sums, plan.tile_list, plan.item_block, plan.item_first, plan.item_slot, plan.item_tiles,
         plan.items, rows.lse, rows.entropy, rows.a, rows.g, rows.h, rows.targets, problem.n, problem.v,
         spec.tiles(problem.v), problem.k, pieces_of(live.e), pitch_of(live.e), pitch_of(live.c), plan.max_items,
@@ -66,8 +68,8 @@ def _product(spec: Spec, live: Live, choice: Choice, name: str) -> Product:
 def _sums(problem: Problem, spec: Spec, live: Live, choice: Choice, options: Sums) -> _Launch:
     plan, e, c = live.plan, live.e, live.c
     drawn = torch.zeros(plan.chunks, dtype=torch.int32, device=e.device)
-    return sums_kernel(options).prepare(
-        choice.programs * options.resident, drawn, live.dz, e, c, live.order, live.row_order, live.keep,
+    return sums_kernel(options), choice.programs * options.resident, (
+        drawn, live.dz, e, c, live.order, live.row_order, live.keep,
         plan.tile_list, plan.block_slot, plan.block_tiles, plan.block_first, plan.live_count, plan.block_list,
         plan.slot_list, plan.chunk_start, live.mass_e, live.norm, live.de, live.dc, problem.n, problem.v, e.shape[1],
         spec.tiles(problem.v), 0 if live.dc is None else live.dc.shape[1], plan.block_list.shape[1], pieces_of(e),
@@ -82,7 +84,7 @@ def _dbias(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
         choice.dc, spec.block_n, spec.block_v, ordered=live.order is not None, compensate=live.mass is not None,
         norm=live.norm is not None,
     )  # fmt: skip
-    return dbias_kernel(options).prepare(
-        choice.programs, live.column_sums, live.order, plan.live_count, plan.slot_list, plan.chunk_start, live.mass,
+    return dbias_kernel(options), choice.programs, (
+        live.column_sums, live.order, plan.live_count, plan.slot_list, plan.chunk_start, live.mass,
         live.norm, live.dbias, problem.v, plan.block_list.shape[1], 0,
     )  # fmt: skip

@@ -32,6 +32,19 @@ class Pointer:
         return self.memory[: len(self.memory) // size * size].view(dtype)
 
 
+# Control
+
+
+def repeat(body: Any, count: int) -> Any:
+    """The function of a tuple that calls ``body(n, tuple)`` for n < ``count``."""
+
+    def run(state: Any) -> None:
+        for n in range(count):
+            body(n, state)
+
+    return run
+
+
 # Arithmetic. A row that does not count may hold anything: no warnings of it.
 
 

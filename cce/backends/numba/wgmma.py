@@ -14,7 +14,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from cce.backends.numba.intrinsics import I32, I64, ptx
-from cce.backends.numba.matrix import item, number
+from cce.backends.numba.matrix import number
 
 #: Elements of the factors that one instruction takes, and their types. tf32 factors cannot be transposed.
 KINDS = {"bf16": "k16.f32.bf16.bf16", "fp16": "k16.f32.f16.f16", "tf32": "k8.f32.tf32.tf32"}
@@ -118,7 +118,9 @@ def _change_all(
     Register 4 j + q belongs to row 8 (q // 2) + lane // 4 and column 8 j + 2 (lane % 4) + q % 2 of the warp's 16 rows.
     """
     real = ir.FloatType()
-    where = [item(context, builder, kind, z, number(r % 4 // 2), number(r // 4 * 2 + r % 2)) for r in range(registers)]
+    data, columns = context.make_array(kind)(context, builder, z).data, registers // 2
+    places = [r % 4 // 2 * columns + r // 4 * 2 + r % 2 for r in range(registers)]
+    where = [builder.gep(data, [number(place)], inbounds=True) for place in places]
     arguments = [builder.load(x) for x in where] + more
     result = ir.LiteralStructType([real] * registers)
     asm_type = ir.FunctionType(result, [real] * registers + [ir.IntType(64)] * len(more))

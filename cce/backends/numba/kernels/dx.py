@@ -17,9 +17,9 @@ from cce.backends.numba.device import (
     ints,
     lane_xor,
     read_float,
+    repeat,
     write_float,
 )
-from cce.backends.numba.kernels.epilogue import repeat
 
 FOUR, MOST = np.float32(4), np.float32(1e30)
 
@@ -66,7 +66,7 @@ def make_dx(options, width):
                 d = ZERO
             z[r, k] = d
 
-    all_columns = repeat(columns, 0, K // PART)
+    all_columns = repeat(columns, K // PART)
 
     @function
     def dx(z, r, row, counts, starts, weight_at, gs, given):

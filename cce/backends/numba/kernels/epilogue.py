@@ -1,5 +1,7 @@
 """What several epilogues have in common: a logit from a product, sums over the lanes that share a row, rounding."""
 
+from functools import cache
+
 from cce.backends.numba import device
 from cce.backends.numba.device import (
     LOG2E,
@@ -37,29 +39,7 @@ def quad_sum(x):
     return x + lane_xor(x, 2)
 
 
-def repeat(body, first, last):
-    """A function of a tuple: ``body(n, tuple)`` for n from ``first`` to ``last`` - 1, written out one after the other.
-
-    What a long loop does to arrays in registers: the compiler would not unroll it, and indices must be constants.
-    """
-    if last - first == 1:
-
-        @function
-        def run(state):
-            body(first, state)
-
-        return run
-    middle = (first + last) // 2
-    one, other = repeat(body, first, middle), repeat(body, middle, last)
-
-    @function
-    def run(state):
-        one(state)
-        other(state)
-
-    return run
-
-
+@cache
 def make_cap(bias, scale, softcap):
     """The function that makes a logit of a product and a bias; three flags say what it does."""
     BIAS, SCALE, SOFTCAP = bias, scale, softcap
@@ -80,6 +60,7 @@ def make_cap(bias, scale, softcap):
     return cap
 
 
+@cache
 def make_store(kind):
     """``store(matrix, place, x)`` and ``store_pair(matrix, place, x, y)`` in the dtype of a kind of arithmetic.
 

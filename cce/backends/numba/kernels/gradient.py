@@ -12,11 +12,12 @@ from cce.backends.numba.device import (
     floats,
     function,
     pointer,
+    repeat,
     shared_address,
     write_float,
 )
 from cce.backends.numba.kernels.dx import make_add_biases, make_column_sums, make_dx
-from cce.backends.numba.kernels.epilogue import make_store, repeat
+from cce.backends.numba.kernels.epilogue import make_store
 from cce.backends.numba.kernels.tiles import make_logit_tile
 
 
@@ -48,7 +49,7 @@ def make_gradient(options):
         counts = not SUMS or row0 + 8 * r < N
         dx(z, r, min(row0 + 8 * r, N - 1), counts, starts, weight_at, gs, given)
 
-    all_rows = repeat(finish_row, 0, R)
+    all_rows = repeat(finish_row, R)
 
     def gradient(
         e: pointer, c: pointer, bias: pointer, weight: pointer, dz: pointer, column_sums: pointer,

@@ -15,11 +15,12 @@ from cce.backends.numba.device import (
     ints,
     longs,
     pointer,
+    repeat,
     shared_address,
     write_float,
 )
 from cce.backends.numba.kernels.dx import make_add_biases, make_column_sums, make_dx
-from cce.backends.numba.kernels.epilogue import make_store, repeat
+from cce.backends.numba.kernels.epilogue import make_store
 from cce.backends.numba.kernels.tiles import make_logit_tile
 
 
@@ -72,7 +73,7 @@ def make_live(options):
         counts = row0 + 8 * r < N and flags(keep)[row] != 0
         dx(z, r, row, counts, starts, 0, gs, given)
 
-    all_rows = repeat(finish_row, 0, R)
+    all_rows = repeat(finish_row, R)
 
     def live(
         e: pointer, c: pointer, bias: pointer, order: pointer, row_order: pointer, keep: pointer,

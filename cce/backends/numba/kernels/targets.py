@@ -1,5 +1,7 @@
 """The targets' logits: a dot product each, by one warp."""
 
+from functools import cache
+
 import numpy as np
 from numba import cuda, float32, int32, int64
 
@@ -8,6 +10,7 @@ from cce.backends.numba.device import ZERO, floats, function, halves, lane_xor, 
 from cce.backends.numba.kernels.epilogue import make_cap
 
 
+@cache
 def make_element(kind):
     """The function that reads an element of a matrix."""
     if kind == "ieee":

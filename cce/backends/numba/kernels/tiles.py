@@ -3,6 +3,8 @@
 Sizes, blocks and steps are named as in the kernels of the other backends; ``Tile`` says what a thread holds.
 """
 
+from functools import cache
+
 from cce.backends.numba.device import SIMULATED, barrier, copies_commit, copies_wait, copy_16, function
 from cce.backends.numba.kernels.products import make_multiply
 from cce.backends.numba.tile import PANEL, PIECE, PIECES
@@ -14,6 +16,7 @@ def spot(panel, row, piece):
     return panel + PANEL * row + PIECE * (piece ^ (row & 7))
 
 
+@cache
 def make_load_panel(rows, threads):
     """The function that starts the copies of a panel of so many rows."""
     step = threads // PIECES
@@ -31,6 +34,7 @@ def make_load_panel(rows, threads):
     return load_panel, copies
 
 
+@cache
 def make_step(tile, b_offset, a_transposed=False, b_transposed=False):
     """A step of a pipeline: z += a b^T for the panels of a stage, a's first and b's ``b_offset`` bytes behind it.
 
@@ -89,6 +93,7 @@ def make_hopper_step(tile, wait, b_offset, a_transposed, b_transposed):
     return arrived, start, multiply, wgmma.finish_products(tile.columns)
 
 
+@cache
 def make_logit_tile(tile):
     """``begin`` and ``product`` for rows of e and of c; how many copies of each of them a thread makes."""
     load_e, e_copies = make_load_panel(tile.rows, tile.threads)

@@ -1,0 +1,156 @@
+"""From a kernel in Python to machine code, a cubin, which is kept on disk.
+
+Numba makes PTX of a kernel and the toolkit's linker a cubin of that. Both take seconds, so cubins are kept in a folder:
+a process that finds all it needs there never imports Numba.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cce.backends.numba.launch import Kernel
+
+VARIABLE = "CCE_NUMBA_CACHE"
+#: How an argument lies in memory, each in 8 bytes.
+_FORMATS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
+_SOURCES = ("device.py", "intrinsics.py", "matrix.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
+#: Numba compiles one kernel at a time, and what is set up for it (warnings, the device) is the whole process's.
+_COMPILER = Lock()
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel for a kind of GPU: the name of its entry, how its arguments lie in memory, and the cubin."""
+
+    entry: str
+    format: str
+    cubin: bytes
+
+
+def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
+    """From the folder of cubins, or newly compiled."""
+    path = _path(kernel, capability)
+    if path is not None and path.exists():
+        head, cubin = path.read_bytes().split(b"\n", 1)
+        entry, layout = head.decode().split(" ")
+        return Code(entry, layout, cubin)
+    program = ptx_of(kernel, capability)
+    code = Code(program.entry, program.format, assemble(program.text, capability))
+    if path is not None:
+        _write(path, f"{code.entry} {code.format}\n".encode() + code.cubin)
+    return code
+
+
+@dataclass(frozen=True)
+class Program:
+    """What Numba makes of a kernel: PTX, the name of its entry, how arguments lie in memory."""
+
+    entry: str
+    format: str
+    text: str
+
+
+def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
+    """Compiles a kernel as far as Numba does it."""
+    with _COMPILER, _no_collection(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
+        from numba import cuda, types
+
+        function = kernel.build()
+        parameters = function.__annotations__.values()
+        signature = types.void(*parameters)
+        cc = (*capability, "a") if capability[0] >= 9 else capability
+        bounds = (kernel.threads, kernel.resident)
+        with _no_device_needed(capability):
+            found, _ = cuda.compile(
+                function, signature, cc=cc, device=False, abi="numba", output="ptx", launch_bounds=bounds
+            )
+    text = found if isinstance(found, str) else found.decode()
+    entry = text.split(".entry ", 1)[1].split("(", 1)[0].strip()
+    return Program(entry, "".join(_FORMATS[str(x)] for x in parameters), text)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Most of what Numba makes is kept for good: to look through it for garbage took a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
+    """Functions that a kernel calls are compiled for a device that Numba asks the driver for: here it is told."""
+    from unittest.mock import patch  # takes long to import, and is needed by what compiles only
+
+    from numba.cuda import dispatcher
+
+    with patch.object(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=capability)):
+        yield
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
+    """The cubin of a program."""
+    from cuda import core
+
+    arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
+    return bytes(core.Program(ptx, "ptx", core.ProgramOptions(arch=arch)).compile("cubin").code)
+
+
+def folder() -> Path | None:
+    """``CCE_NUMBA_CACHE``, else ``$XDG_CACHE_HOME/cce/numba`` or ``~/.cache/cce/numba``; None if it says "off"."""
+    given, home = os.environ.get(VARIABLE, ""), os.environ.get("XDG_CACHE_HOME", "")
+    if given.lower() == "off":
+        return None
+    try:
+        if given:
+            return Path(given).expanduser()
+        return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "cce" / "numba"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _path(kernel: Kernel, capability: tuple[int, int]) -> Path | None:
+    place = folder()
+    if place is None:
+        return None
+    names = (kernel.make, repr(kernel.options), kernel.threads, kernel.resident, capability)
+    text = repr((names, _sources(), version("numba-cuda"), version("numba")))
+    return place / f"{kernel.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+
+
+@cache
+def _sources() -> str:
+    """A digest of all that kernels are made from."""
+    here = Path(__file__).parent
+    texts = [path.read_bytes() for pattern in _SOURCES for path in sorted(here.glob(pattern))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Under another name first, so that nobody reads half a file; a folder that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        other = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+        other.write_bytes(content)
+        other.replace(path)
+    except OSError:
+        return

@@ -1,0 +1,103 @@
+"""Kernels are compiled at the same time, each once, and kept; a failure is raised where they were asked for."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+from cce.backends.numba import cubin
+from cce.backends.numba.launch import Kernel, compile_all
+from cce.backends.numba.options import Means, Targets
+
+CAPABILITY = (9, 0)
+
+
+def small() -> list[Kernel]:
+    """Two kernels that take little to compile, not seen by any other test."""
+    targets = Kernel("targets.make_targets", Targets("bf16", "bf16"), 128, 0)
+    return [targets, Kernel("compensation.make_mean_rows", Means("bf16", 128), 128, 0)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(cubin.VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are compiled, by name; Numba and the linker do nothing."""
+    found: list[str] = []
+
+    def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> cubin.Program:
+        found.append(kernel.name)
+        return cubin.Program("entry", "q", kernel.name)
+
+    monkeypatch.setattr(cubin, "ptx_of", ptx_of)
+    monkeypatch.setattr(cubin, "assemble", lambda ptx, capability: ptx.encode())
+    return found
+
+
+def test_what_is_compiled_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    from numba.cuda import dispatcher
+
+    before = list(warnings.filters), dispatcher.get_current_device, gc.isenabled()
+    kernels = small()
+    compile_all(kernels, CAPABILITY)
+    assert (list(warnings.filters), dispatcher.get_current_device, gc.isenabled()) == before
+    assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["mean_rows", "targets"]
+
+    def again(kernel: Kernel, capability: tuple[int, int]) -> Any:
+        raise AssertionError(f"{kernel.name} is compiled again")
+
+    monkeypatch.setattr(cubin, "ptx_of", again)
+    for kernel, other in zip(kernels, small(), strict=True):
+        assert other.code(CAPABILITY) == kernel.code(CAPABILITY)
+        assert other.code(CAPABILITY).cubin[:4] == b"\x7fELF"
+
+
+def test_the_linker_works_on_all_at_once(pretended: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Barrier(2, timeout=30)
+
+    def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
+        together.wait()
+        return ptx.encode()
+
+    monkeypatch.setattr(cubin, "assemble", assemble)
+    kernels = small()
+    compile_all(kernels, CAPABILITY)
+    assert [kernel.code(CAPABILITY).cubin for kernel in kernels] == [b"targets", b"mean_rows"]
+
+
+def test_threads_that_ask_at_once_compile_once(pretended: list[str], folder: Path) -> None:
+    kernel, start = small()[0], Barrier(4, timeout=30)
+
+    def ask(_: int) -> cubin.Code:
+        start.wait()
+        return kernel.code(CAPABILITY)
+
+    with ThreadPoolExecutor(4) as threads:
+        codes = list(threads.map(ask, range(4)))
+    assert pretended == ["targets"] and all(code is codes[0] for code in codes)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_failure_is_raised_and_not_kept(pretended: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(ptx: str, capability: tuple[int, int]) -> bytes:
+        raise RuntimeError(f"no cubin of {ptx}")
+
+    kernels = small()
+    with monkeypatch.context() as patched:
+        patched.setattr(cubin, "assemble", refuse)
+        with pytest.raises(RuntimeError, match="no cubin of targets"):
+            compile_all(kernels, CAPABILITY)
+    assert not list(folder.iterdir())
+    compile_all(kernels, CAPABILITY)
+    assert len(list(folder.iterdir())) == 2
