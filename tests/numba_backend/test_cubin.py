@@ -10,9 +10,10 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+import torch
 
 from cce.backends.numba import cubin
-from cce.backends.numba.launch import Kernel, compile_all
+from cce.backends.numba.launch import Kernel, compile_all, prepare_all
 from cce.backends.numba.options import Means, Targets
 
 CAPABILITY = (9, 0)
@@ -74,6 +75,20 @@ def test_the_linker_works_on_all_at_once(pretended: list[str], monkeypatch: pyte
     kernels = small()
     compile_all(kernels, CAPABILITY)
     assert [kernel.code(CAPABILITY).cubin for kernel in kernels] == [b"targets", b"mean_rows"]
+
+
+def test_launches_compile_what_is_missing(pretended: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CAPABILITY)
+    monkeypatch.setattr(Kernel, "prepare", lambda self, grid, *arguments: (self.name, grid, arguments))
+    first, second = small()
+    launches = [(first, 2, (1.0, 5)), (second, 3, ())]
+    assert prepare_all(launches) == [("targets", 2, (1.0, 5)), ("mean_rows", 3, ())]
+    assert sorted(pretended) == ["mean_rows", "targets"]
+    for kernel in first, second:
+        kernel._loaded[0] = 0, ""
+    monkeypatch.setattr(Kernel, "code", None)  # nobody may ask for it
+    assert len(prepare_all(launches)) == 2
 
 
 def test_threads_that_ask_at_once_compile_once(pretended: list[str], folder: Path) -> None:

@@ -118,15 +118,15 @@ def prepare_all(launches: Sequence[tuple[Kernel, int, Sequence[Any]]]) -> list[C
     if not simulated():
         device = torch.cuda.current_device()
         missing = [kernel for kernel, _, _ in launches if not kernel.loaded(device)]
-        compile_all(missing[::-1], torch.cuda.get_device_capability(device))
+        if missing:
+            compile_all(missing[::-1], torch.cuda.get_device_capability(device))
     return [kernel.prepare(grid, *arguments) for kernel, grid, arguments in launches]
 
 
 def compile_all(kernels: Sequence[Kernel], capability: tuple[int, int]) -> None:
     """Each in a thread of its own; what one of them raises is raised here."""
-    if kernels:
-        with ThreadPoolExecutor(len(kernels)) as threads:
-            list(threads.map(lambda kernel: kernel.code(capability), kernels))
+    with ThreadPoolExecutor(len(kernels)) as threads:
+        list(threads.map(lambda kernel: kernel.code(capability), kernels))
 
 
 def _number(x: Any) -> Any:
