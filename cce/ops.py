@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cce import parallel, registry
-from cce.operators import fake, operator
+from cce.operators import differentiable, fake, operator
 from cce.order import mean_logit_order
 from cce.parallel import Part
 from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
@@ -226,7 +226,7 @@ def differentiate(operator: Callable[..., Any], ctx: Any, *grads: Tensor | None)
     return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 10)
 
 
-torch.library.register_autograd("cce::forward", partial(differentiate, backward), setup_context=setup_context)
+differentiable("cce::forward", partial(differentiate, backward), setup_context)
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
@@ -237,7 +237,7 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
-torch.library.register_autograd("cce::backward", no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+differentiable("cce::backward", no_second_derivative, lambda ctx, inputs, output: None)
 
 
 def _resolved(key: str, problem: Problem, part: str) -> Spec:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.operators import fake, operator
+from cce.operators import differentiable, fake, operator
 from cce.parallel import gather, group_of
 
 
@@ -56,5 +56,5 @@ def _gather(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return gather_rows(grad, ctx.group, ctx.sizes), None, None
 
 
-torch.library.register_autograd("cce::gather_rows", _own, setup_context=_setup_context)
-torch.library.register_autograd("cce::own_rows", _gather, setup_context=_setup_context)
+differentiable("cce::gather_rows", _own, _setup_context)
+differentiable("cce::own_rows", _gather, _setup_context)

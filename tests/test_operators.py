@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cce import operators
+import cce
+from cce import operators, ops
 
 
 def test_a_step_imports_no_compiler() -> None:
@@ -20,6 +21,10 @@ def test_a_step_imports_no_compiler() -> None:
         assert "torch._dynamo" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def itself(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def twice(x: torch.Tensor) -> torch.Tensor:
@@ -47,10 +52,41 @@ def test_the_compiler_does_not_look_inside(closed: bool, monkeypatch: pytest.Mon
     assert len(graphs) == (0 if closed else 1)
 
 
-def test_an_operator_is_checked_by_torch() -> None:
-    """Schema, autograd, shapes without values, and what is compiled."""
-    name = "cce_test::checked"
-    operator = operators.operator(name)(twice)
+def test_modules_can_be_imported_again() -> None:
+    """As a notebook does after a change."""
+    code = """if True:
+        import sys, torch, cce
+        for name in [name for name in sys.modules if name.split(".")[0] == "cce"]:
+            del sys.modules[name]
+        import cce
+        e, c = torch.ones(2, 3, requires_grad=True), torch.ones(4, 3)
+        cce.loss(e, c, torch.arange(2), spec=cce.Spec(filter="none")).backward()
+        assert e.grad is not None
+    """
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_operators_are_checked_by_torch() -> None:
+    """Schema, that no result is an argument, autograd, shapes without values, and what is compiled."""
+    rng = torch.Generator().manual_seed(0)
+    e, c = (torch.randn(*size, generator=rng, requires_grad=True) for size in ((6, 4), (9, 4)))
+    labels = torch.tensor([0, 8, -100, 3, 3, 1])
+    torch.library.opcheck(ops.prepare_targets_op, (labels[:, None], 9, -100))
+    targets = ops.prepare_targets(labels[:, None], 9, -100)
+    key = cce.Spec(filter="none").key
+    options = ("torch", key, None, 1.0, "entropy", "e,c", "")
+    torch.library.opcheck(ops.forward, (e, c, None, targets, None, None, *options))
+    found = ops.forward(e, c, None, targets, None, None, *options)
+    lse, target_logits, entropy, _, _, *maps, _ = (x.detach() for x in found)
+    upstream = [torch.ones_like(lse), -torch.ones_like(target_logits), torch.ones_like(entropy), e.new_empty(0)]
+    tensors = (e.detach(), c.detach(), None, targets, None, None, [lse, target_logits, entropy, *maps], upstream)
+    torch.library.opcheck(ops.backward, (*tensors, *options, "e,c"))
+
+
+def test_a_result_that_is_an_argument_is_found() -> None:
+    """What these checks are for: here nothing looks at it when an operator is called."""
+    name = "cce_test::same"
+    same = operators.operator(name)(itself)
     operators.fake(name)(torch.empty_like)
-    torch.library.register_autograd(name, lambda ctx, grad: grad + grad)
-    torch.library.opcheck(operator, (torch.ones(3, requires_grad=True),))
+    with pytest.raises(Exception, match="alias"):
+        torch.library.opcheck(same, (torch.ones(3),))

@@ -203,20 +203,22 @@ class Bench(Lists):
         found, wanted = Results(self.device), Results(self.device)
         v0, v1 = case.v // 3, case.v - 5
         formula = replace(self.formula, bias=None if self.bias is None else self._to(self.bias))
-        height, pitch = cdiv(n, self.sizes.gradient_rows), cdiv(v1 - v0, 16) * 16 + 16
+        height = cdiv(n, self.sizes.gradient_rows)
         for kernels, results in ((self.kernels, found), (self.plain, wanted)):
-            dz = results.new("dz", (n, v1 - v0), self.dtype, pitch)
-            sums = results.new("column_sums", (height, v1 - v0)) if case.dbias else None
             dense = Dense(self.operand(self.e), formula, rows, weight, case.dbias)
             window = kernels.gradient(self.problem, self.spec, dense)
-            other = sums if sums is None else torch.empty_like(sums[:, :8])
-            window(self.operand(self.c[:8]), 0, torch.empty_like(dz[:, :8]), other)  # no part of what comes next
-            window(self.operand(self.c[v0:v1]), v0, dz, sums)
+            for number, (first, last) in enumerate(((0, min(8, case.v)), (v0, v1))):
+                columns = last - first
+                dz = results.new(f"dz {number}", (n, columns), self.dtype, cdiv(columns, 16) * 16 + 16)
+                sums = results.new(f"column_sums {number}", (height, columns)) if case.dbias else None
+                window(self.operand(self.c[first:last]), first, dz, sums)
         faults, keep = found.overruns(), self.counts.to(self.device)
-        faults += compare("dz", found.whole["dz"][1][keep], wanted.whole["dz"][1][keep], self.rounded)
-        if case.dbias:
-            pair = (results.whole["column_sums"][1] for results in (found, wanted))
-            faults += compare("column_sums", *pair, self.tolerance)
+        for name in found.whole:
+            pair = [results.whole[name][1] for results in (found, wanted)]
+            if name.startswith("dz"):
+                faults += compare(name, *(x[keep] for x in pair), self.rounded)
+            else:
+                faults += compare(name, *pair, self.tolerance)
         return faults
 
     def mean_rows(self) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from plain import PlainKernels, dx_of, logits
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Gradient, Kernels, Live, Sizes
+from cce.backends.gpu.kernels import GradientOfWindow, Kernels, Live, Sizes
 from cce.problem import Problem
 from cce.spec import Spec
 
@@ -87,7 +87,7 @@ class IdleKernels(PlainKernels):
     def statistics_ahead(self, *arguments: Any) -> None:
         """Nothing."""
 
-    def gradient(self, *arguments: Any) -> Gradient:
+    def gradient(self, *arguments: Any) -> GradientOfWindow:
         return lambda *window: None
 
     mean_rows = Kernels.mean_rows  # the library's

@@ -11,7 +11,7 @@ import torch
 from plain_math import capped, describe, dx_of, finite, join, logits
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Dense, Formula, Gradient, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.work import Work
 from cce.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
@@ -86,7 +86,7 @@ class PlainKernels(Kernels):
         ahead.out.copy_(ahead.c[ahead.order])
         self.statistics(*given)
 
-    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
         everyone = torch.arange(len(dense.e), device=dense.e.device)
 
         def window(c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:

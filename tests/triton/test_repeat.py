@@ -153,7 +153,8 @@ class OnDevice:
         self.direct.append(arguments)
 
 
-def test_a_profiler_is_told_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_is_told_of_launches(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Triton's own launch; without one the hooks' part of a launch is left out."""
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
@@ -161,7 +162,7 @@ def test_a_profiler_is_told_of_launches(monkeypatch: pytest.MonkeyPatch) -> None
     launch = repeat._launcher(compiled, (2, 1, 1))
     launch("x")
     assert compiled.direct == [(2, 1, 1, 5, 7, ("metadata",), None, None, None, "x")] and not compiled.usual
-    hook = triton.knobs.runtime.launch_exit_hook
+    hook = getattr(triton.knobs.runtime, which)
     hook.add(print)
     try:
         launch("y")

@@ -15,9 +15,9 @@ from cce.backends.cupy.module import Variant, function
 class Launch:
     """A kernel with its arguments, to be launched any number of times on the device that is current now.
 
-    Fields of ``arguments`` may change between launches: the driver copies them at each. The tensors whose addresses
-    they hold live as long as this; what runs behind the host is safe, since torch gives their memory to the same stream
-    only. So may the grid.
+    Fields of ``arguments``, and ``grid``, may change between launches: the driver copies them at each. The tensors
+    whose addresses they hold live as long as this; what runs behind the host is safe, since torch gives their memory to
+    the same stream only.
 
     Args:
         variant: the kernel.

@@ -25,7 +25,7 @@ from cce.backends.cupy.variants import (
     statistics_variant,
     targets_variant,
 )
-from cce.backends.gpu.kernels import Dense, Formula, Gradient, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.sizes import cdiv
@@ -82,7 +82,7 @@ class PortableKernels(Kernels):
         variant = statistics_variant(Gpu.current(), e.dtype, formula, spec, splits, tiles, columns)
         Launch(variant, cdiv(len(e), TILE_N) * number, THREADS, arguments)()
 
-    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
         blocks = cdiv(len(dense.e), TILE_N)
         arguments = structs.GradientArguments(
             e=structs.Matrix.of(dense.e), rows=structs.Rows.of(dense.rows), formula=structs.Formula.of(dense.formula),

@@ -22,7 +22,7 @@ from cce.backends.cupy.sm90_onepass import Sm90OnePass
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dense_macros, rows_macros
-from cce.backends.gpu.kernels import Dense, Formula, Gradient, Live, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Live, Sizes, Splits, Tiles
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv, rows_are_copied
 from cce.problem import Problem
@@ -159,7 +159,7 @@ class Sm90Kernels(PortableKernels):
         variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
         Launch(variant, grid_of(cdiv(len(e), cluster * TILE_N) * number, cluster), THREADS, arguments)()
 
-    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
         e, formula = dense.e, dense.formula
         if not is_served(e.dtype):
             return super().gradient(problem, spec, dense)

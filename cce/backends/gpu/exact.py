@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
-from cce.backends.gpu.kernels import Dense, Gradient, Kernels
+from cce.backends.gpu.kernels import Dense, GradientOfWindow, Kernels
 from cce.backends.gpu.lent import shaped, share_of_chunk, stretches
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.products import product, write_product
@@ -83,7 +83,7 @@ def _chunks(
     return total
 
 
-def _dz(call: Call, gradient: Gradient, c: Tensor, v0: int, memory: Tensor, dbias: Tensor | None) -> Tensor:
+def _dz(call: Call, gradient: GradientOfWindow, c: Tensor, v0: int, memory: Tensor, dbias: Tensor | None) -> Tensor:
     """(N, columns): dx of a chunk; its column sums go into ``dbias``."""
     n, columns = call.problem.n, c.shape[0]
     width = pitch(columns)

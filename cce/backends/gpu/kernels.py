@@ -148,7 +148,7 @@ class Dense:
 
 
 #: Computes dx of a window; what its arguments are, :meth:`Kernels.gradient` says.
-Gradient = Callable[[Tensor, int, Tensor, Tensor | None], None]
+GradientOfWindow = Callable[[Tensor, int, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Kernels(LibraryOperations, ABC):
         """
 
     @abstractmethod
-    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
         """A function that computes dx of all rows and a window of the vocabulary.
 
         It is called for window after window; what costs time on the host is to be done once, here. Its arguments:

@@ -30,8 +30,10 @@ def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def narrow_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b, in the factors' dtype."""
-    if a.device.type == "cpu" and a.dtype == torch.bfloat16:  # on AMX oneDNN takes up what lies behind its rows
-        a = a.contiguous()
+    if a.device.type == "cpu" and a.dtype != torch.float32:
+        # oneDNN's bfloat16 products on AMX take up what lies behind a row, padding or the next row, with any NaN in it.
+        found = torch.mm(a.float(), b.float()).to(a.dtype)
+        return found if out is None else out.copy_(found)
     return torch.mm(a, b, out=out)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 VARIABLE = "CCE_NUMBA_CACHE"
 #: How an argument lies in memory, each in 8 bytes.
 _FORMATS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
-_SOURCES = ("device.py", "intrinsics.py", "matrix.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
+_SOURCES = ("cubin.py", "device.py", "intrinsics.py", "matrix.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
 #: Numba compiles one kernel at a time, and what is set up for it (warnings, the device) is the whole process's.
 _COMPILER = Lock()
 
@@ -86,7 +86,10 @@ def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Most of what Numba makes is kept for good: to look through it for garbage took a tenth of the time."""
+    """Most of what Numba makes is kept for good: to look through it for garbage took a tenth of the time.
+
+    It is the whole process's collector, for seconds.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Dense, Formula, Gradient, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Kernels, Live, Rows, Sizes, Splits, Tiles
 from cce.backends.gpu.sizes import ALIGNMENT, padded
-from cce.backends.numba import compensation, options
+from cce.backends.numba import compensation
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
 from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
 from cce.backends.numba.live import launches
 from cce.backends.numba.operands import pieces_of, pitch_of
-from cce.backends.numba.options import Statistics, Targets
+from cce.backends.numba.options import Gradient, Statistics, Targets
 from cce.problem import Maps, Problem
 from cce.spec import Spec
 
@@ -80,12 +80,12 @@ class NumbaKernels(Kernels):
             formula.scale, formula.softcap or 0.0,
         )  # fmt: skip
 
-    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> Gradient:
+    def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
         e, formula, rows, weight = dense.e, dense.formula, dense.rows, dense.weight
         choice = _choice(problem, spec, formula.ieee)
         tile = choice.gradient
         kernel = gradient_kernel(
-            options.Gradient(
+            Gradient(
                 tile, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
                 entropy=rows.h is not None, weighted=weight is not None, sums=dense.column_sums,
                 one_target=problem.k == 1,
@@ -94,6 +94,7 @@ class NumbaKernels(Kernels):
         blocks = -(-len(e) // tile.rows)
 
         def window(c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:
+            # Arguments are packed anew for each window: the kernels take longer than that.
             columns = slice(first, first + len(c))
             bias, u = (None if x is None else x[columns] for x in (formula.bias, weight))
             kernel(

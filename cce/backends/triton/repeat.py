@@ -85,8 +85,8 @@ def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 
 
 def _calls_something(hook: Any) -> bool:
-    """A chain of hooks, which is one even where it is empty; or a hook or None, in other releases."""
-    return bool(getattr(hook, "calls", hook))
+    """A chain of hooks, which is no None even where it is empty; or a hook or None, in other releases."""
+    return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
 
 
 def _kind(x: Any) -> object:
