@@ -65,8 +65,8 @@ class Options:
     peers: tuple[str, ...] = tuple(PEERS)
     trained: dict[str, Path] = field(default_factory=dict)
     quick: bool = False
-    effort: Effort = Effort()  # noqa: RUF009 (immutable)
-    sweep_effort: Effort = Effort(3, 60)  # noqa: RUF009
+    effort: Effort = field(default_factory=Effort)
+    sweep_effort: Effort = field(default_factory=lambda: Effort(3, 60))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ class Options:
 
     text: Path | None = None
     steps: int = 100
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     backend: str = "auto"
-    spec: cce.Spec = cce.Spec()  # noqa: RUF009 (immutable)
+    spec: cce.Spec = field(default_factory=cce.Spec)
     out: Path = Path("cce-demo.png")
     save: Path | None = None
     seed: int = 0

@@ -44,14 +44,14 @@ def cubin(variant: Variant) -> bytes:
     options = [option.encode() for option in variant.options]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = bytearray(size)  # of one byte, bytes would be the interpreter's own b" ", for everybody
     nvrtc.nvrtcGetProgramLog(program, log)
     assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"{variant}\n{log.decode()}"
     _, size = nvrtc.nvrtcGetCUBINSize(program)
-    binary = b" " * size
+    binary = bytearray(size)
     nvrtc.nvrtcGetCUBIN(program, binary)
     nvrtc.nvrtcDestroyProgram(program)
-    return binary
+    return bytes(binary)
 
 
 @cache

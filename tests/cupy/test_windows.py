@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ KINDS = {
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     """Grid and address of the arguments of each launch, of a GPU of 132 multiprocessors."""
     found: list[tuple[int, int]] = []
 
@@ -42,7 +43,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     encoder = SimpleNamespace(cuTensorMapEncodeTiled=lambda *arguments: 0)
     monkeypatch.setattr(tensor_maps, "_driver", lambda: encoder)
-    return found
+    yield found
+    tensor_maps._encoded.cache_clear()  # nobody else's maps
 
 
 @pytest.mark.parametrize("kind", KINDS)

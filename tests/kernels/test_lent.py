@@ -38,10 +38,8 @@ def test_a_chunk_has_room_in_what_is_lent() -> None:
     found = stretches(v, torch.empty(v, d, dtype=torch.bfloat16), unit, share_of_chunk(n, d), n * unit * 2)
     assert len(found) > 5
     for one in found[:-1]:
-        assert (
-            one.lent is not None
-            and n * (one.v1 - one.v0) * 2 <= one.lent.numel() < n * (one.v1 - one.v0 + 2 * unit) * 2
-        )
+        columns = one.v1 - one.v0
+        assert one.lent is not None and n * columns * 2 <= one.lent.numel() < n * (columns + 2 * unit) * 2
 
 
 def test_shaped() -> None:

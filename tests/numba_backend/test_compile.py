@@ -41,7 +41,7 @@ def kernels(setting: str, gpu: GPU) -> list[Kernel]:
 def test_compiles(arch: str, setting: str, tmp_path: Path) -> None:
     wrong = []
     for kernel in kernels(setting, GPUS[arch]):
-        ptx = ptx_of(kernel, GPUS[arch].capability).text
+        ptx = ptx_of(kernel, GPUS[arch].capability).code.decode()
         name = kernel.name
         wrong += [f"{name}: {fault}" for fault in faults(arch, kernel, ptx)]
         wrong += [f"{name}: {stack} bytes of stack" for stack in [stack_bytes(arch, ptx, tmp_path)] if stack]

@@ -36,12 +36,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that are compiled, by name; Numba and the linker do nothing."""
     found: list[str] = []
 
-    def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> cubin.Program:
+    def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> cubin.Code:
         found.append(kernel.name)
-        return cubin.Program("entry", "q", kernel.name)
+        return cubin.Code("entry", "q", kernel.name.encode())
 
     monkeypatch.setattr(cubin, "ptx_of", ptx_of)
-    monkeypatch.setattr(cubin, "assemble", lambda ptx, capability: ptx.encode())
+    monkeypatch.setattr(cubin, "assemble", lambda ptx, capability: ptx)
     return found
 
 
@@ -61,20 +61,20 @@ def test_what_is_compiled_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cubin, "ptx_of", again)
     for kernel, other in zip(kernels, small(), strict=True):
         assert other.code(CAPABILITY) == kernel.code(CAPABILITY)
-        assert other.code(CAPABILITY).cubin[:4] == b"\x7fELF"
+        assert other.code(CAPABILITY).code[:4] == b"\x7fELF"
 
 
 def test_the_linker_works_on_all_at_once(pretended: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     together = Barrier(2, timeout=30)
 
-    def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
+    def assemble(ptx: bytes, capability: tuple[int, int]) -> bytes:
         together.wait()
-        return ptx.encode()
+        return ptx
 
     monkeypatch.setattr(cubin, "assemble", assemble)
     kernels = small()
     compile_all(kernels, CAPABILITY)
-    assert [kernel.code(CAPABILITY).cubin for kernel in kernels] == [b"targets", b"mean_rows"]
+    assert [kernel.code(CAPABILITY).code for kernel in kernels] == [b"targets", b"mean_rows"]
 
 
 def test_launches_compile_what_is_missing(pretended: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_threads_that_ask_at_once_compile_once(pretended: list[str], folder: Pat
 
 
 def test_a_failure_is_raised_and_not_kept(pretended: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(ptx: str, capability: tuple[int, int]) -> bytes:
-        raise RuntimeError(f"no cubin of {ptx}")
+    def refuse(ptx: bytes, capability: tuple[int, int]) -> bytes:
+        raise RuntimeError(f"no cubin of {ptx.decode()}")
 
     kernels = small()
     with monkeypatch.context() as patched:

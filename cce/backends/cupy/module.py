@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,14 +62,14 @@ def function(variant: Variant) -> int:
 
 
 @cache
-def _raw_module(path: str) -> object:
+def _raw_module(path: str) -> Any:
     import cupy
 
     return cupy.RawModule(path=path)
 
 
 def _load(variant: Variant) -> int:
-    kernel = _raw_module(str(_cubin(variant))).get_function(variant.name)  # type: ignore[attr-defined]
+    kernel = _raw_module(str(_cubin(variant))).get_function(variant.name)
     if variant.shared > 0:
         kernel.max_dynamic_shared_size_bytes = variant.shared
     return int(kernel.kernel.ptr)

@@ -65,12 +65,10 @@ class PortableOnePass(OnePassKernels):
         n, k = targets.shape
         bias, scale = formula.bias, formula.scale
         key = ("targets", e.dtype, c.dtype, bias is None, scale == 1.0, used_e is None, e.get_device())
-        launch = self._kernels.get(key) or self._launch(
-            key,
-            "targets",
-            targets_variant(Gpu.current(), e.dtype, c.dtype, formula, used_e is not None),
-            TARGET_THREADS,
-        )
+        launch = self._kernels.get(key)
+        if launch is None:
+            variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula, used_e is not None)
+            launch = self._launch(key, "targets", variant, TARGET_THREADS)
         launch(
             n * k, 1, e.data_ptr(), c.data_ptr(), *e.stride(), *c.stride(), 0 if bias is None else bias.data_ptr(),
             targets.data_ptr(), out.data_ptr(), scale, 0.0, e.shape[1], k, 0 if used_e is None else used_e.data_ptr(),

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+from cce.backends.gpu.folders import folder_of
 
 if TYPE_CHECKING:
     from cce.backends.numba.launch import Kernel
@@ -34,11 +35,11 @@ _COMPILER = Lock()
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel for a kind of GPU: the name of its entry, how its arguments lie in memory, and the cubin."""
+    """A kernel for a kind of GPU: the name of its entry, how its arguments lie in memory, and its PTX or cubin."""
 
     entry: str
     format: str
-    cubin: bytes
+    code: bytes
 
 
 def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
@@ -48,23 +49,14 @@ def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
         head, cubin = path.read_bytes().split(b"\n", 1)
         entry, layout = head.decode().split(" ")
         return Code(entry, layout, cubin)
-    program = ptx_of(kernel, capability)
-    code = Code(program.entry, program.format, assemble(program.text, capability))
+    ptx = ptx_of(kernel, capability)
+    found = replace(ptx, code=assemble(ptx.code, capability))
     if path is not None:
-        _write(path, f"{code.entry} {code.format}\n".encode() + code.cubin)
-    return code
+        _write(path, f"{found.entry} {found.format}\n".encode() + found.code)
+    return found
 
 
-@dataclass(frozen=True)
-class Program:
-    """What Numba makes of a kernel: PTX, the name of its entry, how arguments lie in memory."""
-
-    entry: str
-    format: str
-    text: str
-
-
-def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
+def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Code:
     """Compiles a kernel as far as Numba does it."""
     with _COMPILER, _no_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
@@ -81,7 +73,7 @@ def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Program:
             )
     text = found if isinstance(found, str) else found.decode()
     entry = text.split(".entry ", 1)[1].split("(", 1)[0].strip()
-    return Program(entry, "".join(_FORMATS[str(x)] for x in parameters), text)
+    return Code(entry, "".join(_FORMATS[str(x)] for x in parameters), text.encode())
 
 
 @contextmanager
@@ -110,25 +102,17 @@ def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def assemble(ptx: str, capability: tuple[int, int]) -> bytes:
+def assemble(ptx: bytes, capability: tuple[int, int]) -> bytes:
     """The cubin of a program."""
     from cuda import core
 
     arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
-    return bytes(core.Program(ptx, "ptx", core.ProgramOptions(arch=arch)).compile("cubin").code)
+    return bytes(core.Program(ptx.decode(), "ptx", core.ProgramOptions(arch=arch)).compile("cubin").code)
 
 
 def folder() -> Path | None:
-    """``CCE_NUMBA_CACHE``, else ``$XDG_CACHE_HOME/cce/numba`` or ``~/.cache/cce/numba``; None if it says "off"."""
-    given, home = os.environ.get(VARIABLE, ""), os.environ.get("XDG_CACHE_HOME", "")
-    if given.lower() == "off":
-        return None
-    try:
-        if given:
-            return Path(given).expanduser()
-        return (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "cce" / "numba"
-    except RuntimeError:  # a user without a home
-        return None
+    """``CCE_NUMBA_CACHE``, else the folder ``cce/numba`` of the user's cache; None if it says "off"."""
+    return folder_of(VARIABLE, "numba")
 
 
 def _path(kernel: Kernel, capability: tuple[int, int]) -> Path | None:

@@ -15,13 +15,13 @@ from numba import config, cuda
 SIMULATED = bool(config.ENABLE_CUDASIM)
 
 if SIMULATED:
-    from cce.backends.numba.twins import *  # noqa: F403
+    from cce.backends.numba.twins import *  # noqa: F403 (every word of either module)
 
     def function(f: Callable[..., Any]) -> Callable[..., Any]:
         """A function for kernels to call; it does not say ``cuda`` itself."""
         return f
 else:
-    from cce.backends.numba.intrinsics import *  # noqa: F403
+    from cce.backends.numba.intrinsics import *  # noqa: F403 (likewise)
 
     barrier = cuda.syncthreads
 

@@ -151,7 +151,7 @@ def _check(result: Any) -> Any:
 
 def _load(code: Code, shared: int) -> int:
     driver = _driver()
-    module = _check(driver.cuModuleLoadData(code.cubin))
+    module = _check(driver.cuModuleLoadData(code.code))
     function = _check(driver.cuModuleGetFunction(module, code.entry.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _check(driver.cuFuncSetAttribute(function, attribute, shared))

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import ModuleType
+from unittest.mock import patch
 
 import numpy as np
 
 
 def _arrays() -> ModuleType:
     """The module, imported with ``np.row_stack`` there; Numba itself imports it with the first kernel."""
-    missing = not hasattr(np, "row_stack")
-    if missing:
-        np.row_stack = np.vstack  # noqa: NPY201
-    try:
+    there = hasattr(np, "row_stack")
+    with nullcontext() if there else patch.object(np, "row_stack", np.vstack, create=True):
         from numba.cuda.np import arrayobj
-    finally:
-        if missing:
-            del np.row_stack  # noqa: NPY201
     return arrayobj
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cce.backends.gpu.folders import folder_of
 from cce.backends.gpu.sizes import power_of_two
 from cce.backends.triton.launch import TILES, Device, Tile
 from cce.problem import Problem
@@ -29,17 +30,8 @@ VARIABLE = "CCE_TUNE_CACHE"
 
 
 def folder() -> Path | None:
-    """``CCE_TUNE_CACHE``, else ``$XDG_CACHE_HOME/cce/launch`` or ``~/.cache/cce/launch``; None if it says "off"."""
-    given, cache = os.environ.get(VARIABLE, ""), os.environ.get("XDG_CACHE_HOME", "")
-    if given.lower() == "off":
-        return None
-    try:
-        if given:
-            return Path(given).expanduser()
-        # XDG: a path that is not absolute is to be ignored.
-        return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "cce" / "launch"
-    except RuntimeError:  # a user without a home
-        return None
+    """``CCE_TUNE_CACHE``, else the folder ``cce/launch`` of the user's cache; None if it says "off"."""
+    return folder_of(VARIABLE, "launch")
 
 
 def key_of(problem: Problem, spec: Spec, device: Device, ordered: bool) -> str:

@@ -100,7 +100,7 @@ class _Forward:
     linear: nn.Module
     call: Call
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch says no type of it
     def __call__(self, *args: Any, **kwargs: Any) -> Logits:
         with _Products(self.linear, self.call):
             found = self.forward(*args, **kwargs)

@@ -52,11 +52,11 @@ class Logits(Tensor):
         self.product, self.call = product, call
         return self
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self) -> str:  # type: ignore[override]  # there are no contents to be told
         return f"Logits(shape={tuple(self.shape)}, dtype={self.dtype}, not computed)"
 
     @classmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch says no type of it
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
