@@ -33,7 +33,7 @@ class Problem:
         e_dtype, c_dtype: dtypes of ``e`` and ``c``.
         device: device type, "cpu", "cuda", ...
         bias: a bias is added to the logits.
-        softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``.
+        softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``, -inf where the bias is.
         outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
         grad_e, grad_c, grad_bias: the gradients that will be wanted.
         part: ``c`` is a part of the vocabulary, so that dE is one of several terms of a sum.
@@ -151,16 +151,23 @@ class Inputs(Generic[A]):
 class Outputs(Generic[A]):
     """Per row of the problem, in the accumulation dtype.
 
+    Only differences of logits count, and all logits of a row may share an offset at which float32 holds few digits of
+    a difference. So the log-sum-exp is a pair of numbers, and ``nll`` is not left to be subtracted by the caller.
+
     Attributes:
-        lse: (N,) log-sum-exp of the row's logits.
-        target_logits: (N, K) ``z[i, targets[i, k]]``, 0 where the target is -1.
+        lse: (N,) log-sum-exp of the row's logits; -inf where all are -inf.
+        nll: (N, K) ``lse_i - z[i, targets[i, k]]``, from differences to the row's largest logit; at least 0, and 0
+            where the target is -1. NaN where lse is -inf or inf.
+        lse_low: (N,) what rounding took from ``lse``, so that ``p = exp((z - lse) - lse_low)``; finite, 0 where ``lse``
+            is not. None stands for 0.
         entropy: (N,) of the softmax, nats; never negative.
-        weighted_logit: (N,) ``sum_v u_v z[i, v]``.
+        weighted_logit: (N,) ``sum_v u_v z[i, v]``, in float64 where the device has it (``cce.backends.mean_logit``).
         prediction: (N,) int64, the vocabulary entry of the largest logit, the first in the vocabulary order if tied.
     """
 
     lse: A
-    target_logits: A
+    nll: A
+    lse_low: A | None = None
     entropy: A | None = None
     weighted_logit: A | None = None
     prediction: A | None = None
@@ -188,8 +195,8 @@ class Upstream(Generic[A]):
     ``dz[i, j] = p_ij (a_i + h_i (lse_i - H_i - z_ij)) - sum_k g_ik [j = targets_ik] + s_i u_j``.
 
     Attributes:
-        a: (N,) of ``lse``.
-        g: (N, K) of ``target_logits``, negated: the gradient of a negative log-likelihood.
+        a: (N,) of ``lse``, plus the sum of ``g`` over k: every ``nll_ik`` has ``lse_i`` in it.
+        g: (N, K) of ``nll``.
         h: (N,) of ``entropy``, or None.
         s: (N,) of ``weighted_logit``, or None.
     """

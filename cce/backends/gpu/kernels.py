@@ -58,8 +58,11 @@ class Sizes:
 class Formula:
     """A logit from a product x = e c^T: z = softcap tanh(scale (x + bias) / softcap), or scale (x + bias).
 
+    z is -inf where the bias is, also under a softcap. tanh(y) has a relative error of a few units in the last place:
+    by exponentials alone it loses softcap times that of a small logit.
+
     Attributes:
-        bias: (columns,) float32, of the columns of the ``c`` at hand, or None.
+        bias: (columns,) float32, contiguous, of the columns of the ``c`` at hand, or None.
         ieee: float32 operands are not rounded to tf32.
     """
 
@@ -78,7 +81,7 @@ class Splits:
     Attributes:
         max, sum: m = largest logit, sum exp(z - m); -inf and 0 before the first tile.
         gap: sum exp(z - m) (m - z), terms with exp(z - m) = 0 left out; or None. The entropy is log sum + gap / sum.
-        weighted: sum u_v z_v, terms with u_v = 0 left out; or None.
+        weighted: sum u_v z_v of the window's columns, so NaN where 0 meets -inf, as in PyTorch; or None.
         best: int32, place of the first largest logit; or None.
     """
 
@@ -96,14 +99,16 @@ class Tiles:
     T' rows are there for every whole tile of the forward: a kernel may write the blocks of its last tile that have no
     columns.
 
+    The block's log-sum-exp is ``max + log_sum``: two numbers, since a large maximum would round the other away.
+
     Attributes:
-        lse: log-sum-exp of the block's logits, -inf where all are -inf.
-        max: the largest of them; or None.
+        max: the block's largest logit; -inf where all are -inf.
+        log_sum: log sum exp(z - max); 0 where all are -inf, NaN where one is NaN.
         entropy: of the softmax within the block, 0 where all are -inf; or None.
     """
 
-    lse: Tensor
-    max: Tensor | None
+    max: Tensor
+    log_sum: Tensor
     entropy: Tensor | None
 
 
@@ -111,17 +116,20 @@ class Tiles:
 class Rows:
     """Per row of the problem, what a logit's gradient is made from; float32, contiguous, in the rows' own order.
 
-    ``dx_j = softcap'(z) (p_j (a + h (lse - entropy - z_j)) - sum_k g_k [j = targets_k] + s u_j)``, p_j = exp(z_j - lse)
+    ``dx_j = softcap'(z) (p_j (a + h ((lse - z_j) + (lse_low - entropy))) - sum_k g_k [j = targets_k] + s u_j)`` with
+    ``p_j = exp((z_j - lse) - lse_low)``, both differences in this order: logits may share a large offset.
 
     a, g, h and s have been multiplied by the logit scale, so that dx is the gradient of e c^T; softcap'(z) is
-    ``1 - (z / softcap)^2``. Where z_j = -inf, dx_j is 0.
+    ``1 - (z / softcap)^2``. Where z_j = -inf, p_j is 0 and so are its terms, but NaN in a row whose lse is -inf or inf:
+    as in PyTorch, a row without a finite logit, or with an infinite one, has no softmax.
 
     Attributes:
-        lse, a: (N,). g: (N, K). entropy, h: (N,) or None. s: (N,) or None.
+        lse, lse_low, a: (N,). g: (N, K). entropy, h: (N,) or None. s: (N,) or None.
         targets: (N, K) int32 places; -1 for none.
     """
 
     lse: Tensor
+    lse_low: Tensor
     a: Tensor
     g: Tensor
     targets: Tensor

@@ -63,16 +63,19 @@ class LibraryOperations:
         """As :meth:`cce.backends.gpu.kernels.Kernels.statistics`, and gathers meanwhile what is ``ahead``."""
         raise NotImplementedError
 
-    def joined_lse(self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
-        """(N,) log-sum-exp of the splits; at least each target's logit, so that no loss is negative. 0 if not in use.
+    def joined(
+        self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """lse (N,), lse_low (N,) and nll (N, K) as :class:`cce.problem.Outputs` has them, float32; 0 if not in use.
+
+        With M the largest of the splits' maxima and l = log sum_k exp(m_k - M) s_k: lse = M + l rounded, lse_low what
+        was rounded off, nll = l + (M - target's logit). A target's logit comes from another kernel, and may exceed the
+        log-sum-exp by its rounding: where an nll were negative, lse is that logit and lse_low is 0.
 
         Args:
             target_logits: (N, K) float32. targets: (N, K) int64, -1 for none. in_use: (N,) bool.
         """
-        m = finite(splits.max.amax(0))
-        lse = m + ((splits.max - m).exp_() * splits.sum).sum(0).log()
-        named = torch.where(targets >= 0, target_logits, -torch.inf).amax(1)
-        return torch.where(in_use, torch.maximum(lse, named), 0)
+        raise NotImplementedError("being written")
 
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
         """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
@@ -114,15 +117,23 @@ class LibraryOperations:
         return False
 
     def fill_maps(
-        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
+        self,
+        problem: Problem,
+        spec: Spec,
+        lse: Tensor,
+        lse_low: Tensor,
+        in_use: Tensor,
+        tiles: Tiles,
+        maps: Maps[Tensor],
     ) -> bool:
         """Fills the maps with what the backward reads, from the blocks' statistics, which may be overwritten.
 
-        The mass exp(tile_lse - lse) (lse = 0 where it is -inf); negated, and at least ``LEAST_HIT``, where the filter's
-        quantity (``tiles.max``, or else ``tiles.lse``) exceeds lse + log threshold. 0 of rows not in use.
+        The mass exp((max - lse) + (log_sum - lse_low)); negated, and at least ``LEAST_HIT``, unless the filter's
+        quantity is at most the threshold: (max - lse) - lse_low <= log threshold for "element", the mass's logarithm
+        for "tile". So a block whose quantity is NaN is computed. 0 of rows not in use.
 
         Args:
-            lse: (N,) float32. in_use: (N,) bool.
+            lse, lse_low: (N,) float32. in_use: (N,) bool.
 
         Returns:
             Whether it did; if not, the library does.

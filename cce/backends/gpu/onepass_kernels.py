@@ -54,28 +54,45 @@ class OnePassKernels(ABC):
         """
 
     @abstractmethod
-    def join(self, tile_max: Tensor, tile_sum: Tensor, target_logits: Tensor, targets: Tensor, lse: Tensor) -> None:
-        """lse (N,): log-sum-exp of the tiles, but at least each target's logit; 0 where a row has no target.
+    def join(
+        self,
+        tile_max: Tensor,
+        tile_sum: Tensor,
+        target_logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        nll: Tensor,
+    ) -> None:
+        """lse, lse_low (N,) and nll (N, K) of the tiles, as :meth:`cce.backends.gpu.kernels.Kernels.joined` has them.
 
-        ``target_logits`` (N, K) float32, ``targets`` (N, K) int64; -1 for none.
+        0 where a row has no target. ``target_logits`` (N, K) float32, ``targets`` (N, K) int64; -1 for none.
         """
 
     @abstractmethod
     def scale(
-        self, q: Tensor, tile_max: Tensor, lse: Tensor, target_logits: Tensor, targets: Tensor, a: Tensor, g: Tensor
+        self,
+        q: Tensor,
+        tile_max: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        nll: Tensor,
+        targets: Tensor,
+        a: Tensor,
+        g: Tensor,
     ) -> None:
-        """q becomes dz = a p - sum_k g_k [j = target_k], p = q exp(m - lse), in the products' dtype.
+        """q becomes dz = a p - sum_k g_k [j = target_k], p = q exp((m - lse) - lse_low), in the products' dtype.
 
-        At a target p is exp(target's logit - lse); where that is 0, dz is 0. A row without a target, or whose a is 0,
-        gets zeros, whatever it holds.
+        At a target p is exp(-nll). A row without a target gets zeros, whatever it holds; so does one whose a is 0, if it
+        is finite. A tile whose m is -inf has p = 0, but NaN where the row's lse is -inf or inf.
 
         Args:
             q: (N, V) as :meth:`store` left it; a: (N,) any stride; g: (N, K). Multiplied by the scale.
         """
 
     @abstractmethod
-    def value(self, weights: Tensor, lse: Tensor, target_logits: Tensor, out: Tensor) -> None:
-        """out = sum_ik weights_ik (lse_i - target_logits_ik), a tensor of one float32."""
+    def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
+        """out = sum_ik weights_ik nll_ik, a tensor of one float32."""
 
     @abstractmethod
     def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
