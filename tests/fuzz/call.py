@@ -40,6 +40,8 @@ def run(plan: Plan, backend: str, device: str = "cpu") -> Outcome:
     except cce.BackendUnavailable as error:
         return Outcome(refused=str(error))
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("spec: got filter=") and _unfiltered(plan):
+            return Outcome(refused=f"  : {str(error).partition(', expected')[0]}")
         return Outcome([f"raised {type(error).__name__}: {str(error)[:300]}"])
     found = {**{f"value {i}": x.detach() for i, x in enumerate(results)}, **{f"d{n}": g for n, g in grads.items()}}
     failures = _shapes(plan, made, found)
@@ -48,6 +50,13 @@ def run(plan: Plan, backend: str, device: str = "cpu") -> Outcome:
         failures += _prediction(plan, made, prediction.cpu())
     failures += [f"{name}: written to" for name in made.written()]
     return Outcome(failures + _beside(plan, made, backend))
+
+
+def _unfiltered(plan: Plan) -> bool:
+    """Gradients of an lse or an entropy are wanted under a filter, which is refused."""
+    o = plan.options
+    asks = {"lse", "entropy"} & set(o.get("outputs", ())) or o.get("entropy_coefficient") or o.get("top_entropy", 1) < 1
+    return bool(plan.spec and plan.spec["filter"] != "none" and plan.wants and (asks or plan.call == "z_loss"))
 
 
 def _arguments(plan: Plan, made: Made) -> tuple[list[Tensor], dict[str, Any]]:
@@ -96,7 +105,7 @@ def _results(plan: Plan, made: Made, backend: str) -> tuple[list[Tensor], Tensor
     if plan.call == "terms":
         outputs = [getattr(found, name) for name in plan.options["outputs"] if name != "prediction"]
     elif plan.call == "evaluate":
-        outputs = [found.nll, found.loss, found.perplexity, found.tokens]
+        outputs = [found.nll, found.loss, found.perplexity]
     wanted = {name: x for name, x in made.tensors.items() if x.requires_grad}
     differentiable = [x for x in outputs if x.requires_grad]
     if not wanted or not differentiable:

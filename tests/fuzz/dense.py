@@ -67,7 +67,8 @@ class Tokens:
         if self.softcap is not None:
             z = noise.capped(z, self.softcap)
             if bias is not None:
-                z = z.masked_fill(torch.isneginf(bias), -torch.inf)
+                # Added: the derivative of tanh at -inf is 0, times NaN in a row that has no softmax.
+                z = z + torch.zeros_like(bias.detach()).masked_fill(torch.isneginf(bias), -torch.inf)
         if noise.generator is None or not z.numel():
             return z
         with torch.no_grad():

@@ -137,6 +137,8 @@ def _lead(rng: random.Random, limits: Limits, call: str) -> tuple[int, ...]:
         return (n,)
     if call in ("dpo", "grpo"):
         return (2 * rng.randint(1, 3), max(n // 4, 1))
+    if call == "multi_token":
+        return rng.choice([(n + 4,), (2, 4 + n // 4), (0, 5)])
     shapes = [(n,), (n,), (n,), (2, n // 2), (n // 3, 3), (2, 1, n // 4), (0,), (1,), (2, 0), (0, 3)]
     if RECIPES.get(call) is None or not RECIPES[call].least:
         shapes.append(())
@@ -211,7 +213,7 @@ def _values_of_call(rng: random.Random, plan: Plan, recipe: Any) -> Mapping[str,
     if rng.random() < 0.3:
         found["ignore_index"] = rng.choice([-1, rng.randrange(plan.v), 2**40, 255])
     if plan.call == "multi_token":
-        if plan.lead[-1] > plan.heads:
+        if rng.random() < 0.5:
             found["shift"] = rng.randint(0, plan.lead[-1] - plan.heads)
     elif plan.lead and rng.random() < 0.3:
         found["shift"] = rng.choice([1, 1, 2, plan.lead[-1], plan.lead[-1] + 3])

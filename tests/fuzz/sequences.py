@@ -90,10 +90,10 @@ def _advantages(noise: Noise, rewards: Tensor, size: int) -> Tensor:
 
 
 def evaluate(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
-    """The summed nll, and its mean, perplexity and the tokens in use; what is correct is checked as a prediction."""
+    """The summed nll, its mean and perplexity; what is correct is checked as a prediction."""
     tokens = Tokens(t, options, noise)
     total, count = noise.sum(tokens.nll()), len(tokens.rows)
-    return total, total / count, (total / count).exp(), torch.tensor(count)
+    return total, total / count, (total / count).exp()
 
 
 def clip_contrastive(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
