@@ -19,6 +19,9 @@ from torch import Tensor
 from compare import compare
 
 
+FILTERED = "spec: a filter with a gradient of lse or entropy"
+
+
 @dataclass
 class Outcome:
     """What became of a call.
@@ -41,7 +44,7 @@ def run(plan: Plan, backend: str, device: str = "cpu") -> Outcome:
         return Outcome(refused=str(error))
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("spec: got filter=") and _unfiltered(plan):
-            return Outcome(refused=f"  : {str(error).partition(', expected')[0]}")
+            return Outcome(refused=f"  {backend}: {FILTERED}")
         return Outcome([f"raised {type(error).__name__}: {str(error)[:300]}"])
     found = {**{f"value {i}": x.detach() for i, x in enumerate(results)}, **{f"d{n}": g for n, g in grads.items()}}
     failures = _shapes(plan, made, found)
@@ -137,7 +140,8 @@ def upstream(plan: Plan, place: int, x: Tensor) -> Tensor:
 
 def _noise(plan: Plan, made: Made, generator: torch.Generator | None = None) -> Noise:
     e, c = (made.tensors[name].dtype for name in ("e", "c"))
-    return Noise(e if plan.call == "nt_xent" else torch.promote_types(e, c), generator, e=e, c=c)
+    spec, problem = plan.spec or {}, e if plan.call == "nt_xent" else torch.promote_types(e, c)
+    return Noise(problem, generator, DTYPES[spec.get("accumulate", "float32")], spec.get("threshold", 0.0), e=e, c=c)
 
 
 def _formula(plan: Plan, made: Made, noise: Noise) -> dict[str, Tensor]:
@@ -153,8 +157,7 @@ def _formula(plan: Plan, made: Made, noise: Noise) -> dict[str, Tensor]:
     wanted = {name: x for name, x in t.items() if x.requires_grad}
     differentiable = [(i, x) for i, x in enumerate(outputs) if x.requires_grad]
     if wanted and differentiable:
-        dtype = torch.float64 if noise.bits == 53 else torch.float32
-        arriving = [upstream(plan, i, x.detach().to(dtype)).double() for i, x in differentiable]
+        arriving = [upstream(plan, i, x.detach().to(noise.results)).double() for i, x in differentiable]
         grads = torch.autograd.grad([x for _, x in differentiable], list(wanted.values()), arriving, allow_unused=True)
         found |= {f"d{n}": torch.zeros_like(wanted[n]) if g is None else g for n, g in zip(wanted, grads, strict=True)}
     return found

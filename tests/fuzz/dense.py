@@ -49,8 +49,9 @@ class Tokens:
         flat = (self.in_use.numel(), targets.shape[-1] if soft else 1)
         self.targets, self.valid = (x.reshape(flat)[self.rows] for x in (targets.masked_fill(~valid, 0), valid))
         self.scale, self.softcap = options.get("logit_scale", 1.0), options.get("softcap")
+        self.error: Tensor | float = 0.0  # of the logits
         self.z = self._logits(t.get("bias"))
-        self.logp = noise.log_softmax(self.z)
+        self.logp = noise.log_softmax(self.z, self.error)
 
     def ahead(self, x: Tensor) -> Tensor:
         """What stands beside the results: x[..., shift:] along the last leading dimension."""
@@ -73,7 +74,8 @@ class Tokens:
             return z
         with torch.no_grad():
             error = logit_error(self.e, self.c, bias, z, self.scale, self.softcap, noise)
-        return noise.by(z, torch.where(torch.isfinite(z), error, 0))
+        self.error = torch.where(torch.isfinite(z), error, 0)
+        return noise.by(z, self.error)
 
     def fill(self, x: Tensor) -> Tensor:
         """From rows in use to the results' shape."""
@@ -96,7 +98,7 @@ class Tokens:
 
     def lse(self) -> Tensor:
         noise, z = self.noise, self.z
-        found: Tensor = LogSumExp.apply(noise.on_gradient(z, lambda dz: noise.by(dz, 8 * noise.u * dz.abs())))
+        found: Tensor = LogSumExp.apply(noise.on_gradient(z, lambda dz: noise.by(dz, (8 * noise.u + self.error) * dz.abs())))
         found = noise.nll(noise.few(found), len(self.c))
         return noise.on_gradient(found, lambda g: noise.note(g) or g)
 
@@ -134,7 +136,7 @@ def loss(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> t
     smoothing, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
     if smoothing:
         u = torch.full((v,), 1 / v, dtype=nll.dtype) if weight is None else weight / v
-        smooth = noise.sum(_smoothed(tokens, u))
+        smooth = _smooth(tokens, u)
         value = noise.few(noise.few((1 - smoothing) * value) + noise.few(smoothing * smooth))
     if z_loss:
         lse = tokens.lse()
@@ -148,12 +150,18 @@ def loss(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> t
     return (reduce(noise, value, token_weight, options.get("reduction", "mean"), divisor),)
 
 
-def _smoothed(tokens: Tokens, u: Tensor) -> Tensor:
-    """(N, V) whose sum is - sum_v u_v log p_v, computed as (sum u) lse - sum u_v z_v."""
-    noise, found = tokens.noise, -(tokens.logp * u)
-    if tokens.softcap is None:  # the mean logit is a float64 product with the mean row
+def _smooth(tokens: Tokens, u: Tensor) -> Tensor:
+    """(N,) - sum_v u_v log p_v, the difference of (sum u) lse and the weighted logit, which are computed apart.
+
+    So an error that all logits of a row have in common, which no difference of logits shows, is not cancelled.
+    """
+    noise, found = tokens.noise, tokens.noise.sum(-(tokens.logp * u))
+    if noise.generator is None or not found.numel():
         return found
-    return noise.by(found, 4 * noise.u * tokens.softcap * u.abs())
+    common = (tokens.error * u).sum(-1)
+    if tokens.softcap is not None:  # a float32 sum; else a float64 product with the mean row
+        common = common + 4 * noise.u * tokens.softcap * u.sum()
+    return noise.by(found, common)
 
 
 def terms(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:

@@ -37,16 +37,26 @@ class Noise:
     Args:
         dtype: of the problem: the wider of e's and c's.
         generator: of the signs.
+        results: the dtype of the results.
+        skipped: largest probability that a filter may take for another one as small.
         dtypes: of e and c, in which a recipe may store what it makes of them.
     """
 
-    def __init__(self, dtype: torch.dtype, generator: torch.Generator | None = None, **dtypes: torch.dtype) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        generator: torch.Generator | None = None,
+        results: torch.dtype = torch.float32,
+        skipped: float = 0.0,
+        **dtypes: torch.dtype,
+    ) -> None:
         sums = torch.float64 if dtype == torch.float64 else torch.float32
         self.u = UNIT[sums] + UNIT[torch.float64]  # the formula's own roundings are added
+        self.results = torch.promote_types(sums, results)
         self.bits = 53 if sums == torch.float64 else 24
         self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[dtype], UNDERFLOW[sums])
         self.stored = {name: UNIT[x] for name, x in dtypes.items()}
-        self.generator = generator
+        self.generator, self.skipped = generator, skipped
         self.largest = 0.0  # upstream gradient of a logit met in this backward
 
     def signs(self, x: Tensor, *shape: int) -> Tensor:
@@ -79,15 +89,17 @@ class Noise:
         x.register_hook(change)
         return x
 
-    def log_softmax(self, z: Tensor) -> Tensor:
-        """Disturbs dz by some roundings of its parts, and each row's p by the error of its log-sum-exp."""
+    def log_softmax(self, z: Tensor, error: Tensor | float = 0.0) -> Tensor:
+        """Disturbs dz by some roundings of its parts, each row's p by the error of its log-sum-exp, and each p by the
+        ``error`` of its logit, which is computed again: it may be off by another rounding than in the log-sum-exp.
+        """
         met: list[Tensor] = []
         p = F.softmax(z.detach(), -1)
 
         def at_z(dz: Tensor) -> Tensor:
             g, row = met[-1], met[-1].sum(-1, keepdim=True) * p
             lse = (FEW + LAMBDA * math.sqrt(z.shape[-1])) * self.u
-            dz = self.by(dz, FEW * self.u * (g.abs() + row.abs()))
+            dz = self.by(dz, FEW * self.u * (g.abs() + row.abs()) + error * row.abs())
             return dz + _finite(lse * row) * self.signs(z, len(z), 1)
 
         found = F.log_softmax(self.on_gradient(z, at_z), -1)
@@ -109,7 +121,7 @@ class Noise:
             lost = torch.minimum(g.abs(), torch.tensor(self.underflow * self.largest, dtype=g.dtype))
             dx.append(g.abs())
             # Below the least normal number all errors may have one sign.
-            return self.by(g, self.u_in * g.abs()) - torch.sign(_finite(g)) * _finite(lost)
+            return self.by(g, self.u_in * g.abs() + 2 * self.skipped * self.largest) - torch.sign(_finite(g)) * _finite(lost)
 
         def at(other: Tensor, transposed: bool) -> Callable[[Tensor], Tensor]:
             def change(g: Tensor) -> Tensor:
@@ -146,6 +158,18 @@ def logit_error(e: Tensor, c: Tensor, bias: Tensor | None, z: Tensor, scale: flo
         delta = delta + torch.where(exact, 0, FEW * u * z.abs())
     lse = torch.logsumexp(z, -1, keepdim=True)
     return delta + FEW * u * (1 + (z - lse).abs())
+
+
+def normalized(x: Tensor, noise: Noise) -> Tensor:
+    """Rows of norm 1, computed and differentiated in the sums' dtype."""
+    met: list[Tensor] = []
+
+    def change(g: Tensor) -> Tensor:
+        y, at_y = F.normalize(x.detach(), dim=1), met[-1].abs()
+        size = (at_y + y.abs() * (at_y * y.abs()).sum(1, keepdim=True)) / x.detach().norm(dim=1, keepdim=True)
+        return noise.by(g, (FEW + LAMBDA * math.sqrt(x.shape[1])) * noise.u * size)
+
+    return noise.on_gradient(F.normalize(noise.on_gradient(x, change), dim=1), lambda g: met.append(g) or g)
 
 
 def grid(x: Tensor) -> float:

@@ -120,7 +120,10 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     if own.random() < 0.1:
         wants = ()
     own_options = {name: x for name, x in _values_of_call(own, plan, recipe).items()}
-    return _with(plan, layouts=layouts, wants=wants, upstream=own.choice(UPSTREAMS), options={**options, **own_options})
+    arriving = own.choice([x for x in UPSTREAMS if x != "nan" or recipe is None])
+    if call == "evaluate":
+        wants = ()
+    return _with(plan, layouts=layouts, wants=wants, upstream=arriving, options={**options, **own_options})
 
 
 def _with(plan: Plan, **fields: Any) -> Plan:
@@ -234,7 +237,7 @@ def _spec(variant: random.Random, own: random.Random, limits: Limits) -> dict[st
     found: dict[str, Any] = {"filter": variant.choice(["none", "none", "element", "tile"])}
     if found["filter"] != "none":
         # So small that what is left out is nothing beside a rounding error.
-        found["threshold"] = 1e-30
+        found["threshold"] = 1e-30  # of a filter
         found["compensate"] = variant.random() < 0.6
         found["row_order"] = variant.choice(["live", "natural"])
     if variant.random() < 0.6:

@@ -61,7 +61,9 @@ def of_nll(f: Callable[..., Tensor]) -> Formula:
 
 def _log_rest(nll: Tensor) -> Tensor:
     """log(1 - p); a finite number at p = 1, where every loss below has a finite limit."""
-    return torch.where(nll < 0.7, torch.log(-torch.expm1(-nll.clamp(min=1e-300))), torch.log1p(-torch.exp(-nll)))
+    small, large = torch.where(nll < 0.7, nll, 1.0), torch.where(nll < 0.1, 1.0, nll)
+    small = torch.where(small < 1e-300, 1e-300, small)
+    return torch.where(nll < 0.7, torch.log(-torch.expm1(-small)), torch.log1p(-torch.exp(-large)))
 
 
 def _power(x: Tensor, power: float) -> Tensor:
@@ -93,13 +95,10 @@ def dice(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
 def ldr(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
     lam, margin = options.get("lam", 1.0), options.get("margin", 0.0)
     tokens = Tokens(t, _tempered(options, lam), noise)
-    v = len(t["c"])
-    far = -tokens.logp.gather(-1, tokens.targets) + tokens.logp + margin / lam
-    at = F.one_hot(tokens.targets[:, 0], v).bool()
-    # Computed of nll alone: exp(margin / lam) multiplies its error.
-    far = noise.by(far, (math.exp(margin / lam) * (4 + 2 * math.sqrt(v)) + far.detach().abs()) * noise.u)
-    value = torch.logsumexp(torch.where(at, 0, far), -1) - math.log(v)
-    value = noise.by(value, 4 * noise.u * math.log(v + 1))
+    nll = tokens.nll()
+    # sum_k exp((z_k - z_y + margin [k != y]) / lam) is 1 for k = y and exp(margin / lam) (1 / p - 1) for the others.
+    value = nll + torch.log1p(math.expm1(margin / lam) * -torch.expm1(-nll)) - math.log(len(t["c"]))
+    value = noise.by(value, 4 * noise.u * (math.log(len(t["c"]) + 1) + value.detach().abs()))
     return _reduced(noise, tokens, t, options, lam * value)
 
 
@@ -110,7 +109,7 @@ def z_loss(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) ->
 
 def _least(noise: Noise) -> float:
     """2^7 epsilon of the results' dtype: what 1 - p counts as at least under a logarithm."""
-    return 2.0 ** (7 - noise.bits + 1)
+    return 2**7 * torch.finfo(noise.results).eps
 
 
 def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -119,13 +118,19 @@ def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
 
 
 def unlikelihood(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
-    tokens, alpha = Tokens(t, options, noise), options.get("alpha", 1.0)
-    negatives, likelihood = tokens.of_rows(t["negatives"]), options.get("likelihood", True)
-    counts = negatives != options.get("ignore_index", -100)
-    for k in range(negatives.shape[1]):  # a set
-        counts[:, k] &= ~((negatives[:, :k] == negatives[:, k : k + 1]) & counts[:, :k]).any(1)
+    alpha, likelihood, shift = options.get("alpha", 1.0), options.get("likelihood", True), options.get("shift", 0)
+    every = t["negatives"] != options.get("ignore_index", -100)
+    for k in range(every.shape[-1]):  # a set
+        same = t["negatives"][..., :k] == t["negatives"][..., k : k + 1]
+        every[..., k] &= ~(same & every[..., :k]).any(-1)
     if likelihood:
-        counts &= negatives != tokens.targets
+        every &= t["negatives"] != t["targets"][..., None]
+    else:  # a token without entries has no logits, whatever its e is
+        needed = every.any(-1)
+        needed = needed.roll(-shift, -1) if shift and shift < needed.shape[-1] else needed
+        t = {**t, "e": torch.where(needed[..., None], t["e"], 0)}
+    tokens = Tokens(t, options, noise)
+    negatives, counts = tokens.of_rows(t["negatives"]), tokens.of_rows(every)
     nll = tokens.each(negatives.masked_fill(~counts, 0))
     rest = (-torch.expm1(-nll)).clamp(min=_least(noise))
     value = torch.where(nll > 0.7, torch.log1p(-torch.exp(-nll)), rest.log())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from call import Outcome, run
+from call import FILTERED, Outcome, run
 from plan import Limits, Plan, draw
 from shrink import shrink
 
@@ -73,9 +73,10 @@ def reasons(text: str) -> list[str]:
 
 
 def documented() -> set[str]:
-    """The reasons docs/options.md lists."""
+    """The reasons docs/options.md lists, and the ValueError of a filter."""
     text = (ROOT / "docs" / "options.md").read_text().partition("## Reasons")[2]
-    return {re.sub(r"\d+", "#", re.sub(r"^\d+\. ", "", line)) for line in text.splitlines() if line.strip()}
+    listed = {re.sub(r"\d+", "#", re.sub(r"^\d+\. ", "", line)) for line in text.splitlines() if line.strip()}
+    return listed | {FILTERED}
 
 
 def judged(plan: Plan, backend: str, device: str) -> Outcome:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from dense import Tokens, reduce
-from noise import Noise
+from noise import Noise, normalized
 from recipes import RECIPES, Recipe, _reduced
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,11 +32,20 @@ def sequence_log_prob(t: Mapping[str, Tensor], options: Mapping[str, Any], noise
 def pass_at_n(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
     tokens, n = Tokens(t, options, noise), options["n"]
     nll = -_log_prob(tokens, noise)
-    # log of (1 - (1 - p)^n) by -expm1, and by its limit n p where p is so small that 1 - p is 1.
-    miss = n * torch.where(nll < 0.7, torch.log(-torch.expm1(-nll.clamp(min=1e-300))), torch.log1p(-torch.exp(-nll)))
-    found = torch.where(nll > 36 + math.log(n), nll - math.log(n), -torch.log(-torch.expm1(miss.clamp(max=-1e-300))))
-    found = nll if n == 1 else torch.where(torch.isposinf(nll), nll, found)
-    return _of_sequences(noise, noise.few(found), tokens.in_use.any(-1), options.get("reduction", "mean"))
+    if n > 1:
+        # log p + log n is the limit where p is so small that 1 - p is 1; the other branch must not meet it.
+        far = nll > 36 + math.log(n)
+        near = torch.where(far, 1.0, nll)
+        near = torch.where(near < 1e-300, 1e-300, near)
+        miss = n * torch.where(near < 0.7, torch.log(-torch.expm1(-near)), torch.log1p(-torch.exp(-near)))
+        nll = torch.where(far, nll - math.log(n), _minus_log(torch.where(miss > -1e-300, -1e-300, miss)))
+    return _of_sequences(noise, noise.few(nll), tokens.in_use.any(-1), options.get("reduction", "mean"))
+
+
+def _minus_log(miss: Tensor) -> Tensor:
+    """- log(1 - exp(miss))."""
+    small = torch.where(miss < -0.7, -1.0, miss)
+    return -torch.where(miss < -0.7, torch.log1p(-torch.exp(torch.where(miss > -0.1, -1.0, miss))), torch.log(-torch.expm1(small)))
 
 
 def dpo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
@@ -98,7 +107,7 @@ def evaluate(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) 
 
 def clip_contrastive(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
     a, b = _embeddings(t, options, noise)
-    scale = t["logit_scale"] if "logit_scale" in t else torch.tensor(options.get("logit_scale", 1 / 0.07)).double()
+    scale = t["logit_scale"] if "logit_scale" in t else torch.tensor(options.get("logit_scale", 1 / 0.07), dtype=a.dtype)
     targets = torch.arange(len(a))
     both = [
         Tokens({"e": _stored(noise, x * scale, name), "c": y, "targets": targets}, {}, noise).nll()
@@ -111,12 +120,12 @@ def nt_xent(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -
     temperature = options.get("temperature", 0.5)
     t = {"e": t["e"], "c": _stored(noise, t["c"], "e")}  # both are of e's dtype
     x = torch.cat(_embeddings(t, options, noise))
-    z = x @ x.T / temperature
+    z = noise.product(x, x) / temperature
     size = (x.abs() @ x.abs().T).detach() / temperature * noise.u * (2 * math.sqrt(x.shape[1]) + 8)
     itself = torch.eye(len(x), dtype=torch.bool)
     z = noise.by(z, size).masked_fill(itself, -torch.inf)
     other = torch.arange(len(x)).roll(len(x) // 2)
-    found = -noise.log_softmax(z).gather(1, other[:, None])[:, 0]
+    found = -noise.log_softmax(z, size).gather(1, other[:, None])[:, 0]
     return _of_pairs(noise, noise.few(noise.nll(found, len(x))), options)
 
 
@@ -124,7 +133,7 @@ def _embeddings(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Nois
     """e and c, of norm 1 if asked for, in e's dtype."""
     if not options.get("normalize", True):
         return t["e"], t["c"]
-    return _stored(noise, F.normalize(t["e"], dim=1), "e"), _stored(noise, F.normalize(t["c"], dim=1), "c")
+    return _stored(noise, normalized(t["e"], noise), "e"), _stored(noise, normalized(t["c"], noise), "c")
 
 
 def _stored(noise: Noise, x: Tensor, like: str) -> Tensor:

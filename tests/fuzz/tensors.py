@@ -50,7 +50,8 @@ def make(plan: Plan, device: str) -> Made:
     values = _values(plan, g)
     made = Made({})
     for name, x in values.items():
-        dtype = DTYPES[plan.dtypes.get(name, "int64" if not x.is_floating_point() else "float32")]
+        # Advantages are made of rewards in the rewards' dtype.
+        dtype = torch.float64 if name == "rewards" else DTYPES[plan.dtypes.get(name, "int64" if not x.is_floating_point() else "float32")]
         if name in ("targets", "negatives") and not fits(x, dtype):
             dtype = torch.int64
         laid, memory = lay(x.to(dtype).to(device), plan.layouts.get(name, "plain"))
@@ -192,7 +193,7 @@ def _other(plan: Plan, g: torch.Generator, name: str, targets: Tensor) -> Tensor
         shape = results[:-1]
     x = torch.randn(shape, generator=g)
     if name in ("old_log_prob", "ref_log_prob"):
-        return x - 2
+        return -x.abs() - 0.1
     if kind == "probabilities":
         x = x.exp()
         return x / x.sum(-1, keepdim=True) * (0.5 + 0.5 * torch.rand((), generator=g))
