@@ -64,12 +64,17 @@ class Tokens:
     def _logits(self, bias: Tensor | None) -> Tensor:
         noise = self.noise
         x = noise.product(self.e, self.c)
-        z = self.scale * (x if bias is None else x + bias)
+        if bias is not None:
+            masked = torch.isneginf(bias)
+            if self.softcap is not None:  # masks also what is inf
+                x = torch.where(torch.isposinf(x) & masked, 0, x)
+            x = x + bias
+        z = self.scale * x
         if self.softcap is not None:
             z = noise.capped(z, self.softcap)
             if bias is not None:
                 # Added: the derivative of tanh at -inf is 0, times NaN in a row that has no softmax.
-                z = z + torch.zeros_like(bias.detach()).masked_fill(torch.isneginf(bias), -torch.inf)
+                z = z + torch.zeros_like(bias.detach()).masked_fill(masked, -torch.inf)
         if noise.generator is None or not z.numel():
             return z
         with torch.no_grad():

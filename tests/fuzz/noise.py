@@ -56,6 +56,7 @@ class Noise:
         self.bits = 53 if sums == torch.float64 else 24
         self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[dtype], UNDERFLOW[sums])
         self.stored = {name: UNIT[x] for name, x in dtypes.items()}
+        self.own = {name: UNIT[torch.promote_types(x, torch.float32)] for name, x in dtypes.items()}
         self.generator, self.skipped = generator, skipped
         self.largest = 0.0  # upstream gradient of a logit met in this backward
 
@@ -160,14 +161,14 @@ def logit_error(e: Tensor, c: Tensor, bias: Tensor | None, z: Tensor, scale: flo
     return delta + FEW * u * (1 + (z - lse).abs())
 
 
-def normalized(x: Tensor, noise: Noise) -> Tensor:
-    """Rows of norm 1, computed and differentiated in the sums' dtype."""
+def normalized(x: Tensor, name: str, noise: Noise) -> Tensor:
+    """Rows of norm 1 of e or c, computed and differentiated in at least float32."""
     met: list[Tensor] = []
 
     def change(g: Tensor) -> Tensor:
         y, at_y = F.normalize(x.detach(), dim=1), met[-1].abs()
         size = (at_y + y.abs() * (at_y * y.abs()).sum(1, keepdim=True)) / x.detach().norm(dim=1, keepdim=True)
-        return noise.by(g, (FEW + LAMBDA * math.sqrt(x.shape[1])) * noise.u * size)
+        return noise.by(g, (FEW + LAMBDA * math.sqrt(x.shape[1])) * noise.own[name] * size)
 
     return noise.on_gradient(F.normalize(noise.on_gradient(x, change), dim=1), lambda g: met.append(g) or g)
 

@@ -113,6 +113,8 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     )
     names = ["e", "c", *([] if pairs else ["targets"]), *kinds]
     layouts = {name: own.choice(LAYOUTS) for name in names if own.random() < 0.5}
+    if call == "top_k_distillation" and layouts.get("target_weight") in ("expanded", "windows"):
+        del layouts["target_weight"]  # of other sums than at most 1
     differentiable = ["e", "c", *(x for x in kinds if x in ("bias", "token_weight", "target_weight", "logit_scale"))]
     if call == "top_k_distillation":
         differentiable.remove("target_weight")

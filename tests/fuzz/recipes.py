@@ -71,19 +71,25 @@ def _power(x: Tensor, power: float) -> Tensor:
     return torch.exp(power * x) if power else torch.ones_like(x)
 
 
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1; PyTorch differentiates expm1 as its result + 1, which cancels far below 0."""
+    return torch.where(x.abs() < 0.5, torch.expm1(x), torch.exp(x) - 1)
+
+
 def focal(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
-    factor = _power(_log_rest(nll), o.get("gamma", 2.0))
-    return torch.where(torch.isposinf(nll), nll, factor * nll)
+    masked = torch.isposinf(nll)  # a factor of 1, whose derivative would be 0 * inf
+    finite = torch.where(masked, 1, nll)
+    return torch.where(masked, nll, _power(_log_rest(finite), o.get("gamma", 2.0)) * finite)
 
 
 def comp_sum(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
     power = 1 - o["tau"]
-    return torch.expm1(power * nll) / power if power else nll
+    return _expm1(power * nll) / power if power else nll
 
 
 def generalized(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
     q = o.get("q", 0.7)
-    return -torch.expm1(-q * nll) / q
+    return -_expm1(-q * nll) / q
 
 
 def dice(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:

@@ -133,14 +133,14 @@ def _embeddings(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Nois
     """e and c, of norm 1 if asked for, in e's dtype."""
     if not options.get("normalize", True):
         return t["e"], t["c"]
-    return _stored(noise, normalized(t["e"], noise), "e"), _stored(noise, normalized(t["c"], noise), "c")
+    return _stored(noise, normalized(t["e"], "e", noise), "e"), _stored(noise, normalized(t["c"], "c", noise), "c")
 
 
 def _stored(noise: Noise, x: Tensor, like: str) -> Tensor:
     """Rounded to the dtype of e or c, its gradient too."""
-    unit = noise.stored.get(like, 0.0)
+    unit = noise.stored[like]
     x = noise.on_gradient(x, lambda g: noise.by(g, unit * g.abs()))
-    return noise.by(noise.few(x), unit * x.detach().abs())
+    return noise.by(x, (unit + 4 * noise.own[like]) * x.detach().abs())
 
 
 def _of_pairs(noise: Noise, values: Tensor, options: Mapping[str, Any]) -> tuple[Tensor]:
