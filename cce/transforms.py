@@ -16,6 +16,11 @@ from torch import Tensor
 from cce import ops
 from cce.flops import tell_counters
 
+_NOT_INSIDE = (
+    "transforms of torch.func and forward-mode derivatives inside of torch.compile are not implemented; "
+    "transform a compiled function, or leave this one out with torch.compiler.disable"
+)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -54,6 +59,7 @@ def eager_if_transformed(function: Callable[P, T]) -> Callable[P, T]:
 
     # What torch.compiler.disable sets; calling it here would import the compiler.
     outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    outside._torchdynamo_disable_msg = f"cce: {_NOT_INSIDE}"  # type: ignore[attr-defined]
 
     @wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> T:
@@ -81,10 +87,7 @@ def active() -> bool:
     """
     found = _transformed()
     if found and torch.compiler.is_compiling():
-        raise RuntimeError(
-            "cce: transforms of torch.func and forward-mode derivatives inside of torch.compile are not implemented; "
-            "transform a compiled function, or leave this one out with torch.compiler.disable"
-        )
+        raise RuntimeError(f"cce: {_NOT_INSIDE}")
     return found
 
 
