@@ -51,7 +51,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]
 def test_windows(kind: str, launched: list[tuple[int, int]]) -> None:
     kernels, struct, dtype, pitch = KINDS[kind]
     row, bias, weight = torch.zeros(N), torch.zeros(V), torch.zeros(V)
-    rows = Rows(row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, row)
+    rows = Rows(row, row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, row)
     dense = Dense(torch.zeros(N, D, dtype=dtype), Formula(bias, 1.0, 30.0, False), rows, weight, True)
     problem = Problem(N, V, D, 1, dtype, dtype, "cpu", grad_e=True, grad_c=True)
     window = kernels().gradient(problem, Spec(filter="none"), dense)
@@ -72,7 +72,7 @@ def test_windows(kind: str, launched: list[tuple[int, int]]) -> None:
 
 def test_a_window_without_bias(launched: list[tuple[int, int]]) -> None:
     row = torch.zeros(N)
-    rows = Rows(row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, None)
+    rows = Rows(row, row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, None)
     e, c, dz = (torch.zeros(size, D, dtype=torch.bfloat16) for size in (N, V, N))
     problem = Problem(N, V, D, 1, torch.bfloat16, torch.bfloat16, "cpu", grad_e=True, grad_c=True)
     dense = Dense(e, Formula(None, 1.0, None, False), rows, None, False)
