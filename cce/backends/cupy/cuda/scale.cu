@@ -50,6 +50,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
 #endif
         }
         bool used = false;
+#pragma unroll 1
         for (long long k = 0; k < p.K; ++k) {
             const long long target = p.targets[row * p.K + k], at = target - column;
             used |= target >= 0;
@@ -60,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
                 if (i == at) x[i] = own;
             }
         }
+#pragma unroll 1
         for (long long k = 0; k < p.K; ++k) {
             const long long target = p.targets[row * p.K + k], at = target - column;
             if (target < 0 || at < 0 || at >= EACH) continue;

@@ -29,7 +29,7 @@ __device__ __forceinline__ RowStatistics begin(const Splits& splits, long long w
     row.m = splits.max[where];
     if constexpr (PREDICTION) row.best = splits.best[where];
     if (lane_of_warp() % 4 == 0) {  // sums are those of the lanes together
-        row.s = splits.sum[where];
+        row.s = row.m == INF ? INF : splits.sum[where];
         if constexpr (ENTROPY) row.gap = splits.gap[where];
         if constexpr (WEIGHTED) row.weighted = splits.weighted[where];
     }
@@ -148,10 +148,10 @@ __device__ __forceinline__ void join(RowStatistics& row) {
     if constexpr (WEIGHTED) row.weighted = quad_sum(row.weighted);
 }
 
-// Store: one number a row and split.
+// Store: one number a row and split. Here the sum about 0 has told an infinite maximum from NaN; that about inf is NaN.
 __device__ __forceinline__ void store(const RowStatistics& row, const Splits& splits, long long where) {
     splits.max[where] = maximum_of(row.m, row.s);
-    splits.sum[where] = row.s;
+    splits.sum[where] = row.m == INF ? NOT_A_NUMBER : row.s;
     if constexpr (ENTROPY) splits.gap[where] = row.gap;
     if constexpr (WEIGHTED) splits.weighted[where] = row.weighted;
     if constexpr (PREDICTION) splits.best[where] = row.best;
