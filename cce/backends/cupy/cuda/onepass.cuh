@@ -17,7 +17,7 @@ struct TileSums {
 };
 
 // z becomes q, of the lane's two rows; their m and sum q are stored. ``where``: tile * N + row of x = 0; ``inside``: that
-// the row is there. A NaN among the logits makes both one.
+// the row is there. A NaN among the logits makes both one; an infinite one the sum, and its own q.
 template <int J>
 __device__ __forceinline__ void keep_tile(
     float (&z)[J][4], const TileSums& tiles, long long where, const bool (&inside)[2]) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void keep_tile(
 #pragma unroll
         for (int j = 0; j < J; ++j) m = fmaxf(m, fmaxf(z[j][2 * x], z[j][2 * x + 1]));
         m = quad_max(m);
-        const float base = finite(m);
+        const float base = m == NEG_INF ? 0.0f : m;
         float s[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < J; ++j) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void keep_tile(
         }
         const float total = quad_sum(s[0] + s[1]);
         if (inside[x] && lane_of_warp() % 4 == 0) {
-            tiles.max[where + 8 * x] = maximum_of(m, total);
+            tiles.max[where + 8 * x] = m == INF ? m : maximum_of(m, total);
             tiles.sum[where + 8 * x] = total;
         }
     }

@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(1024) join_kernel(const __grid_cons
     __shared__ float maxima[WARPS][32], sums[WARPS][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long row = blockIdx.x * 32ll + lane, read = row < p.N ? row : p.N - 1;
-    float m = NEG_INF, s = 0;  // of tiles with a NaN only s is one
+    float m = NEG_INF, s = 0;  // of tiles with a NaN or an infinite maximum s is NaN
 #pragma unroll 4
     for (long long t = warp; t < p.T; t += WARPS) {
         const float tile_m = p.tile_max[t * p.N + read], tile_s = p.tile_sum[t * p.N + read];
@@ -102,7 +102,8 @@ extern "C" __global__ void __launch_bounds__(1024) join_kernel(const __grid_cons
     s = 0;
     for (int w = 0; w < WARPS; ++w) s += sums[w][lane] * rebased(maxima[w][lane], base);
     const long long first = row * p.K;
-    const Pair found = join_targets(maximum_of(m, s), s, p.target_logits + first, p.targets + first, p.K, p.nll + first);
+    const Pair found = join_targets(
+        m == INF ? m : maximum_of(m, s), s, p.target_logits + first, p.targets + first, p.K, p.nll + first);
     bool used = false;
     for (long long k = first; k < first + p.K; ++k) used |= p.targets[k] >= 0;
     p.lse[row] = used ? found.lse : 0.0f;
