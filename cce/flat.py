@@ -54,7 +54,8 @@ class Rows(NamedTuple):
     """What the operator returns, per row of the flattened ``e`` (M,)."""
 
     lse: Tensor
-    target_logits: Tensor  # (M, K)
+    nll: Tensor  # (M, K)
+    lse_low: Tensor
     entropy: Tensor
     weighted_logit: Tensor
     prediction: Tensor
@@ -131,7 +132,7 @@ def _split(flat: Flat, split: VocabParallel, options: Mapping[str, Any]) -> Flat
 
 
 def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = None) -> Rows:
-    """The operator: lse, target logits and the ``extra`` outputs of every row."""
+    """The operator: lse, nll and the ``extra`` outputs of every row."""
     if flat.own is not None and flat.part is not None:
         group, own = flat.part.group, flat.own
         every = flat._replace(
@@ -153,7 +154,7 @@ def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = N
         wanted_gradients(flat.e, flat.c, flat.bias),
         "" if flat.part is None else flat.part.key,
     )
-    return Rows(*found[:5])
+    return Rows(*found[:6])
 
 
 def unflatten(x: Tensor, flat: Flat) -> Tensor:
