@@ -80,7 +80,7 @@ def choose(
 ) -> Call | None:
     """How to run this call in one pass, if the backend that would run it should; decided from metadata."""
     # Compiled code sees forward and backward as one node each; a transform of torch.func wants no state beside it.
-    if not grads or torch.compiler.is_compiling() or transforms.active():
+    if not grads or transforms.traced(e) or transforms.active():
         return None
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, "", grads)
     # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cce.errors import describe
+
 if TYPE_CHECKING:
     from cce.problem import Problem
 
@@ -88,7 +90,7 @@ class Spec:
         _check_choice("row_order", self.row_order, ROW_ORDERS)
         _check_threshold(self.threshold)
         if not isinstance(self.compensate, bool):
-            raise TypeError(f"Spec.compensate: got {self.compensate!r}, expected True or False")
+            raise TypeError(f"Spec.compensate: got {describe(self.compensate)}, expected True or False")
         if isinstance(self.vocab_order, str):
             _check_choice("vocab_order", self.vocab_order, VOCAB_ORDERS)
         elif self.vocab_order is not None:
@@ -221,7 +223,7 @@ def _check_positive_int(name: str, value: object, *, optional: bool) -> None:
     if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"Spec.{name}: got {value!r} of type {type(value).__name__}, expected a positive int")
+        raise TypeError(f"Spec.{name}: got {describe(value)}, expected a positive int")
     if not 1 <= value < 2**63:
         raise ValueError(f"Spec.{name}: got {value}, expected a positive int of at most 63 bits")
 
@@ -230,14 +232,14 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...], *, optiona
     if value is None and optional:
         return
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"Spec.{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"Spec.{name}: got {describe(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
 def _check_threshold(value: object) -> None:
     if value is None:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"Spec.threshold: got {value!r} of type {type(value).__name__}, expected a float in (0, 1)")
+        raise TypeError(f"Spec.threshold: got {describe(value)}, expected a float in (0, 1)")
     if not 0.0 < value < 1.0 or not math.isfinite(value):
         raise ValueError(f"Spec.threshold: got {value!r}, expected a probability in (0, 1)")
 

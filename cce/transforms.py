@@ -13,6 +13,29 @@ from torch import Tensor
 
 from cce import ops
 
+#: Types of tensors that hold values here; another may be fake, or stand for a tensor somewhere else.
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def traced(e: Tensor) -> bool:
+    """Whether values cannot be looked at, or somebody watches the operators: a tracer, fake or meta tensors, a mode.
+
+    Then a call is its operators and nothing else, as under torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    # There is no public question whether a mode of torch.utils._python_dispatch is active.
+    return e.is_meta or type(e) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0
+
+
+def symbolic(number: float) -> bool:
+    """Whether a number is an input of the code being compiled, not a constant of it."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(number)
+
 
 def active() -> bool:
     """Whether the call is transformed, or differentiated in forward mode, of which the operators know nothing.
