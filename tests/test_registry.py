@@ -86,6 +86,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
         (info / "entry_points.txt").write_text(f"[cce.backends]\n{name} = {target}\n")
         monkeypatch.syspath_prepend(tmp_path)
         imported.append(module)
+        plugins.entry_points.cache_clear()
         assert metadata.version(module) == "1.0"
 
     imported: list[str] = []
@@ -244,7 +245,6 @@ def test_names_that_are_taken(install: Callable[[str, str, str], None], name: st
     """The entry point is no backend, and explain says so."""
     before = cce.backends()
     install(name, "cce_usurper:Loopback", LOOPBACK)
-    plugins.entry_points.cache_clear()
     assert cce.backends() == before
     found = cce.explain(E, C, T)
     assert found.backend == "torch" and found.reasons["torch"] == []
