@@ -145,8 +145,6 @@ class Agreement(NamedTuple):
 _known: WeakKeyDictionary[Any, dict[tuple[Any, ...], Agreement]] = WeakKeyDictionary()
 _MOST = 64
 
-Options = Mapping[str, Any]
-
 
 def agree(
     split: VocabParallel,
@@ -156,7 +154,7 @@ def agree(
     targets: Tensor,
     spec: Spec,
     grads: str,
-    options: Options,
+    options: Mapping[str, Any],
 ) -> Agreement:
     """Sizes of all parts; and that all processes make the same call.
 
@@ -237,7 +235,12 @@ def _ask(group: Any, device: torch.device, said: Said, fields: Mapping[str, str]
 
 
 def _fields(
-    split: VocabParallel, d: int, k: int, tensors: tuple[Any, ...], key_of_spec: tuple[str, bool], options: Options
+    split: VocabParallel,
+    d: int,
+    k: int,
+    tensors: tuple[Any, ...],
+    key_of_spec: tuple[str, bool],
+    options: Mapping[str, Any],
 ) -> dict[str, str]:
     """All that must be the same, by the name a user knows it by."""
     e_dtype, c_dtype, bias, grads, device = tensors
