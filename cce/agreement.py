@@ -146,6 +146,17 @@ def span(targets: Tensor, ignore_index: int) -> tuple[int, int]:
     return (int(used.min()), int(used.max())) if len(used) else NO_SPAN
 
 
+def check_spans(found: Sequence[Said], ignore_index: int) -> None:
+    """All processes look at the targets of all: else the others would wait for the one that has a bad one."""
+    v = sum(x.v for x in found)
+    for rank, (low, high) in enumerate((x.low, x.high) for x in found):
+        if (low, high) != NO_SPAN and (low < 0 or high >= v):
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"targets: got {bad} on rank {rank}, expected values in [0, {v}) or ignore_index={ignore_index}"
+            )
+
+
 def shown(value: Any) -> str:
     """A value of an option, the same for numbers that are equal.
 

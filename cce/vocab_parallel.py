@@ -195,7 +195,7 @@ def agree(
     said = Said(c.shape[0], len(targets), 0 if own else agreement.checksum(targets), *span)
     found = _ask(group, e.device, said, fields, own)
     if checked:
-        _check_spans(found, options["ignore_index"])
+        agreement.check_spans(found, options["ignore_index"])
     agreed = Agreement(group.group_name, group.rank(), tuple(x.v for x in found), tuple(x.n for x in found))
     if not asks:
         kinds = _known.setdefault(group, {})
@@ -264,17 +264,6 @@ def _fields(
         "torch.compile": False,
     }
     return {name: agreement.shown(value) for name, value in fields.items()}
-
-
-def _check_spans(found: list[Said], ignore_index: int) -> None:
-    """All processes look at the targets of all: else the others would wait for the one that has a bad one."""
-    v = sum(x.v for x in found)
-    for rank, (low, high) in enumerate((x.low, x.high) for x in found):
-        if (low, high) != agreement.NO_SPAN and (low < 0 or high >= v):
-            bad = low if low < 0 else high
-            raise ValueError(
-                f"targets: got {bad} on rank {rank}, expected values in [0, {v}) or ignore_index={ignore_index}"
-            )
 
 
 def _agree_compiled(
