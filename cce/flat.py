@@ -96,15 +96,20 @@ def flatten(
     checks.check_shift(shift, targets, lead)
     shape = targets.shape[:lead]
     k = 1 if target_weight is None else targets.shape[-1]
+    if shift:
+        shift = min(shift, shape[-1])  # nothing is predicted in a sequence that is no longer
+    if shift or targets.dtype in checks.UNSIGNED:
+        targets = targets.to(torch.int64)  # narrower ones may not hold ignore_index
     rows = shifted(targets, shift, lead, ignore_index).reshape(-1, k)
     e, c, bias = autocast(e, c, bias)
     softcap = None if softcap is None else float(softcap)
-    flat = Flat(
-        e.reshape(-1, c.shape[1]), c, bias, rows, None, shape, shift, softcap, float(logit_scale), backend, spec
-    )
+    if not transforms.symbolic(logit_scale):
+        logit_scale = float(logit_scale)
+    flat = Flat(e.reshape(-1, c.shape[1]), c, bias, rows, None, shape, shift, softcap, logit_scale, backend, spec)
+    checks.check_range(flat.wide, softcap=softcap, logit_scale=logit_scale)
     if split is not None:
         flat = _split(flat, split, (ignore_index, softcap, logit_scale, *signature))
-    prepare = ops.prepare_targets_op if torch.compiler.is_compiling() else ops.prepare_targets
+    prepare = ops.prepare_targets_op if transforms.traced(e) else ops.prepare_targets
     if transforms.active():
         prepare = transforms.prepare_targets
     rows = prepare(rows, flat.v, ignore_index)
@@ -132,6 +137,10 @@ def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = N
             e=tokens.gather_rows(flat.e, group, own), targets=tokens.gather_rows(flat.targets, group, own), own=None
         )
         return Rows(*(tokens.own_rows(x, group, own) if x.numel() else x for x in run(every, extra, logit_weight)))
+    scale, scale_tensor = flat.logit_scale, None
+    if transforms.symbolic(scale):
+        # As a number it would be a constant of the compiled code, which is compiled anew for the next one.
+        scale, scale_tensor = 1.0, torch.ones((), dtype=torch.float64, device="cpu") * scale
     found = (transforms.forward if transforms.active() else ops.forward)(
         flat.e,
         flat.c,
@@ -142,7 +151,8 @@ def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = N
         flat.backend,
         flat.spec.key,
         flat.softcap,
-        flat.logit_scale,
+        scale,
+        scale_tensor,
         ",".join(extra),
         wanted_gradients(flat.e, flat.c, flat.bias),
         "" if flat.part is None else flat.part.key,

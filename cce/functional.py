@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from cce import again, checks
 from cce import reduction as reductions
 from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
 from cce.spec import Spec
+from cce.transforms import eager_if_transformed
 
 
 class Terms(NamedTuple):
@@ -31,6 +33,7 @@ class Terms(NamedTuple):
     prediction: Tensor | None = None
 
 
+@eager_if_transformed
 def terms(
     e: Tensor,
     c: Tensor,
@@ -111,6 +114,7 @@ def terms(
     return Terms(**{name: None if x is None else unflatten(x, flat) for name, x in found.items()})
 
 
+@eager_if_transformed
 def loss(
     e: Tensor,
     c: Tensor,
@@ -295,7 +299,9 @@ def _class_weighted(flat: Flat, weight: Tensor | None) -> Tensor | None:
 
 #: What :func:`terms`, :func:`loss` and every recipe of ``cce.losses`` take alike, beside the tensors.
 SHARED_DEFAULTS: dict[str, Any] = {
-    name: value for name, value in (terms.__kwdefaults__ or {}).items() if name not in ("outputs", "target_weight")
+    name: value
+    for name, value in (unwrap(terms).__kwdefaults__ or {}).items()
+    if name not in ("outputs", "target_weight")
 }
 #: Names of :func:`loss`'s keyword options.
-LOSS_OPTIONS = frozenset(loss.__kwdefaults__ or ())
+LOSS_OPTIONS = frozenset(unwrap(loss).__kwdefaults__ or ())
