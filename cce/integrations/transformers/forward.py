@@ -14,7 +14,7 @@ from torch import nn
 from cce.integrations.transformers.others import check_forward
 from cce.integrations.transformers.step import train, warn_of_logits
 from cce.integrations.transformers.targets import Target, check_version, name_of
-from cce.integrations.transformers.watch import MARK, Watch, is_inside, watch_instance
+from cce.integrations.transformers.watch import MARK, Watch, watch_instance
 
 #: What patch may set in a class; in an instance, the first two.
 PLACES = (MARK, "forward", "__reduce_ex__", "__setattr__")
@@ -130,7 +130,7 @@ def patch_class(target: type[nn.Module], options: dict[str, Any]) -> None:
     def watched(self: nn.Module, name: str, value: Any) -> None:
         set_attribute(self, name, value)
         seen = name in ("forward", "training") and type(self).forward is target.forward
-        if seen and not is_inside(function, self.forward):
+        if seen and getattr(self.forward, "__func__", None) is not function:
             watch_instance(self)
 
     for name, value in zip(PLACES, (function, function, reduced, watched), strict=True):

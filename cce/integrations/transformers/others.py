@@ -42,9 +42,15 @@ def described(function: Any) -> str:
     return f"{origin(function)}.{name}"
 
 
+def foreign(forward: Any) -> Any:
+    """The function of a library out of :data:`REMEDIES` that ``forward`` is, or wraps; None if there is none."""
+    return next((f for f in chain(forward) if _library(f) in REMEDIES), None)
+
+
 def remedy(forward: Any, otherwise: str) -> str:
     """The remedy for a library's forward; ``otherwise`` if the library is not known."""
-    return next((REMEDIES[library] for f in chain(forward) if (library := _library(f)) in REMEDIES), otherwise)
+    found = foreign(forward)
+    return otherwise if found is None else REMEDIES[_library(found)]
 
 
 def check_forward(owner: str, forward: Any) -> None:
@@ -53,11 +59,11 @@ def check_forward(owner: str, forward: Any) -> None:
     Raises:
         ValueError: it is such a library's.
     """
-    foreign = next((f for f in chain(forward) if _library(f) in REMEDIES), None)
-    if foreign is not None:
+    found = foreign(forward)
+    if found is not None:
         raise ValueError(
-            f"model: the forward of {owner} is {described(foreign)}, which computes the loss itself, expected the "
-            f"model's own; {REMEDIES[_library(foreign)]}"
+            f"model: the forward of {owner} is {described(found)}, which computes the loss itself, expected the "
+            f"model's own; {REMEDIES[_library(found)]}"
         )
 
 
@@ -75,12 +81,12 @@ def check_loss() -> None:
         )
 
 
-def on_stack(module: str) -> bool:
-    """Whether code of ``module``, or of a package of this name, is running now."""
+def on_stack(*modules: str) -> bool:
+    """Whether code of one of ``modules``, or of a package of this name, is running now."""
     frame = sys._getframe(1)
     while frame is not None:
-        name = str(frame.f_globals.get("__name__"))
-        if name == module or name.startswith(module + "."):
+        name = str(frame.f_globals.get("__name__")) + "."
+        if any(name.startswith(module + ".") for module in modules):
             return True
         frame = frame.f_back  # type: ignore[assignment]  # None above the first
     return False
