@@ -13,7 +13,6 @@ from cce.backends.triton.kernels.tiles import (
     INF,
     LN2,
     LOG2E,
-    NAN,
     NEG_INF,
     cap,
     finite,
@@ -202,7 +201,7 @@ def reduce_kernel(
         log_w = tl.where(s > 0, shifted + (log_s - log_sum[None, :]), 0.0)
         terms = tl.exp2(log_w * LOG2E) * (log_s + gap / s_safe - log_w)
         h = tl.sum(tl.where(s > 0, terms, 0.0), 0)
-        h = tl.where(has_softmax, tl.where(h < 0, 0.0, h), NAN)
+        h = tl.where(has_softmax, tl.where(h < 0, 0.0, h), float("nan"))
         tl.store(entropy + rows, tl.where(used, h, 0.0), mask=rows < N)
     if WEIGHTED:
         parts = tl.load(split_weighted + where, mask=inside, other=0.0)
@@ -267,7 +266,7 @@ def mass_kernel(
     inside = (tiles < T) & (rows < N)
     used = tl.load(in_use + rows, mask=rows < N, other=0) != 0
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
-    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, NAN)
+    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
     low = tl.load(lse_low + rows, mask=rows < N, other=0.0)
     where = tiles.to(tl.int64) * stride_t + rows
     below = tl.load(tile_max + where, mask=inside & used, other=NEG_INF) - row_lse

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import INF, LOG2E, NAN, cap, entries_of, load_rows, logit_tile, wide
+from cce.backends.triton.kernels.tiles import INF, LOG2E, cap, entries_of, load_rows, logit_tile, wide
 
 #: In the place of a logit of -inf where a number times its softmax value is to be 0: a log-sum-exp minus it is finite.
 LOWEST = tl.constexpr(-1e38)
@@ -19,7 +19,7 @@ def row_values(rows, lse, lse_low, entropy, a, g, h, targets, ENTROPY: tl.conste
     A row whose log-sum-exp is infinite has no softmax: it becomes NaN.
     """
     row_lse = tl.load(lse + rows)
-    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, NAN)
+    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
     row_low = tl.load(lse_low + rows)
     row_a = tl.load(a + rows)
     row_h, centre, target, row_g = row_a, row_a, row_a, row_a
@@ -61,7 +61,7 @@ def gradient(
     if SOFTCAP:
         if WEIGHTED:
             dz += tl.load(s + rows)[:, None] * tl.load(weight + entries)[None, :]
-        ratio = tl.maximum(z / softcap, -1.0)  # a masked entry's logit is -inf, and its derivative 0
+        ratio = tl.maximum(z * (1 / softcap), -1.0)  # a masked entry's logit is -inf, and its derivative 0
         dz *= 1 - ratio * ratio
     if MASK:
         dz = tl.where((place < V)[None, :], dz, 0.0)

@@ -11,7 +11,6 @@ from cce.backends.triton.kernels.gradient import chunk_tile
 from cce.backends.triton.kernels.tiles import (
     INF,
     LOG2E,
-    NAN,
     NEG_INF,
     cap,
     finite,
@@ -99,7 +98,7 @@ def scale_kernel(
     place = t * TILE_V + tl.arange(0, TILE_V)
     inside = (rows < N)[:, None] & (place < V)[None, :]
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
-    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, NAN)
+    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
     low = tl.load(lse_low + rows, mask=rows < N, other=0.0)
     row_a = tl.load(a + rows, mask=rows < N, other=0.0)
     m = tl.load(tile_max + t.to(tl.int64) * N + rows, mask=rows < N, other=0.0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import INF, LN2, NAN, NEG_INF
+from cce.backends.triton.kernels.tiles import INF, LN2, NEG_INF
 
 
 @triton.jit
@@ -45,6 +45,6 @@ def store_totals(m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_
     for k in range(K):
         target = tl.load(targets + where + k, mask=used, other=-1)
         z = tl.load(target_logits + where + k, mask=target >= 0, other=0.0)
-        loss = tl.where(has_softmax, log_sum + (m - z), NAN)
+        loss = tl.where(has_softmax, log_sum + (m - z), float("nan"))
         tl.store(nll + where + k, tl.where(target >= 0, loss, 0.0), mask=rows < N)
     return has_softmax
