@@ -1,6 +1,6 @@
 """Tests of the kernels' results without a GPU: in a process that has chosen Triton's interpreter.
 
-``TRITON_INTERPRET=1 pytest tests/triton/interpreted``; elsewhere they are skipped, and run by ``../test_interpreted.py``.
+``TRITON_INTERPRET=1 pytest tests/triton/interpreted``; elsewhere they are skipped, as ``../test_interpreted.py`` runs them.
 """
 
 from __future__ import annotations
