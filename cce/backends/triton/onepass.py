@@ -51,7 +51,7 @@ def loss_and_gradients(
         q=q, dz=dz, tile_max=tile_max, lse=outputs.lse, lse_low=outputs.lse_low, nll=outputs.nll, targets=targets,
         a=upstream.a, g=upstream.g,
     )  # fmt: skip
-    return outputs, _products(call, dz[:, : problem.v], e, norm)
+    return outputs, _products(call, targets, dz[:, : problem.v], e, norm)
 
 
 class _Steps:
@@ -97,7 +97,7 @@ class _Steps:
         if used is None:
             used = call.e
             if call.problem.grad_c:
-                used = used.masked_fill((targets < 0).all(1, keepdim=True), 0)
+                used = used.masked_fill(_without_target(targets), 0)
         return found, used
 
     def logits(self, call: Call, q: Tensor, target_logits: Tensor, targets: Tensor) -> tuple[Tensor, Outputs[Tensor]]:
@@ -134,11 +134,13 @@ def _steps(call: Call) -> _Steps:
     return found
 
 
-def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
+def _products(call: Call, targets: Tensor, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
     """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
     problem = call.problem
     c = call.c.to(problem.dtype)
     de = narrow_product(dz, c).to(problem.e_dtype) if problem.grad_e else None
+    if de is not None:  # zeros times a NaN in c are NaN
+        de.masked_fill_(_without_target(targets), 0)
     dc = narrow_product(dz.T, e).to(problem.c_dtype) if problem.grad_c else None
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     if norm is not None:
@@ -146,6 +148,12 @@ def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradien
             if x is not None:
                 x.mul_(norm)
     return Gradients(de, dc, dbias)
+
+
+def _without_target(targets: Tensor) -> Tensor:
+    """(N, 1) bool, of targets (N, K)."""
+    none = targets < 0
+    return none if targets.shape[1] == 1 else none.all(1, keepdim=True)
 
 
 _value = Repeated(value_kernel, (1,), {"BLOCK": 1024}, num_warps=8)

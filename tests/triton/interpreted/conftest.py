@@ -1,6 +1,6 @@
 """Tests of the kernels' results without a GPU: in a process that has chosen Triton's interpreter.
 
-``TRITON_INTERPRET=1 pytest tests/triton/interpreted``; elsewhere they are skipped, as ``../test_interpreted.py`` runs them.
+``TRITON_INTERPRET=1 pytest tests/triton/interpreted``; elsewhere they are skipped: ``../test_interpreted.py`` runs it.
 """
 
 from __future__ import annotations
