@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class Spec:
         """The spec (without its vocabulary order) whose ``key`` this is; ValueError if it is none."""
         try:
             return _from_key(key)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, SyntaxError) as error:
             raise ValueError(f"key: got {key!r}, expected the key of a cce.Spec ({error})") from error
 
     def resolve(self, problem: Problem) -> Spec:
@@ -169,6 +169,10 @@ class Spec:
         return hash(self.key)
 
 
+#: Fields of a spec's key, in this order; after them comes the vocabulary order.
+_KEPT = tuple(f.name for f in dataclasses.fields(Spec) if f.init and f.name != "vocab_order")
+
+
 def _resolve_filter(filter: str | None, problem: Problem) -> str:
     # A weighted sum of capped logits has a gradient of the same size in every tile: nothing may be skipped.
     if problem.softcap is not None and "weighted_logit" in problem.outputs:
@@ -198,15 +202,14 @@ def _resolve_accumulate(accumulate: str | None, problem: Problem) -> str:
 
 
 def _key(spec: Spec) -> str:
-    fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
-    if spec.permutation is not None:
-        fields["vocab_order"] = "natural"  # it travels beside the key, as a tensor
-    return json.dumps(fields)
+    """The fields as Python literals, one after the other; in a form that torch.compile can trace, too."""
+    order = spec.vocab_order if spec.permutation is None else "natural"  # a permutation travels beside the key
+    return ", ".join([f"{getattr(spec, name)!r}" for name in _KEPT] + [f"{order!r}"])
 
 
 @lru_cache(maxsize=256)
 def _from_key(key: str) -> Spec:
-    return Spec(**json.loads(key))
+    return Spec(**dict(zip((*_KEPT, "vocab_order"), ast.literal_eval(f"({key},)"), strict=True)))
 
 
 @lru_cache(maxsize=256)
