@@ -47,7 +47,7 @@ def _dx(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
     return kernel, min(choice.programs, plan.max_items), (
         live.e, live.c, formula.bias, live.order, live.row_order, live.keep,
         live.dz, live.column_sums, plan.tile_list, plan.item_block, plan.item_first, plan.item_slot, plan.item_tiles,
-        plan.items, rows.lse, rows.entropy, rows.a, rows.g, rows.h, rows.targets, problem.n, problem.v,
+        plan.items, rows.lse, rows.lse_low, rows.entropy, rows.a, rows.g, rows.h, rows.targets, problem.n, problem.v,
         spec.tiles(problem.v), problem.k, pieces_of(live.e), pitch_of(live.e), pitch_of(live.c), plan.max_items,
         formula.scale, formula.softcap or 0.0, 0,
     )  # fmt: skip

@@ -55,13 +55,12 @@ class NumbaKernels(Kernels):
                 tile, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
                 online=spec.lse_accumulation == "online", entropy=splits.gap is not None,
                 weighted=splits.weighted is not None, prediction=splits.best is not None, maps=tiles is not None,
-                element=tiles is not None and tiles.max is not None,
                 tile_entropy=tiles is not None and tiles.entropy is not None,
                 block_v=(spec.block_v or 0) if tiles is not None else 0,
             )
         )  # fmt: skip
         n, count = len(e), len(splits.max)
-        maps = (None, None, None) if tiles is None else (tiles.lse, tiles.max, tiles.entropy)
+        maps = (None, None, None) if tiles is None else (tiles.max, tiles.log_sum, tiles.entropy)
         kernel(
             -(-n // tile.rows) * count, e, c, formula.bias, weight, splits.max, splits.sum, splits.gap, splits.weighted,
             splits.best, *maps, n, len(c), pieces_of(e), pitch_of(e), pitch_of(c), count, first // tile.columns,
@@ -99,8 +98,8 @@ class NumbaKernels(Kernels):
             bias, u = (None if x is None else x[columns] for x in (formula.bias, weight))
             kernel(
                 min(blocks * -(-len(c) // tile.columns), choice.programs), e, c, bias, u, dz, column_sums, rows.lse,
-                rows.entropy, rows.a, rows.g, rows.h, rows.s, rows.targets, len(e), len(c), problem.k, pieces_of(e),
-                pitch_of(e), pitch_of(c), dz.stride(0), first, formula.scale, formula.softcap or 0.0,
+                rows.lse_low, rows.entropy, rows.a, rows.g, rows.h, rows.s, rows.targets, len(e), len(c), problem.k,
+                pieces_of(e), pitch_of(e), pitch_of(c), dz.stride(0), first, formula.scale, formula.softcap or 0.0,
             )  # fmt: skip
 
         return window

@@ -66,6 +66,16 @@ def divide(x: Any, y: Any) -> Any:
         return F32(x) / F32(y)
 
 
+def maximum(x: Any, y: Any) -> Any:
+    """The larger of two floats, NaN if either is."""
+    return x if x > y or x != x else y
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """The smaller of two floats, NaN if either is."""
+    return x if x < y or x != x else y
+
+
 def _round_bf16(x: Any) -> int:
     """The bits of a float's nearest bfloat16, ties to even; NaN stays NaN."""
     bits = int(np.array(x, np.float32).view(np.uint32))
