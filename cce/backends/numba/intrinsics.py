@@ -80,15 +80,15 @@ def divide(typing, x, y):
 
 
 @intrinsic
-def maximum(typing, x, y):
-    """The larger of two floats, NaN if either is: ``max.NaN.f32``."""
-    return ptx(F32(F32, F32), "max.NaN.f32 $0, $1, $2;", "=f,f,f")
+def reciprocal(typing, x):
+    """1 / x to a unit in the last place: ``rcp.approx.ftz.f32``."""
+    return ptx(F32(F32), "rcp.approx.ftz.f32 $0, $1;", "=f,f")
 
 
 @intrinsic
-def minimum(typing, x, y):
-    """The smaller of two floats, NaN if either is: ``min.NaN.f32``."""
-    return ptx(F32(F32, F32), "min.NaN.f32 $0, $1, $2;", "=f,f,f")
+def maximum(typing, x, y):
+    """The larger of two floats, NaN if either is: ``max.NaN.f32``."""
+    return ptx(F32(F32, F32), "max.NaN.f32 $0, $1, $2;", "=f,f,f")
 
 
 @intrinsic

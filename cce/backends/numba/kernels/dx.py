@@ -31,7 +31,7 @@ def make_dx(options, width):
     def columns(part, state):
         """dx of some columns of a row."""
         z, r, start, weight_at, gs, row_values, scale, softcap = state
-        row_lse, low, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
+        row_lse, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
         b = part * PART // WIDTH
         for k in range(part * PART, (part + 1) * PART):
             x, slope = z[r, k], ZERO
@@ -43,7 +43,7 @@ def make_dx(options, width):
             if ENTROPY:  # p is 0 where z = -inf
                 x = max(x, LEAST)
             x = x - row_lse  # first: both may be large
-            d = exp2(x * LOG2E - low)
+            d = exp2(x * LOG2E)
             if ENTROPY:
                 d = d * (row_a + row_h * (centre - x))
             else:
@@ -67,23 +67,26 @@ def make_dx(options, width):
     def dx(z, r, row, counts, starts, weight_at, gs, given):
         """scale softcap'(z) (p (a + h (lse - z - H)) - sum_k g_k [j = target_k] + s u_j), in place of e c^T + bias.
 
-        p = exp((z - lse) - lse_low): NaN in a row without a softmax, whose lse_low is. 0 where the row does not count.
+        p = exp((z - lse) - lse_low), whose second factor a and h take in: it is within [1 / V, V], but NaN in a row
+        without a softmax, whose lse_low is. 0 where the row does not count.
         ``starts``: the place of this thread's first column in each block; ``weight_at``: where in shared memory the
         weight of its first column is; gs: room for a number of each of its columns. ``given``: a, g, h and s have been
         multiplied by the scale.
         """
         lse, lse_low, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
-        row_lse, row_low, row_a = floats(lse)[row], floats(lse_low)[row], floats(a)[row]
+        row_lse, row_low = floats(lse)[row], floats(lse_low)[row]
+        factor = exp2(-row_low * LOG2E)
+        row_a = floats(a)[row] * factor
         row_h, centre, row_s, row_g, target, near = ZERO, ZERO, ZERO, ZERO, np.int32(-1), False
         if ENTROPY:
-            row_h, centre = floats(h)[row], row_low - floats(entropy)[row]
+            row_h, centre = floats(h)[row] * factor, row_low - floats(entropy)[row]
         if WEIGHTED:
             row_s = floats(s)[row]
         if ONE_TARGET:
             target, row_g = ints(targets)[row], floats(g)[row]
         else:
             near = put_targets(row, starts, gs, g, targets, targets_a_row)
-        row_values = (row_lse, row_low * LOG2E, row_a, row_h, centre, row_s, row_g, target, near, counts)
+        row_values = (row_lse, row_a, row_h, centre, row_s, row_g, target, near, counts)
         all_columns((z, r, starts, weight_at, gs, row_values, scale, softcap))
 
     @function

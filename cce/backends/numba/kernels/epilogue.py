@@ -11,18 +11,17 @@ from cce.backends.numba.device import (
     ONE,
     TWO,
     ZERO,
-    divide,
     exp2,
     floats,
     function,
     halves,
     lane_xor,
     maximum,
-    minimum,
+    reciprocal,
     words,
 )
 
-FOUR, MOST = np.float32(4), np.float32(1e30)
+FOUR = np.float32(4)
 #: tanh y = y (1 + y^2 (T0 + y^2 (T1 + y^2 (T2 + y^2 T3)))), where y^2 < SMALL, to a unit in the last place.
 T0, T1, T2, T3 = np.float32(-0.33332947), np.float32(0.13320725), np.float32(-0.05267181), np.float32(0.01643758)
 SMALL = np.float32(0.55**2)
@@ -51,12 +50,16 @@ def quad_sum(x):
 @function
 def tanh(y):
     """tanh y and its derivative, each to a few units in its last place, so that a small logit loses nothing."""
-    # tanh y = 1 - 2 u with u = 1 / (1 + exp 2y); 4 u (1 - u) without the cancellation of 1 - u or 1 - tanh^2.
-    power = minimum(exp2(y * (TWO * LOG2E)), MOST)
-    u = divide(ONE, ONE + power)
+    power = exp2(abs(y) * (-TWO * LOG2E))
+    u = reciprocal(ONE + power)
+    far = (ONE - power) * u  # of |y|
     square = y * y
     near = y + y * (square * (T0 + square * (T1 + square * (T2 + square * T3))))
-    return near if square < SMALL else ONE - TWO * u, FOUR * u * (power * u)
+    if square < SMALL:
+        far = near
+    elif y < ZERO:
+        far = -far
+    return far, FOUR * power * (u * u)  # without the cancellation of 1 - tanh^2
 
 
 @cache

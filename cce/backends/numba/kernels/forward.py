@@ -23,6 +23,7 @@ from cce.backends.numba.device import (
     log2,
     maximum,
     pointer,
+    repeat,
     shared_address,
 )
 from cce.backends.numba.kernels.epilogue import finite, make_cap, quad_max, quad_sum
@@ -62,7 +63,21 @@ def make_statistics(options):
     GAPS = options.entropy or options.tile_entropy
     PART_ROWS, STEP = 16 * tile.parts, tile.threads // 8
     cap = make_cap(options.bias, options.scale, options.softcap)
+    PART = min(4, K)  # columns written out as a loop of their own
     begin, product, e_copies, c_copies = make_logit_tile(tile)
+
+    @function
+    def cap_columns(part, state):
+        """Logits of some columns, in place of their products."""
+        z, bias, place, V, scale, softcap = state
+        for k in range(part * PART, (part + 1) * PART):
+            b = ZERO
+            if BIAS:
+                b = floats(bias)[min(place + 8 * (k >> 1) + (k & 1), V - 1)]
+            for r in range(R):
+                z[r, k] = cap(z[r, k], b, scale, softcap)
+
+    cap_all = repeat(cap_columns, K // PART)
 
     def statistics(
         e: pointer, c: pointer, bias: pointer, weight: pointer,
@@ -124,13 +139,7 @@ def make_statistics(options):
                     c_rows[n] = min((t + 1) * TILE_V + (thread >> 3) + n * STEP, V - 1) * c_pitch
                 begin(shared, e, c, e_rows, c_rows, pieces, thread)
             if CAPPED:
-                for k in range(K):
-                    place = t * TILE_V + column0 + 8 * (k >> 1) + (k & 1)
-                    b = ZERO
-                    if BIAS:
-                        b = floats(bias)[min(place, V - 1)]
-                    for r in range(R):
-                        z[r, k] = cap(z[r, k], b, scale, softcap)
+                cap_all((z, bias, t * TILE_V + column0, V, scale, softcap))
             if (t + 1) * TILE_V > V:
                 # The ragged last tile: its columns beyond V are masked after the softcap, which would undo it.
                 for k in range(K):
