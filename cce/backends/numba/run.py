@@ -12,7 +12,7 @@ from cce.backends.numba import compensation
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
 from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
 from cce.backends.numba.live import launches
-from cce.backends.numba.operands import pieces_of, pitch_of
+from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Statistics, Targets
 from cce.problem import Maps, Problem
 from cce.spec import Spec
@@ -80,7 +80,7 @@ class NumbaKernels(Kernels):
         )  # fmt: skip
 
     def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
-        e, formula, rows, weight = dense.e, dense.formula, dense.rows, dense.weight
+        e, formula, rows, weight = dense.e, dense.formula, with_rest(dense.rows), dense.weight
         choice = _choice(problem, spec, formula.ieee)
         tile = choice.gradient
         kernel = gradient_kernel(
@@ -98,8 +98,8 @@ class NumbaKernels(Kernels):
             bias, u = (None if x is None else x[columns] for x in (formula.bias, weight))
             kernel(
                 min(blocks * -(-len(c) // tile.columns), choice.programs), e, c, bias, u, dz, column_sums, rows.lse,
-                rows.lse_low, rows.entropy, rows.a, rows.g, rows.h, rows.s, rows.targets, len(e), len(c), problem.k,
-                pieces_of(e), pitch_of(e), pitch_of(c), dz.stride(0), first, formula.scale, formula.softcap or 0.0,
+                rows.entropy, rows.a, rows.g, rows.h, rows.s, rows.targets, len(e), len(c), problem.k, pieces_of(e),
+                pitch_of(e), pitch_of(c), dz.stride(0), first, formula.scale, formula.softcap or 0.0,
             )  # fmt: skip
 
         return window

@@ -67,19 +67,17 @@ def make_dx(options, width):
     def dx(z, r, row, counts, starts, weight_at, gs, given):
         """scale softcap'(z) (p (a + h (lse - z - H)) - sum_k g_k [j = target_k] + s u_j), in place of e c^T + bias.
 
-        p = exp((z - lse) - lse_low), whose second factor a and h take in: it is within [1 / V, V], but NaN in a row
-        without a softmax, whose lse_low is. 0 where the row does not count.
+        p = exp(z - lse), and the rest of lse is in a, h and H (``operands.with_rest``): NaN in a row without a softmax.
+        0 where the row does not count.
         ``starts``: the place of this thread's first column in each block; ``weight_at``: where in shared memory the
         weight of its first column is; gs: room for a number of each of its columns. ``given``: a, g, h and s have been
         multiplied by the scale.
         """
-        lse, lse_low, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
-        row_lse, row_low = floats(lse)[row], floats(lse_low)[row]
-        factor = exp2(-row_low * LOG2E)
-        row_a = floats(a)[row] * factor
+        lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
+        row_lse, row_a = floats(lse)[row], floats(a)[row]
         row_h, centre, row_s, row_g, target, near = ZERO, ZERO, ZERO, ZERO, np.int32(-1), False
         if ENTROPY:
-            row_h, centre = floats(h)[row] * factor, row_low - floats(entropy)[row]
+            row_h, centre = floats(h)[row], -floats(entropy)[row]
         if WEIGHTED:
             row_s = floats(s)[row]
         if ONE_TARGET:

@@ -53,8 +53,8 @@ def make_gradient(options):
 
     def gradient(
         e: pointer, c: pointer, bias: pointer, weight: pointer, dz: pointer, column_sums: pointer,
-        lse: pointer, lse_low: pointer, entropy: pointer, a: pointer, g: pointer, h: pointer, s: pointer,
-        targets: pointer, N: int32, V: int32, targets_a_row: int32, pieces: int32, e_pitch: int32, c_pitch: int32,
+        lse: pointer, entropy: pointer, a: pointer, g: pointer, h: pointer, s: pointer, targets: pointer,
+        N: int32, V: int32, targets_a_row: int32, pieces: int32, e_pitch: int32, c_pitch: int32,
         dz_pitch: int32, first: int32, scale: float32, softcap: float32,
     ):  # fmt: skip
         thread = np.int32(cuda.threadIdx.x)
@@ -104,7 +104,7 @@ def make_gradient(options):
                 barrier()
             if BIAS:
                 add_biases(z, shared + BIASES + 4 * column0)
-            given = (lse, lse_low, entropy, a, g, h, s, targets, targets_a_row, scale, softcap)
+            given = (lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap)
             all_rows((z, row0, N, starts, shared + WEIGHTS + 4 * column0, gs, given))
             # Store.
             for r in range(R):

@@ -79,7 +79,7 @@ def make_live(options):
         e: pointer, c: pointer, bias: pointer, order: pointer, row_order: pointer, keep: pointer,
         dz: pointer, column_sums: pointer, tile_list: pointer, item_block: pointer, item_first: pointer,
         item_slot: pointer, item_tiles: pointer, items: pointer,
-        lse: pointer, lse_low: pointer, entropy: pointer, a: pointer, g: pointer, h: pointer, targets: pointer,
+        lse: pointer, entropy: pointer, a: pointer, g: pointer, h: pointer, targets: pointer,
         N: int32, V: int32, T: int32, targets_a_row: int32, pieces: int32, e_pitch: int32,
         c_pitch: int32, max_items: int32, scale: float32, softcap: float32, chunk: int32,
     ):  # fmt: skip
@@ -124,7 +124,7 @@ def make_live(options):
                         write_float(shared + BIASES + 4 * (b * BLOCK_V + column), floats(bias)[entry])
                 barrier()
                 add_biases(z, shared + BIASES + 4 * column0)
-            given = (lse, lse_low, entropy, a, g, h, a, targets, targets_a_row, scale, softcap)
+            given = (lse, entropy, a, g, h, a, targets, targets_a_row, scale, softcap)
             all_rows((z, row0, N, starts, gs, given, row_order, keep))
             # Store.
             for r in range(R):
