@@ -180,6 +180,7 @@ class Lists:
         targets = torch.randint(-1, 2, (n, case.k), generator=self.rng).to(self.device)
         named, in_use = (30 * draw(n, case.k)).round() + offset[:, None], draw(n) < 1
         named[9::11] = -torch.inf
+        offset = torch.where(in_use, offset, 0)
         expected = joined(top, total, named, targets, in_use)
         found = self.kernels.joined(Splits(top, total, None, None, None), named, targets, in_use)
         faults = [] if found[2].shape == (n, case.k) else ["nll: another shape"]
