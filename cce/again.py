@@ -20,7 +20,6 @@ from cce.onepass import Call, choose, weighted_loss
 from cce.spec import Spec
 
 _MOST = 256  # kinds kept; a training step has one
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _SIMPLE = frozenset({int, float, str, type(None)})
 
 Kind = tuple[Any, ...]
@@ -47,15 +46,15 @@ def kind_of(e: Any, c: Any, targets: Any, bias: Any, spec: Any, options: tuple[A
     ``options``: numbers and names.
     """
     types = tuple(map(type, options))
-    if torch.compiler.is_compiling() or not _SIMPLE.issuperset(types) or not torch.is_grad_enabled():
+    if not isinstance(e, Tensor) or transforms.traced(e) or not _SIMPLE.issuperset(types):
         return None
-    if transforms.active() or type(e) not in _PLAIN or torch.is_autocast_enabled(e.device.type):
+    if not torch.is_grad_enabled() or transforms.active() or torch.is_autocast_enabled(e.device.type):
         return None
     found: list[Any] = [registry.generation(), options, types]
     for x in (e, c, targets, bias):
         if x is None:
             found.append(None)
-        elif type(x) in _PLAIN:
+        elif type(x) in transforms.PLAIN:
             found += (x.shape, x.dtype, x.device, x.layout, x.requires_grad)
         else:
             return None

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from cce import registry
+from cce.errors import describe
 from cce.spec import Spec
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+#: Taken as targets, too, though PyTorch has few operations for them: they are converted before anything else.
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 REDUCTIONS = ("mean", "sum", "none")
 OUTPUTS = ("nll", "lse", "entropy", "prediction")
 
@@ -26,7 +29,7 @@ def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any, p
     _float_tensor("e", e)
     _float_tensor("c", c)
     _tensor("targets", targets)
-    if targets.dtype not in INTEGERS:
+    if targets.dtype not in (*INTEGERS, *UNSIGNED):
         raise TypeError(f"targets: got dtype {targets.dtype}, expected an integer dtype (soft targets: target_weight)")
     if e.ndim < 1:
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected (..., D)")
@@ -53,7 +56,18 @@ def check_options(*, ignore_index: Any, shift: Any, softcap: Any, logit_scale: A
     if not torch.compiler.is_compiling():  # the operator looks the name up again when it runs
         registry.check_name(backend)
     if spec is not None and not isinstance(spec, Spec):
-        raise TypeError(f"spec: got {spec!r} of type {type(spec).__name__}, expected a cce.Spec or None")
+        raise TypeError(f"spec: got {describe(spec)}, expected a cce.Spec or None")
+
+
+def check_range(wide: torch.dtype, **numbers: float | None) -> None:
+    """Numbers that the arithmetic of a call computes with: it must be able to hold them, neither as inf nor as 0."""
+    if wide == torch.float64:
+        return
+    limits = torch.finfo(wide)
+    for name, value in numbers.items():
+        if value is not None and not limits.tiny <= value <= limits.max:
+            expected = f"a number from {limits.tiny:.3g} to {limits.max:.3g}, as {wide} holds it"
+            raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def check_ignore_index(ignore_index: Any) -> None:
@@ -69,8 +83,6 @@ def check_shift(shift: int, targets: Tensor, lead: int) -> None:
         raise ValueError(
             f"shift: got {shift} with targets of shape {tuple(targets.shape)}, expected a sequence dimension"
         )
-    if shift and shift >= targets.shape[lead - 1]:
-        raise ValueError(f"shift: got {shift}, expected less than the sequence length {targets.shape[lead - 1]}")
 
 
 def check_vocab_order(spec: Spec, v: int) -> None:
@@ -107,7 +119,7 @@ def check_vocab_order_state(state: Any, v: int) -> None:
     """What ``VocabOrder.state_dict`` returns, of ``v`` entries."""
     names = ("counts", "permutation", "updates")
     if not isinstance(state, Mapping):
-        raise TypeError(f"state_dict: got {state!r} of type {type(state).__name__}, expected a dict")
+        raise TypeError(f"state_dict: got {describe(state)}, expected a dict")
     if set(state) != set(names):
         raise ValueError(f"state_dict: got the keys {sorted(map(str, state))}, expected {sorted(names)}")
     check_counts("state_dict['counts']", state["counts"], v)
@@ -133,7 +145,7 @@ def check_integers(name: str, value: Any) -> None:
 def check_outputs(outputs: Any) -> None:
     """Names of ``terms``' outputs."""
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
-        raise TypeError(f"outputs: got {outputs!r}, expected a sequence of names out of {OUTPUTS}")
+        raise TypeError(f"outputs: got {describe(outputs)}, expected a sequence of names out of {OUTPUTS}")
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown or not outputs:
         raise ValueError(f"outputs: got {tuple(outputs)!r}, expected one or more of {OUTPUTS}")
@@ -174,7 +186,7 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """One of some names."""
     if not isinstance(value, str) or value not in choices:
         kind = ValueError if isinstance(value, str) else TypeError
-        raise kind(f"{name}: got {value!r}, expected one of {choices}")
+        raise kind(f"{name}: got {describe(value)}, expected one of {choices}")
 
 
 def check_number(name: str, value: Any, expected: str, valid: Callable[[Any], bool]) -> None:
@@ -192,7 +204,7 @@ def check_count(name: str, value: Any) -> None:
 def check_bool(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected True or False")
+        raise TypeError(f"{name}: got {describe(value)}, expected True or False")
 
 
 def check_float_tensor(name: str, value: Any) -> None:
@@ -256,7 +268,7 @@ def _target_shapes(e: Tensor, targets: Tensor, target_weight: Any) -> None:
 
 def _tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{name}: got {describe(value)}, expected a torch.Tensor")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: got layout {value.layout}, expected a dense (strided) tensor")
     if hasattr(value, "full_tensor"):  # asked this way, torch.distributed.tensor need not be imported
@@ -286,12 +298,12 @@ def _same_device(device: torch.device, **others: Any) -> None:
 
 def _integer(name: str, value: Any) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected an int")
+        raise TypeError(f"{name}: got {describe(value)}, expected an int")
 
 
 def _number(name: str, value: Any, expected: str, valid: Any) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) or isinstance(value, bool):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
     # math.isfinite would break a compiled graph, and raise on an int beyond the floats.
     if not -sys.float_info.max <= value <= sys.float_info.max or not valid(value):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")

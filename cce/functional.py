@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import unwrap
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from cce import again, checks
 from cce import reduction as reductions
+from cce.backends.mean_logit import finest_dtype
 from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
 from cce.spec import Spec
+from cce.transforms import eager_if_transformed
 
 
 class Terms(NamedTuple):
@@ -31,6 +34,7 @@ class Terms(NamedTuple):
     prediction: Tensor | None = None
 
 
+@eager_if_transformed
 def terms(
     e: Tensor,
     c: Tensor,
@@ -98,7 +102,7 @@ def terms(
         backend=backend,
         spec=spec,
         vocab_parallel=vocab_parallel,
-        signature=extra,
+        signature={"outputs": extra},
     )
     _check_filter(flat, outputs)
     rows = run(flat, extra)
@@ -111,6 +115,7 @@ def terms(
     return Terms(**{name: None if x is None else unflatten(x, flat) for name, x in found.items()})
 
 
+@eager_if_transformed
 def loss(
     e: Tensor,
     c: Tensor,
@@ -175,7 +180,13 @@ def loss(
         backend=backend,
         spec=spec,
         vocab_parallel=vocab_parallel,
-        signature=(reduction, label_smoothing, z_loss, weight is None, token_weight is None),
+        signature={
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "weight": weight is not None,
+            "token_weight": token_weight is not None,
+        },
     )
     checks.check_loss_options(
         reduction=reduction,
@@ -236,7 +247,9 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
     """
     # The weights only say that there are K entries a token.
     weights = e.new_ones(1).expand(targets.shape)
-    flat = flatten(e, c, targets, bias, target_weight=weights, signature=("each",), **{**SHARED_DEFAULTS, **options})
+    flat = flatten(
+        e, c, targets, bias, target_weight=weights, signature={"outputs": "each"}, **{**SHARED_DEFAULTS, **options}
+    )
     rows = run(flat)
     each = rows.nll.reshape(targets.shape)
     return each if not flat.shift else each.narrow(-2, 0, flat.shape[-1] - flat.shift)
@@ -262,11 +275,15 @@ def _total(flat: Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Te
 
 
 def _smoothing(flat: Flat, weight: Tensor | None) -> Tensor | None:
-    """(V,) weights of the smoothed target's logits, of this process's entries; None stands for 1 / V each."""
+    """(V,) weights of the smoothed target's logits, of this process's entries; None stands for 1 / V each.
+
+    As fine as the mean logit they make, or their sum would not be that which the log-sum-exp is multiplied by.
+    """
+    fine = finest_dtype(flat.c.device)
     if weight is not None:
-        u = weight.to(torch.promote_types(weight.dtype, flat.wide)) / flat.v
+        u = weight.to(fine) / flat.v
         return u if flat.part is None else u.narrow(0, flat.part.first, flat.c.shape[0])
-    return None if flat.part is None else flat.c.new_full((flat.c.shape[0],), 1 / flat.v, dtype=flat.wide)
+    return None if flat.part is None else flat.c.new_full((flat.c.shape[0],), 1 / flat.v, dtype=fine)
 
 
 def _nll(rows: Rows, coefficients: Tensor | None) -> Tensor:
@@ -295,7 +312,9 @@ def _class_weighted(flat: Flat, weight: Tensor | None) -> Tensor | None:
 
 #: What :func:`terms`, :func:`loss` and every recipe of ``cce.losses`` take alike, beside the tensors.
 SHARED_DEFAULTS: dict[str, Any] = {
-    name: value for name, value in (terms.__kwdefaults__ or {}).items() if name not in ("outputs", "target_weight")
+    name: value
+    for name, value in (unwrap(terms).__kwdefaults__ or {}).items()
+    if name not in ("outputs", "target_weight")
 }
 #: Names of :func:`loss`'s keyword options.
-LOSS_OPTIONS = frozenset(loss.__kwdefaults__ or ())
+LOSS_OPTIONS = frozenset(unwrap(loss).__kwdefaults__ or ())

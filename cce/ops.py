@@ -78,6 +78,7 @@ def forward(
     spec: str,
     softcap: float | None,
     logit_scale: float,
+    scale: Tensor | None,
     outputs: str,
     grads: str,
     part: str,
@@ -88,9 +89,11 @@ def forward(
         e: (M, D). c: (V, D). bias, logit_weight, vocab_order: (V,).
         targets: (M, K) from ``prepare_targets``.
         backend: a name, or "auto". spec: its ``key``.
+        scale: a number on the CPU that takes the place of ``logit_scale``, where compiled code has it as an input.
         outputs: comma-separated extra outputs. grads: those of "e", "c" and "bias" a gradient may be wanted for.
         part: key of the part of the vocabulary that ``c`` is, or "". Targets are counted over the whole.
     """
+    logit_scale = _number(logit_scale, scale)
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     resolved = _resolved(spec, problem, part)
     empty = _empty_outputs(e, targets, problem, resolved)
@@ -124,6 +127,7 @@ def _(
     spec: str,
     softcap: float | None,
     logit_scale: float,
+    scale: Tensor | None,
     outputs: str,
     grads: str,
     part: str,
@@ -146,6 +150,7 @@ def backward(
     spec: str,
     softcap: float | None,
     logit_scale: float,
+    scale: Tensor | None,
     outputs: str,
     grads: str,
     part: str,
@@ -157,6 +162,7 @@ def backward(
     and weighted_logit, empty where there is none. ``grads`` is the forward's, from which its choice of backend and
     spec is made again.
     """
+    logit_scale = _number(logit_scale, scale)
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     resolved = _resolved(spec, problem, part)
     chosen = registry.choose(backend, problem, resolved)
@@ -198,6 +204,7 @@ def _(
     spec: str,
     softcap: float | None,
     logit_scale: float,
+    scale: Tensor | None,
     outputs: str,
     grads: str,
     part: str,
@@ -208,24 +215,28 @@ def _(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what the gradients are computed from."""
-    e, c, bias, targets, logit_weight, vocab_order, *ctx.options = inputs
+    e, c, bias, targets, logit_weight, vocab_order, backend, spec, softcap, logit_scale, scale, *rest = inputs
+    ctx.options = (backend, spec, softcap, logit_scale)
+    ctx.rest = rest
     lse, nll, lse_low, entropy, _, prediction, *maps, order = output
     ctx.mark_non_differentiable(lse_low, prediction, *maps, order)
     ctx.set_materialize_grads(False)
     if vocab_order is None and order.numel():
         vocab_order = order
-    ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, lse, nll, lse_low, entropy, *maps)
+    ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, scale, lse, nll, lse_low, entropy, *maps)
 
 
 def differentiate(operator: Callable[..., Any], ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of ``forward``'s arguments, from what ``setup_context`` saved; ``operator`` is ``backward``."""
-    e, c, bias, targets, logit_weight, vocab_order, *saved = ctx.saved_tensors
+    e, c, bias, targets, logit_weight, vocab_order, scale, *saved = ctx.saved_tensors
     wanted = ",".join(name for name, need in zip(("e", "c", "bias"), ctx.needs_input_grad[:3], strict=True) if need)
     of_outputs = (grads[0], grads[1], grads[3], grads[4])  # of lse, nll, entropy and weighted_logit
     upstream = [e.new_empty(0) if grad is None else grad for grad in of_outputs]
-    de, dc, dbias = operator(e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, wanted)
+    de, dc, dbias = operator(
+        e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, scale, *ctx.rest, wanted
+    )
     needs = ctx.needs_input_grad
-    return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 10)
+    return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 11)
 
 
 differentiable("cce::forward", partial(differentiate, backward), setup_context)
@@ -240,6 +251,10 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 
 
 differentiable("cce::backward", no_second_derivative, lambda ctx, inputs, output: None)
+
+
+def _number(number: float, tensor: Tensor | None) -> float:
+    return number if tensor is None else float(tensor)
 
 
 def _resolved(key: str, problem: Problem, part: str) -> Spec:

@@ -186,10 +186,10 @@ def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None, targets: T
     lse, lse_low = pair(m, log_s)
     nll = [_join_nll(part, (m, log_s), (lse_of, low_of), parts[2 + i], targets[:, i]) for i in range(k)]
     rest = parts[2 + k :]
-    weighted: Tensor | None = None
+    weighted_logit: Tensor | None = None
     if found.weighted_logit is not None:
         fine = finest_dtype(lse.device)
-        weighted = (rest.pop(0).to(fine) + rest.pop(0).to(fine)).sum(0)
+        weighted_logit = (rest.pop(0).to(fine) + rest.pop(0).to(fine)).sum(0)
     entropy = None
     if found.entropy is not None:
         log_w = torch.where(lse_of == -torch.inf, lse_of, ((lse_of - lse) + low_of) - lse_low)
@@ -201,7 +201,7 @@ def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None, targets: T
         prediction = entry.contiguous().view(integer).gather(0, rank[None])[0].to(torch.int64)
         for before, size in enumerate(part.sizes[:-1]):  # nothing is copied to a GPU, which would wait
             prediction = prediction + size * (rank > before)
-    return Outputs(lse, torch.stack(nll, 1), lse_low, entropy, weighted, prediction)
+    return Outputs(lse, torch.stack(nll, 1), lse_low, entropy, weighted_logit, prediction)
 
 
 def _join_nll(

@@ -15,7 +15,8 @@ from cce.problem import Gradients, Inputs, Outputs, Upstream
 
 def own_dtypes(e: Tensor) -> AbstractContextManager[Any]:
     """The front end has cast what autocast casts; a backend's own float32 arithmetic stays float32."""
-    if not torch.is_autocast_enabled(e.device.type):
+    device = e.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
     return torch.autocast(e.device.type, enabled=False)
 

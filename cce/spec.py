@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from cce.errors import describe
 
 if TYPE_CHECKING:
     from cce.problem import Problem
@@ -88,7 +90,7 @@ class Spec:
         _check_choice("row_order", self.row_order, ROW_ORDERS)
         _check_threshold(self.threshold)
         if not isinstance(self.compensate, bool):
-            raise TypeError(f"Spec.compensate: got {self.compensate!r}, expected True or False")
+            raise TypeError(f"Spec.compensate: got {describe(self.compensate)}, expected True or False")
         if isinstance(self.vocab_order, str):
             _check_choice("vocab_order", self.vocab_order, VOCAB_ORDERS)
         elif self.vocab_order is not None:
@@ -108,7 +110,7 @@ class Spec:
         """The spec (without its vocabulary order) whose ``key`` this is; ValueError if it is none."""
         try:
             return _from_key(key)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, SyntaxError) as error:
             raise ValueError(f"key: got {key!r}, expected the key of a cce.Spec ({error})") from error
 
     def resolve(self, problem: Problem) -> Spec:
@@ -167,6 +169,10 @@ class Spec:
         return hash(self.key)
 
 
+#: Fields of a spec's key, in this order; after them comes the vocabulary order.
+_KEPT = tuple(f.name for f in dataclasses.fields(Spec) if f.init and f.name != "vocab_order")
+
+
 def _resolve_filter(filter: str | None, problem: Problem) -> str:
     # A weighted sum of capped logits has a gradient of the same size in every tile: nothing may be skipped.
     if problem.softcap is not None and "weighted_logit" in problem.outputs:
@@ -196,15 +202,14 @@ def _resolve_accumulate(accumulate: str | None, problem: Problem) -> str:
 
 
 def _key(spec: Spec) -> str:
-    fields = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.init}
-    if spec.permutation is not None:
-        fields["vocab_order"] = "natural"  # it travels beside the key, as a tensor
-    return json.dumps(fields)
+    """The fields as Python literals, one after the other; in a form that torch.compile can trace, too."""
+    order = spec.vocab_order if spec.permutation is None else "natural"  # a permutation travels beside the key
+    return ", ".join([f"{getattr(spec, name)!r}" for name in _KEPT] + [f"{order!r}"])
 
 
 @lru_cache(maxsize=256)
 def _from_key(key: str) -> Spec:
-    return Spec(**json.loads(key))
+    return Spec(**dict(zip((*_KEPT, "vocab_order"), ast.literal_eval(f"({key},)"), strict=True)))
 
 
 @lru_cache(maxsize=256)
@@ -221,7 +226,7 @@ def _check_positive_int(name: str, value: object, *, optional: bool) -> None:
     if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"Spec.{name}: got {value!r} of type {type(value).__name__}, expected a positive int")
+        raise TypeError(f"Spec.{name}: got {describe(value)}, expected a positive int")
     if not 1 <= value < 2**63:
         raise ValueError(f"Spec.{name}: got {value}, expected a positive int of at most 63 bits")
 
@@ -230,14 +235,14 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...], *, optiona
     if value is None and optional:
         return
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"Spec.{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"Spec.{name}: got {describe(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
 def _check_threshold(value: object) -> None:
     if value is None:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"Spec.threshold: got {value!r} of type {type(value).__name__}, expected a float in (0, 1)")
+        raise TypeError(f"Spec.threshold: got {describe(value)}, expected a float in (0, 1)")
     if not 0.0 < value < 1.0 or not math.isfinite(value):
         raise ValueError(f"Spec.threshold: got {value!r}, expected a probability in (0, 1)")
 

@@ -15,6 +15,7 @@ import cce
 from cce import registry
 from cce.backends.reference import ReferenceBackend
 from cce.backends.torch import TorchBackend
+from cce.errors import describe
 
 N, D, V, K = 4, 3, 7, 2
 E = torch.ones(N, D, requires_grad=True)
@@ -57,7 +58,7 @@ def numbers(name: str, *outside: float) -> list[Bad]:
     """What no number may be, and the values outside its range."""
     kinds = ("1", True, 1j, torch.tensor(0.5))
     return [
-        *(Bad(f"{name}-{type(x).__name__}", {name: x}, TypeError, name, repr(x)) for x in kinds),
+        *(Bad(f"{name}-{type(x).__name__}", {name: x}, TypeError, name, describe(x)) for x in kinds),
         *(Bad(f"{name}={x}", {name: x}, ValueError, name, repr(x)) for x in (*outside, NAN, INF)),
         Bad(f"{name}-beyond-float", {name: 10**400}, ValueError, name, "1" + "0" * 400),
     ]
@@ -117,8 +118,6 @@ ARGUMENTS = [
     Bad("ignore_index-beyond-int64", {"ignore_index": 2**70}, ValueError, "ignore_index", str(2**70)),
     *integers("shift"),
     Bad("shift=-1", {"shift": -1}, ValueError, "shift", "-1"),
-    Bad("shift-too-large", {"shift": N}, ValueError, "shift", str(N)),
-    Bad("shift-beyond-int64", {"shift": 2**70}, ValueError, "shift", str(2**70)),
     Bad("shift-of-one-row", {"e": E[0], "targets": T[0], "shift": 1}, ValueError, "shift", "1"),
     *numbers("softcap", 0, -1.5),
     *numbers("logit_scale", 0, -1.5),
@@ -192,7 +191,7 @@ SPEC = [
     Bad("accumulate-dtype", {"accumulate": torch.float32}, ValueError, "Spec.accumulate", "torch.float32"),
     *(Bad(f"threshold={x}", {"threshold": x}, ValueError, "Spec.threshold", repr(x)) for x in (0, 1, -0.1, 2.0, NAN)),
     *(
-        Bad(f"threshold-{x!r}", {"threshold": x}, TypeError, "Spec.threshold", repr(x))
+        Bad(f"threshold-{x!r}", {"threshold": x}, TypeError, "Spec.threshold", describe(x))
         for x in ("0.1", True, torch.tensor(0.5))
     ),
     *(Bad(f"compensate-{x!r}", {"compensate": x}, TypeError, "Spec.compensate", repr(x)) for x in (1, None, "yes")),

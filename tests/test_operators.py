@@ -74,7 +74,7 @@ def test_operators_are_checked_by_torch() -> None:
     torch.library.opcheck(ops.prepare_targets_op, (labels[:, None], 9, -100))
     targets = ops.prepare_targets(labels[:, None], 9, -100)
     key = cce.Spec(filter="none").key
-    options = ("torch", key, None, 1.0, "entropy", "e,c", "")
+    options = ("torch", key, None, 1.0, torch.tensor(0.5, dtype=torch.float64), "entropy", "e,c", "")
     torch.library.opcheck(ops.forward, (e, c, None, targets, None, None, *options))
     found = ops.forward(e, c, None, targets, None, None, *options)
     lse, nll, lse_low, entropy, _, _, *maps, _ = (x.detach() for x in found)

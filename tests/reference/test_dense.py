@@ -33,10 +33,10 @@ def test_equals_torch_cross_entropy(make_case, smoothing):
     weights = torch.from_numpy(case.upstream.a)
     (losses * weights).sum().backward()
 
-    # loss = lse - (1 - smoothing) z_target - smoothing mean(z)
+    # loss = (1 - smoothing) (lse - z_target) + smoothing (lse - mean(z))
     inputs = dataclasses.replace(inputs, logit_weight=None)
     out = dense.forward(inputs, case.problem)
-    loss = out.lse - (1 - smoothing) * out.target_logits[:, 0] - smoothing * out.weighted_logit
+    loss = (1 - smoothing) * out.nll[:, 0] + smoothing * (out.lse - out.weighted_logit)
     np.testing.assert_allclose(loss[keep], losses.detach().numpy()[keep], rtol=1e-12)
     a = case.upstream.a * keep
     gradients = dense.backward(
@@ -59,7 +59,7 @@ def test_entropy_and_prediction_equal_torch(make_case):
 
 def _objective(inputs: Inputs, problem: Problem, upstream: Upstream) -> float:
     out = dense.forward(inputs, problem)
-    pairs = [(upstream.a, out.lse), (-upstream.g, out.target_logits)]
+    pairs = [(upstream.a - upstream.g.sum(1), out.lse), (upstream.g, out.nll)]
     pairs += [(upstream.h, out.entropy), (upstream.s, out.weighted_logit)]
     return float(sum((weight * x).sum() for weight, x in pairs if weight is not None and x is not None))
 
@@ -123,7 +123,8 @@ def test_masked_entries_have_no_probability_and_no_nan(make_case):
     small_problem = dataclasses.replace(case.problem, v=int(kept.sum()))
     small_out = dense.forward(small, small_problem)
     small_gradients = dense.backward(small, small_problem, small_out, case.upstream)
-    for name in ("lse", "target_logits", "entropy", "weighted_logit"):
+    assert np.isnan(out.weighted_logit).all()  # 0 (-inf), as in PyTorch
+    for name in ("lse", "nll", "entropy"):
         np.testing.assert_allclose(getattr(out, name), getattr(small_out, name), rtol=1e-12)
     np.testing.assert_allclose(gradients.de, small_gradients.de, atol=1e-12)
     np.testing.assert_allclose(gradients.dc[kept], small_gradients.dc, atol=1e-12)

@@ -87,7 +87,8 @@ def test_maps_of_tiles(make_case):
         tile = z[:, case.inputs.vocab_order[t * 6 : (t + 1) * 6]]
         tile_lse = dense.log_sum_exp(tile)
         p = dense.softmax(tile, tile_lse)
-        expected = {"tile_lse": tile_lse, "tile_max": tile.max(1), "tile_entropy": -(p * np.log(p)).sum(1)}
+        log_sum = tile_lse - tile.max(1)
+        expected = {"tile_max": tile.max(1), "tile_log_sum": log_sum, "tile_entropy": -(p * np.log(p)).sum(1)}
         for name, value in expected.items():
             np.testing.assert_allclose(getattr(maps, name)[t], value, atol=1e-12)
 
@@ -219,21 +220,23 @@ def test_masked_entries(make_peaked, filter, softcap):
         assert np.isfinite(gradients.de).all() and np.isfinite(gradients.dc).all()
         if filter == "none":
             assert_same(gradients, expected)
-        elif softcap is None:  # with one, tanh makes -softcap of -inf: a logit like any other
+        else:  # masked also under a softcap
             assert not work.hit[2:4].any()
             assert not gradients.dc[32:64].any()
 
 
-def test_a_row_masked_altogether_has_no_nan(make_case):
+def test_a_row_masked_altogether_has_no_softmax(make_case):
+    """Its log-sum-exp is -inf; the rest is NaN, as F.cross_entropy has it."""
     case = make_case(order=True)
     case.inputs.bias[:] = -np.inf
-    case = dataclasses.replace(case, inputs=dataclasses.replace(case.inputs, logit_weight=np.zeros(29)))
     for filter in ("none", "element", "tile"):
         out, _, _, gradients = run(case, case.spec(filter=filter, block_v=6))
         expected_out, expected = exact(case)
         assert_same(out, expected_out)
         assert_same(gradients, expected)
-        assert np.isneginf(out.lse).all() and not out.entropy.any()
+        named = case.inputs.targets >= 0
+        assert np.isneginf(out.lse).all() and np.isnan(out.entropy).all() and np.isnan(out.nll[named]).all()
+        assert np.isnan(gradients.de).all() and np.isnan(gradients.dbias).all()
 
 
 def test_only_what_is_asked_for(make_case):
