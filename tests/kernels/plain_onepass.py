@@ -84,7 +84,7 @@ class PlainOnePass(OnePassKernels):
         x = p * a.double()[:, None]
         for k, column in enumerate(here):
             x = x - torch.where(column, g[:, k, None].double(), 0.0)
-        counts = (targets >= 0).any(1) & ((a != 0) | ~lse.isfinite())
+        counts = (targets >= 0).any(1) & ((a != 0) | (g != 0).any(1) | ~lse.isfinite())
         q.copy_(torch.where(counts[:, None], x, 0.0))
 
     def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
