@@ -43,7 +43,8 @@ def logits(call: Mapping[str, Any], e: Tensor, c: Tensor, bias: Tensor | None) -
     if call.get("softcap") is None:
         return z
     z = call["softcap"] * torch.tanh(z / call["softcap"])
-    return z if bias is None else z.masked_fill(bias == -torch.inf, -torch.inf)
+    # A mask is added, not filled in: where a row has no softmax, its NaN reaches the masked entries.
+    return z if bias is None else z + torch.zeros_like(bias).masked_fill(bias == -torch.inf, -torch.inf)
 
 
 class _LogSumExp(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The conformance suite: every case, behaviour and option, on every backend given with ``--backend``."""
+"""The conformance suite on every backend given with ``--backend``; ``-k "not layout"`` leaves a group out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from cce.testing.behaviours import BEHAVIOURS, Behaviour
 from cce.testing.cases import CASES, Case
 from cce.testing.check import run_case
 from cce.testing.check_option import check_option
+from cce.testing.layouts import LAYOUTS, Placed, check_layout
 from cce.testing.options import OPTIONS, Option
+from cce.testing.patterns import PATTERNS, Pattern, check_pattern
 from cce.testing.report import product_roundoff
 
 
@@ -29,3 +31,17 @@ def test_behaviour(backend_name: str, behaviour: Behaviour, device: str) -> None
 @pytest.mark.parametrize("option", [x for options in OPTIONS.values() for x in options], ids=str)
 def test_option(backend_name: str, option: Option, device: str) -> None:
     check_option(option, backend_name, device)
+
+
+@pytest.mark.parametrize("placed", LAYOUTS, ids=str)
+def test_layout(backend_name: str, placed: Placed, device: str) -> None:
+    refused = check_layout(placed, backend_name, device)
+    if refused:
+        pytest.skip("; ".join(refused))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_pattern(backend_name: str, pattern: Pattern, device: str) -> None:
+    refused = check_pattern(pattern, backend_name, device)
+    if refused:
+        pytest.skip("; ".join(refused))
