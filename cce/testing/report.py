@@ -145,7 +145,10 @@ def _mapping(jobs: int) -> Iterator[Callable[..., Iterable[Any]]]:
 
 
 def _result(case: Case, name: str, device: str) -> Result:
-    return run_case(registry.load(name), case, device, product_roundoff(device))
+    try:
+        return run_case(registry.load(name), case, device, product_roundoff(device))
+    except Exception as error:  # whatever a backend raises is a failure of this case, not of the others
+        return Result(case.name, failures=[_raised(error)])
 
 
 def _failure(check: Callable[[str, str], Any], name: str, device: str) -> str:
@@ -154,7 +157,13 @@ def _failure(check: Callable[[str, str], Any], name: str, device: str) -> str:
         check(name, device)
     except AssertionError as error:
         return str(error) or "failed"
+    except Exception as error:
+        return _raised(error)
     return ""
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def product_roundoff(device: str) -> float:
