@@ -53,7 +53,8 @@ class Rows(NamedTuple):
     """What the operator returns, per row of the flattened ``e`` (M,)."""
 
     lse: Tensor
-    target_logits: Tensor  # (M, K)
+    nll: Tensor  # (M, K)
+    lse_low: Tensor
     entropy: Tensor
     weighted_logit: Tensor
     prediction: Tensor
@@ -124,7 +125,7 @@ def _split(flat: Flat, split: VocabParallel, signature: tuple[Any, ...]) -> Flat
 
 
 def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = None) -> Rows:
-    """The operator: lse, target logits and the ``extra`` outputs of every row."""
+    """The operator: lse, nll and the ``extra`` outputs of every row."""
     if flat.own is not None and flat.part is not None:
         group, own = flat.part.group, flat.own
         every = flat._replace(
@@ -146,7 +147,7 @@ def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = N
         wanted_gradients(flat.e, flat.c, flat.bias),
         "" if flat.part is None else flat.part.key,
     )
-    return Rows(*found[:5])
+    return Rows(*found[:6])
 
 
 def unflatten(x: Tensor, flat: Flat) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cce import again, checks
 from cce import reduction as reductions
-from cce.flat import Flat, Rows, flatten, run, shifted, unflatten
+from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
 from cce.spec import Spec
 
 
@@ -100,6 +100,7 @@ def terms(
         vocab_parallel=vocab_parallel,
         signature=extra,
     )
+    _check_filter(flat, outputs)
     rows = run(flat, extra)
     found = {
         "nll": _nll(rows, flat.coefficients) if "nll" in outputs else None,
@@ -199,8 +200,7 @@ def loss(
     rows = run(flat, ("weighted_logit",), _smoothing(flat, weight)) if label_smoothing else run(flat)
     per_token = _nll(rows, coefficients)
     if label_smoothing:
-        mass = 1.0 if weight is None else weight.to(flat.wide).mean()
-        per_token = (1 - label_smoothing) * per_token + label_smoothing * (mass * rows.lse - rows.weighted_logit)
+        per_token = (1 - label_smoothing) * per_token + label_smoothing * _uniform_nll(rows, weight)
     if z_loss:
         per_token = per_token + z_loss * rows.lse.square()
     if of_tokens is not None:
@@ -208,6 +208,17 @@ def loss(
     if reduction == "none":
         return unflatten(per_token, flat)
     return per_token.sum() if total is None else per_token.sum() / total()
+
+
+def _check_filter(flat: Flat, outputs: Sequence[str]) -> None:
+    """Refuses a filter where a gradient of lse or entropy is wanted: it may consist of what the filter leaves out."""
+    filter, asked = flat.spec.filter, [name for name in ("lse", "entropy") if name in outputs]
+    if filter not in (None, "none") and asked and wanted_gradients(flat.e, flat.c, flat.bias):
+        raise ValueError(
+            f"spec: got filter={filter!r} with outputs {asked} and gradients enabled, expected filter='none': a "
+            "gradient of lse or entropy is not concentrated where the filter looks; or ask for other outputs, or "
+            "compute these under torch.no_grad()"
+        )
 
 
 def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -227,36 +238,51 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
     weights = e.new_ones(1).expand(targets.shape)
     flat = flatten(e, c, targets, bias, target_weight=weights, signature=("each",), **{**SHARED_DEFAULTS, **options})
     rows = run(flat)
-    each = (rows.lse[:, None] - rows.target_logits).masked_fill(flat.targets < 0, 0).reshape(targets.shape)
+    each = rows.nll.reshape(targets.shape)
     return each if not flat.shift else each.narrow(-2, 0, flat.shape[-1] - flat.shift)
 
 
+def _in_use(flat: Flat) -> Tensor:
+    """(M,) bool, the rows with a target."""
+    return flat.targets[:, 0] >= 0 if flat.coefficients is None else (flat.targets >= 0).any(1)
+
+
 def _token_weights(flat: Flat, token_weight: Tensor) -> Tensor:
-    """(M,) one weight a row."""
-    return shifted(token_weight, flat.shift, token_weight.ndim, 0).reshape(-1).to(flat.wide)
+    """(M,) one weight a row; 0 where there is no target, whatever was given there."""
+    of_rows = shifted(token_weight, flat.shift, token_weight.ndim, 0).reshape(-1).to(flat.wide)
+    return of_rows.masked_fill(~_in_use(flat), 0)
 
 
 def _total(flat: Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Tensor:
     """What "mean" divides by."""
-    in_use = flat.targets[:, 0] >= 0 if flat.coefficients is None else (flat.targets >= 0).any(1)
     weights = of_tokens
     if of_target is not None:
         weights = of_target[:, 0] if of_tokens is None else of_target[:, 0] * of_tokens
-    return reductions.total(in_use, weights, flat.wide)
+    return reductions.total(_in_use(flat), weights, flat.wide)
 
 
 def _smoothing(flat: Flat, weight: Tensor | None) -> Tensor | None:
     """(V,) weights of the smoothed target's logits, of this process's entries; None stands for 1 / V each."""
     if weight is not None:
-        u = weight.to(torch.promote_types(weight.dtype, torch.float32)) / flat.v
+        u = weight.to(torch.promote_types(weight.dtype, flat.wide)) / flat.v
         return u if flat.part is None else u.narrow(0, flat.part.first, flat.c.shape[0])
     return None if flat.part is None else flat.c.new_full((flat.c.shape[0],), 1 / flat.v, dtype=flat.wide)
 
 
 def _nll(rows: Rows, coefficients: Tensor | None) -> Tensor:
-    """(M,) sum_k w_k (lse - z_k); 0 in ignored rows, where both are 0."""
-    gap = rows.lse[:, None] - rows.target_logits
-    return gap[:, 0] if coefficients is None else (coefficients * gap).sum(1)
+    """(M,) sum_k w_k (lse - z_k); 0 in ignored rows."""
+    return rows.nll[:, 0] if coefficients is None else (coefficients * rows.nll).sum(1)
+
+
+def _uniform_nll(rows: Rows, weight: Tensor | None) -> Tensor:
+    """(M,) mean over the vocabulary of ``w_v (lse - z_v)``; 0 in ignored rows.
+
+    Both terms may share a large offset, so they are subtracted in the dtype of the weighted logit, which is float64
+    where there is one.
+    """
+    fine = rows.weighted_logit.dtype
+    mass = 1.0 if weight is None else weight.to(fine).mean()
+    return (mass * (rows.lse.to(fine) + rows.lse_low) - rows.weighted_logit).to(rows.lse.dtype)
 
 
 def _class_weighted(flat: Flat, weight: Tensor | None) -> Tensor | None:

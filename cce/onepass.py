@@ -5,7 +5,9 @@ factor when the forward has seen a row's logits: a backend that holds all logits
 them by ``c`` and by ``e`` there and then, and need not make them again. That is three products instead of four.
 
 The gradients wait in the graph and are handed out, scaled in place, by the first backward; should a retained graph
-be run again, they are computed anew, by the same code and so to the same bits.
+be run again, they are computed anew, by the same code and so to the same bits. So are those of a loss that had to make
+room: losses whose backward does not come (a validation without ``no_grad``), or comes late (a sum over micro-batches),
+would hold a gradient of the size of ``c`` each (``Held``).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from cce import registry, transforms
 from cce.backends.base import Backend
+from cce.held import Held
 from cce.ops import no_second_derivative
 from cce.problem import Inputs, Problem
 from cce.rows import own_dtypes, placed_gradients, rows_in_use, select, zero_gradients
@@ -38,6 +41,13 @@ class Call:
     problem: Problem
     spec: Spec
     grads: str
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Size of all gradients that are computed along with the loss."""
+        p = self.problem
+        sizes = ((p.grad_e, p.n * p.d * p.e_dtype.itemsize), (p.grad_c, p.v * p.d * p.c_dtype.itemsize))
+        return sum(size for wanted, size in sizes if wanted) + 4 * p.v * p.grad_bias
 
     def run(
         self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
@@ -73,7 +83,8 @@ def choose(
     if not grads or torch.compiler.is_compiling() or transforms.active():
         return None
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, "", grads)
-    if problem.n == 0:
+    # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.
+    if problem.n == 0 or torch.float16 in (problem.e_dtype, problem.c_dtype):
         return None
     resolved = spec.resolve(problem)
     chosen = registry.choose(backend, problem, resolved)
@@ -97,10 +108,11 @@ class _WeightedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor, call: Call
     ) -> Tensor:
-        value, *gradients = call.run(e, c, bias, targets, weights)
         ctx.save_for_backward(e, c, bias, targets, weights)
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.ready = call, gradients
+        ctx.call, ctx.held = call, Held(call.gradient_bytes, call.spec.scratch_bytes, e.device)
+        value, *gradients = call.run(e, c, bias, targets, weights)
+        ctx.held.keep(gradients)
         return value
 
     @staticmethod
@@ -108,13 +120,13 @@ class _WeightedLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 6
         e, c, bias, targets, weights = ctx.saved_tensors
-        gradients, ctx.ready = ctx.ready, None
+        gradients = ctx.held.take()
         if gradients is None:
             gradients = ctx.call.run(e, c, bias, targets, weights)[1:]
         with torch.no_grad():
             ctx.call.backend.scale([x for x in gradients if x is not None], upstream)
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = _Once.apply(upstream, e, c, *gradients)  # type: ignore[no-untyped-call]
+            gradients = _Once.apply(upstream, e, c, bias, *gradients)  # type: ignore[no-untyped-call]
         found = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
         return (*found, None, None, None)
 
@@ -124,7 +136,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, upstream: Tensor, e: Tensor, c: Tensor, *gradients: Tensor | None
+        ctx: Any, upstream: Tensor, e: Tensor, c: Tensor, bias: Tensor | None, *gradients: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         return tuple(None if x is None else x.view_as(x) for x in gradients)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cce import parallel, registry
+from cce.backends.mean_logit import finest_dtype
 from cce.operators import differentiable, fake, operator
 from cce.order import mean_logit_order
 from cce.parallel import Part
@@ -80,7 +81,7 @@ def forward(
     outputs: str,
     grads: str,
     part: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs per row of ``e`` (0, and -1 for the prediction, where the row is ignored), the maps, the order used.
 
     Args:
@@ -97,9 +98,9 @@ def forward(
     split = Part.from_key(part)
     rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
     if len(used) == 0:
-        return empty  # type: ignore[return-value]  # eight of them
+        return empty  # type: ignore[return-value]  # nine of them
     problem = replace(problem, n=len(used))
-    maps, order = _maps(empty[5:7], problem.n), empty[7]
+    maps, order = _maps(empty[6:8], problem.n), empty[8]
     with own_dtypes(e):
         if order.numel() and vocab_order is None:
             vocab_order = order.copy_(mean_logit_order(e, c, bias, targets))
@@ -108,7 +109,7 @@ def forward(
             found = chosen.forward(inputs, problem, resolved, maps)
         else:
             found = parallel.forward(split, chosen, inputs, problem, resolved, maps)
-    return (*place_outputs(found, empty[:5], rows), *empty[5:])  # type: ignore[return-value]
+    return (*place_outputs(found, empty[:6], rows), *empty[6:])  # type: ignore[return-value]
 
 
 @fake("cce::forward")
@@ -152,9 +153,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dE (M, D), dC (V, D) and dbias (V,) in their inputs' dtypes; those not ``wanted`` are empty.
 
-    ``saved`` is lse, target_logits, entropy and the maps of the forward; ``upstream`` the gradients of lse,
-    target_logits, entropy and weighted_logit, empty where there is none. ``grads`` is the forward's, from which
-    its choice of backend and spec is made again.
+    ``saved`` is lse, nll, lse_low, entropy and the maps of the forward; ``upstream`` the gradients of lse, nll, entropy
+    and weighted_logit, empty where there is none. ``grads`` is the forward's, from which its choice of backend and
+    spec is made again.
     """
     problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
     resolved = _resolved(spec, problem, part)
@@ -162,7 +163,7 @@ def backward(
     rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
     if len(used) == 0:
         return zero_gradients(e, c, bias, wanted)
-    lse, target_logits, entropy = (select(x, rows) for x in saved[:3])
+    lse, nll, lse_low, entropy = (select(x, rows) for x in saved[:4])
     asked = Problem.of(e, c, bias, used, softcap, logit_scale, outputs, wanted)
     if asked.maps(resolved) - problem.maps(resolved):
         raise RuntimeError(
@@ -174,8 +175,8 @@ def backward(
             Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
             asked,
             resolved,
-            Outputs(lse, target_logits, entropy if entropy.numel() else None),
-            _maps(saved[3:], asked.n),
+            Outputs(lse, nll, lse_low, entropy if entropy.numel() else None),
+            _maps(saved[4:], asked.n),
             _upstream(upstream, used, rows, lse),
         )
         split = Part.from_key(part)
@@ -208,19 +209,20 @@ def _(
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what the gradients are computed from."""
     e, c, bias, targets, logit_weight, vocab_order, *ctx.options = inputs
-    lse, target_logits, entropy, _, prediction, *maps, order = output
-    ctx.mark_non_differentiable(prediction, *maps, order)
+    lse, nll, lse_low, entropy, _, prediction, *maps, order = output
+    ctx.mark_non_differentiable(lse_low, prediction, *maps, order)
     ctx.set_materialize_grads(False)
     if vocab_order is None and order.numel():
         vocab_order = order
-    ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, lse, target_logits, entropy, *maps)
+    ctx.save_for_backward(e, c, bias, targets, logit_weight, vocab_order, lse, nll, lse_low, entropy, *maps)
 
 
 def differentiate(operator: Callable[..., Any], ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients of ``forward``'s arguments, from what ``setup_context`` saved; ``operator`` is ``backward``."""
     e, c, bias, targets, logit_weight, vocab_order, *saved = ctx.saved_tensors
     wanted = ",".join(name for name, need in zip(("e", "c", "bias"), ctx.needs_input_grad[:3], strict=True) if need)
-    upstream = [e.new_empty(0) if grad is None else grad for grad in grads[:4]]
+    of_outputs = (grads[0], grads[1], grads[3], grads[4])  # of lse, nll, entropy and weighted_logit
+    upstream = [e.new_empty(0) if grad is None else grad for grad in of_outputs]
     de, dc, dbias = operator(e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, wanted)
     needs = ctx.needs_input_grad
     return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 10)
@@ -257,8 +259,9 @@ def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> 
     return (
         e.new_zeros(m, dtype=wide),
         e.new_zeros(targets.shape, dtype=wide),
+        e.new_zeros(m, dtype=wide),
         row("entropy"),
-        row("weighted_logit"),
+        row("weighted_logit", dtype=finest_dtype(e.device)),
         row("prediction", -1, torch.int64),
         *(e.new_empty((spec.tiles(problem.v), m) if name in maps else (0, 0), dtype=map_dtype) for name in _MAPS),
         e.new_empty(problem.v if spec.vocab_order == "mean_logit" else 0, dtype=torch.int64),
@@ -275,10 +278,13 @@ def _upstream(grads: Sequence[Tensor], targets: Tensor, rows: Tensor | None, lse
     # A row without a target is none, whatever gradient a mean sends to its outputs.
     ignored = (targets < 0).all(1)
 
-    def rows_of(x: Tensor) -> Tensor | None:
-        return select(x, rows).to(lse.dtype).masked_fill(ignored, 0) if x.numel() else None
+    def rows_of(x: Tensor, without: Tensor) -> Tensor | None:
+        return select(x, rows).to(lse.dtype).masked_fill(without, 0) if x.numel() else None
 
-    a, h, s = (rows_of(x) for x in (grads[0], *grads[2:]))
-    target = grads[1]
-    g = select(target, rows).to(lse.dtype).neg() if target.numel() else torch.zeros_like(targets, dtype=lse.dtype)
-    return Upstream(torch.zeros_like(lse) if a is None else a, g.masked_fill(targets < 0, 0), h, s)
+    a, h, s = (rows_of(x, ignored) for x in (grads[0], *grads[2:]))
+    g = rows_of(grads[1], targets < 0)
+    if g is None:
+        g = torch.zeros_like(targets, dtype=lse.dtype)
+        return Upstream(torch.zeros_like(lse) if a is None else a, g, h, s)
+    of_nll = g[:, 0] if g.shape[1] == 1 else g.sum(1)
+    return Upstream(of_nll if a is None else a + of_nll, g, h, s)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from cce.backends.base import Backend
+from cce.backends.mean_logit import finest_dtype
+from cce.backends.pair import joined, pair
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.rows import used_rows
 from cce.spec import Spec
@@ -77,9 +80,9 @@ def forward(
     else:
         found = _nothing(inputs, problem, spec)
     largest = _largest(local, problem, found) if found.prediction is not None else None
-    joined = _join(part, found, largest)
+    joined = _join(part, found, largest, inputs.targets)
     if maps.tile_mass is not None and problem.v:
-        _relate(maps.tile_mass, spec, found.lse, joined.lse)
+        _relate(maps.tile_mass, spec, found, joined)
     return _of_rows_in_use(joined, inputs, used_rows(inputs))
 
 
@@ -114,10 +117,14 @@ def group_of(name: str) -> dist.ProcessGroup:
 
 
 def _widened(outputs: Outputs[Tensor], spec: Spec) -> Outputs[Tensor]:
-    """In the accumulation dtype, as all processes must send them; a backend may be more precise."""
+    """In the accumulation dtype, as all processes must send them; a backend may be more precise.
+
+    Not the weighted logit, which is sent as two numbers.
+    """
     dtype = getattr(torch, str(spec.accumulate))
     fields: dict[str, Any] = {
-        name: x.to(dtype) if x is not None and x.is_floating_point() else x for name, x in vars(outputs).items()
+        name: x.to(dtype) if x is not None and x.is_floating_point() and name != "weighted_logit" else x
+        for name, x in vars(outputs).items()
     }
     return Outputs(**fields)
 
@@ -129,7 +136,7 @@ def _nothing(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Outputs[Te
     extra = dict.fromkeys(problem.outputs & {"entropy", "weighted_logit"}, zero)
     if "prediction" in problem.outputs:
         extra["prediction"] = zero.to(torch.int64)
-    return Outputs(zero - torch.inf, inputs.e.new_zeros(inputs.targets.shape, dtype=dtype), **extra)
+    return Outputs(zero - torch.inf, inputs.e.new_zeros(inputs.targets.shape, dtype=dtype), zero * torch.nan, **extra)
 
 
 def _no_gradients(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]:
@@ -159,22 +166,34 @@ def _largest(local: Inputs[Tensor], problem: Problem, found: Outputs[Tensor], st
     return z.masked_fill(prediction < 0, -torch.inf)
 
 
-def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None) -> Outputs[Tensor]:
-    """All parts' outputs joined, by one exchange of a few numbers a row."""
-    lse, k = found.lse, found.target_logits.shape[1]
-    columns = [lse, *found.target_logits.T]
-    columns += [x for x in (found.entropy, found.weighted_logit, largest) if x is not None]
+def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None, targets: Tensor) -> Outputs[Tensor]:
+    """All parts' outputs joined, by one exchange of a few numbers a row; ``targets`` are those of the whole."""
+    lse, k = found.lse, found.nll.shape[1]
+    low = torch.zeros_like(lse) if found.lse_low is None else found.lse_low
+    columns = [lse, low, *found.nll.T]
+    if found.weighted_logit is not None:
+        weighted = found.weighted_logit.to(finest_dtype(lse.device))
+        high = weighted.to(lse.dtype)
+        columns += [high, torch.where(high.isfinite(), weighted - high, 0).to(lse.dtype)]
+    columns += [x for x in (found.entropy, largest) if x is not None]
     if found.prediction is not None:  # as the bits of a number: all of them arrive
         integer = torch.int32 if lse.dtype == torch.float32 else torch.int64
         columns.append(found.prediction.to(integer).view(lse.dtype))
     gathered = gather(torch.stack(columns), part.group)  # (ranks, columns, N)
     parts = list(gathered.unbind(1))
-    lse_of = parts[0]
-    lse = lse_of.logsumexp(0)
-    target_logits = torch.stack([parts[1 + i].sum(0) for i in range(k)], 1)
-    rest = parts[1 + k :]
-    entropy = None if found.entropy is None else _join_entropy(lse, lse_of, rest.pop(0))
-    weighted = None if found.weighted_logit is None else rest.pop(0).sum(0)
+    lse_of, low_of = parts[:2]
+    m, log_s = joined(lse_of, low_of, 0)
+    lse, lse_low = pair(m, log_s)
+    nll = [_join_nll(part, (m, log_s), (lse_of, low_of), parts[2 + i], targets[:, i]) for i in range(k)]
+    rest = parts[2 + k :]
+    weighted: Tensor | None = None
+    if found.weighted_logit is not None:
+        fine = finest_dtype(lse.device)
+        weighted = (rest.pop(0).to(fine) + rest.pop(0).to(fine)).sum(0)
+    entropy = None
+    if found.entropy is not None:
+        log_w = torch.where(lse_of == -torch.inf, lse_of, ((lse_of - lse) + low_of) - lse_low)
+        entropy = _join_entropy(log_w, rest.pop(0)).masked_fill(~lse.isfinite(), torch.nan)
     prediction = None
     if found.prediction is not None:
         best, entry = rest
@@ -182,41 +201,60 @@ def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None) -> Outputs
         prediction = entry.contiguous().view(integer).gather(0, rank[None])[0].to(torch.int64)
         for before, size in enumerate(part.sizes[:-1]):  # nothing is copied to a GPU, which would wait
             prediction = prediction + size * (rank > before)
-    return Outputs(lse, target_logits, entropy, weighted, prediction)
+    return Outputs(lse, torch.stack(nll, 1), lse_low, entropy, weighted, prediction)
 
 
-def _join_entropy(lse: Tensor, lse_of: Tensor, entropy_of: Tensor) -> Tensor:
-    """H = sum_r w_r (H_r + lse - lse_r), w_r = exp(lse_r - lse): every term is at least 0."""
-    log_w = lse_of - lse.masked_fill(lse == -torch.inf, 0)
-    terms: Tensor = log_w.exp() * (entropy_of - log_w.clamp(min=-1e4, max=0))
-    return terms.sum(0)
+def _join_nll(
+    part: Part, whole: tuple[Tensor, Tensor], of_parts: tuple[Tensor, Tensor], nll_of: Tensor, targets: Tensor
+) -> Tensor:
+    """(N,) lse - z, from the part that holds the target: its own nll, and how far its lse lies below the joined.
+
+    Args:
+        whole: (N,) each; the joined log-sum-exp is their sum. of_parts: (ranks, N) each, the same of every part.
+        nll_of: (ranks, N). targets: (N,).
+    """
+    m, log_s = whole
+    rank = torch.zeros_like(targets)
+    for end in list(accumulate(part.sizes))[:-1]:  # nothing is copied to a GPU, which would wait
+        rank += targets >= end
+    lse, low, nll = (x.gather(0, rank[None])[0] for x in (*of_parts, nll_of))
+    found = nll + (((m - lse) + log_s) - low)
+    # A part without an entry left holds a target of logit -inf.
+    return torch.where(lse == -torch.inf, m - lse, found).clamp(min=0)
 
 
-def _relate(tile_mass: Tensor, spec: Spec, lse: Tensor, joined: Tensor, step: int = 64) -> None:
+def _join_entropy(log_w: Tensor, entropy_of: Tensor) -> Tensor:
+    """H = sum_r w_r (H_r - log w_r), w_r = exp(lse_r - lse): all terms at least 0; masked parts have none."""
+    terms = log_w.exp() * (entropy_of - log_w.clamp(min=-1e4, max=0))
+    return torch.where(log_w == -torch.inf, 0, terms).sum(0)
+
+
+def _relate(tile_mass: Tensor, spec: Spec, own: Outputs[Tensor], whole: Outputs[Tensor], step: int = 64) -> None:
     """Makes the map of a part one of the whole: masses shrink by the part's own; what no longer hits a tile is dead.
 
     A row hits the tile still if its mass there exceeds the threshold. For filter "element", whose quantity the map
     does not hold, that keeps some tiles alive that one process would have skipped, and skips none that it would keep.
     """
     assert spec.threshold is not None
-    ratio = (lse - joined).exp().nan_to_num(nan=0.0)  # a row masked in all parts: -inf - -inf
+    assert own.lse_low is not None and whole.lse_low is not None
+    ratio = ((own.lse - whole.lse) + (own.lse_low - whole.lse_low)).exp()
+    ratio = torch.where(own.lse == -torch.inf, 0, ratio)  # of a part without an entry left
     for t in range(0, len(tile_mass), step):
         mass = tile_mass[t : t + step] * ratio
-        mass = torch.where(mass < -spec.threshold, mass, mass.abs())
+        mass = torch.where(mass >= -spec.threshold, mass.abs(), mass)  # NaN stays, which is computed
         tile_mass[t : t + step] = mass
 
 
 def _of_rows_in_use(outputs: Outputs[Tensor], inputs: Inputs[Tensor], in_use: Tensor) -> Outputs[Tensor]:
-    """Ignored rows are 0, -1 in the prediction; lse is at least each target's logit, so that no loss is negative."""
-    named = outputs.target_logits.masked_fill(inputs.targets < 0, -torch.inf)
-    lse = torch.maximum(outputs.lse, named.amax(1))
+    """Ignored rows are 0, -1 in the prediction."""
 
     def kept(x: Tensor | None, fill: int = 0) -> Any:
         return None if x is None else x.masked_fill(~in_use, fill)
 
     return Outputs(
-        kept(lse),
-        outputs.target_logits.masked_fill(inputs.targets < 0, 0),
+        kept(outputs.lse),
+        outputs.nll.masked_fill(inputs.targets < 0, 0),
+        kept(outputs.lse_low),
         kept(outputs.entropy),
         kept(outputs.weighted_logit),
         kept(outputs.prediction, -1),

@@ -158,8 +158,8 @@ class Outputs(Generic[A]):
         lse: (N,) log-sum-exp of the row's logits; -inf where all are -inf.
         nll: (N, K) ``lse_i - z[i, targets[i, k]]``, from differences to the row's largest logit; at least 0, and 0
             where the target is -1. NaN where lse is -inf or inf.
-        lse_low: (N,) what rounding took from ``lse``, so that ``p = exp((z - lse) - lse_low)``; finite, 0 where ``lse``
-            is not. None stands for 0.
+        lse_low: (N,) what rounding took from ``lse``, so that ``p = exp((z - lse) - lse_low)``; NaN where ``lse`` is
+            not finite, as there is no softmax. None stands for 0.
         entropy: (N,) of the softmax, nats; never negative.
         weighted_logit: (N,) ``sum_v u_v z[i, v]``, in float64 where the device has it (``cce.backends.mean_logit``).
         prediction: (N,) int64, the vocabulary entry of the largest logit, the first in the vocabulary order if tied.

@@ -50,7 +50,7 @@ def rows_of(fields: Fields, rows: slice | Tensor) -> Fields:
 
 def place_outputs(found: Outputs[Tensor], empty: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
     """The outputs at their places among all rows of ``e``."""
-    values = (found.lse, found.target_logits, found.entropy, found.weighted_logit, found.prediction)
+    values = (found.lse, found.nll, found.lse_low, found.entropy, found.weighted_logit, found.prediction)
     placed = []
     for value, place in zip(values, empty, strict=True):
         if value is None:

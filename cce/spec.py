@@ -29,9 +29,6 @@ _THRESHOLD = {torch.float16: 2.0**-16}
 _THRESHOLD_ELSE = 2.0**-13
 _TIMES_UNIFORM = 12
 
-# Multiply-adds of e @ c.T below which a GPU computes all tiles sooner than it finds out which it may skip.
-_FILTER_PAYS = 6e11
-
 # What a GPU's matrix unit works on. Narrower blocks would skip more on a CPU, but also err more at a given
 # threshold (docs/numerics.md); and so every device finds the same live tiles.
 _BLOCK_N, _BLOCK_V = 128, 128
@@ -41,29 +38,27 @@ _BLOCK_N, _BLOCK_V = 128, 128
 class Spec:
     """How a loss is computed, the same on every backend (design.md, sections 2 to 5).
 
-    A field left at None is chosen for the problem by :meth:`resolve`. The default is what a user should
-    have: bf16 and fp16 inputs are filtered and compensated, to the accuracy of a dense computation in that
-    dtype; float32 and float64 are exact, and so are problems on a GPU whose logits all fit into ``scratch_bytes``, or
-    whose N V D is below 6e11, where a filter saves less time than it takes, and on devices that have no kernels of this
-    package.
+    A field left at None is chosen for the problem by :meth:`resolve`. The default is exact for every dtype. A filter
+    is asked for: its error depends on the state of the model (docs/numerics.md), and it cannot be combined with a
+    gradient of the log-sum-exp or the entropy.
 
     Args:
         block_n: token rows of a tile of the filter.
         block_v: vocabulary entries of a tile of the filter and of the tile map.
         lse_accumulation: "tile" stores a log-sum-exp a tile and reduces them in ascending order;
             "online" carries a running maximum and sum along the vocabulary.
-        filter: "none" is exact; "element" skips a tile whose largest softmax value is at most
+        filter: "none", the default, is exact; "element" skips a tile whose largest softmax value is at most
             ``threshold`` in every row (the rule of arXiv 2411.09009, section 4.3); "tile" compares the
             row's probability mass in the tile. A tile that holds a target of its rows is never skipped.
-        threshold: probability, in (0, 1); None means 2**-16 for fp16 inputs, else 2**-13, and 12 / V where that is
-            less.
+        threshold: of a filter, a probability in (0, 1); None means 2**-16 for fp16 inputs, else 2**-13, and 12 / V
+            where that is less.
         compensate: replaces what is skipped by its mass times the mean row of the tile (design.md, 4.4).
         accumulate: dtype in which gradients are summed, "float32" or "float64"; never less than the inputs'.
         scratch_bytes: bytes of temporary logits and their gradients a backend may hold.
         row_order: "live" puts rows with equally many hits into the same block; "natural" keeps the order given.
         vocab_order: "mean_logit" sorts the vocabulary by its logits for the mean row of ``e``, anew in every call
             (one product with a vector), so that a tile's entries are alike and their mean row stands for them
-            well; "natural" leaves it. Or a (V,) permutation of your own: tile t covers
+            well; "natural" leaves it. Or a (V,) permutation of your own, of which the spec keeps a copy: tile t covers
             ``vocab_order[t * block_v : (t + 1) * block_v]``. None means "mean_logit" where a filter is on.
 
     Raises:
@@ -110,8 +105,11 @@ class Spec:
 
     @classmethod
     def from_key(cls, key: str) -> Spec:
-        """The spec (without its vocabulary order) whose ``key`` this is."""
-        return _from_key(key)
+        """The spec (without its vocabulary order) whose ``key`` this is; ValueError if it is none."""
+        try:
+            return _from_key(key)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"key: got {key!r}, expected the key of a cce.Spec ({error})") from error
 
     def resolve(self, problem: Problem) -> Spec:
         """This spec with no field left at None; what the backends receive."""
@@ -129,7 +127,7 @@ class Spec:
         return found
 
     def _resolve(self, problem: Problem) -> Spec:
-        filter = _resolve_filter(self.filter, self.scratch_bytes, problem)
+        filter = _resolve_filter(self.filter, problem)
         return dataclasses.replace(
             self,
             block_n=self.block_n or _BLOCK_N,
@@ -169,22 +167,11 @@ class Spec:
         return hash(self.key)
 
 
-def _resolve_filter(filter: str | None, scratch_bytes: int, problem: Problem) -> str:
+def _resolve_filter(filter: str | None, problem: Problem) -> str:
     # A weighted sum of capped logits has a gradient of the same size in every tile: nothing may be skipped.
     if problem.softcap is not None and "weighted_logit" in problem.outputs:
         return "none"
-    if filter is not None:
-        return filter
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return "none"
-    # Only library products run there, which want to be large: live tiles take many times as long as all of them.
-    if problem.device not in ("cpu", "cuda", "meta") or (problem.device == "cuda" and torch.version.hip is not None):
-        return "none"
-    if problem.device != "cuda":
-        return "element"
-    logits = problem.n * problem.v
-    small = logits * problem.dtype.itemsize <= scratch_bytes or logits * problem.d < _FILTER_PAYS
-    return "none" if small else "element"
+    return filter or "none"
 
 
 def _default_threshold(v: int, dtype: torch.dtype) -> float:
@@ -235,8 +222,8 @@ def _check_positive_int(name: str, value: object, *, optional: bool) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Spec.{name}: got {value!r} of type {type(value).__name__}, expected a positive int")
-    if value < 1:
-        raise ValueError(f"Spec.{name}: got {value}, expected a positive int")
+    if not 1 <= value < 2**63:
+        raise ValueError(f"Spec.{name}: got {value}, expected a positive int of at most 63 bits")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...], *, optional: bool = False) -> None:
@@ -257,7 +244,8 @@ def _check_threshold(value: object) -> None:
 
 def _permutation(order: Any) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(order)
+        # A list's home is the CPU, whatever the default device.
+        tensor = order if isinstance(order, torch.Tensor) else torch.as_tensor(order, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"Spec.vocab_order: got a {type(order).__name__}, "
@@ -272,7 +260,8 @@ def _permutation(order: Any) -> torch.Tensor:
         raise TypeError(
             f"Spec.vocab_order: got shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected a 1-D integer tensor"
         )
-    tensor = tensor.detach().to(torch.int64)
+    # A copy: a spec is frozen, and what it was checked for holds whatever the caller does to the tensor.
+    tensor = tensor.detach().to(torch.int64, copy=True).contiguous()
     if not torch.equal(tensor.sort().values, torch.arange(tensor.numel(), device=tensor.device)):
         raise ValueError(f"Spec.vocab_order: the {tensor.numel()} values given are not a permutation of range(V)")
     return tensor

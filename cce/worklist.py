@@ -54,7 +54,7 @@ def live_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The row order (N,) and the live tiles (T, B) of :func:`work_list`."""
     hit = _hits(inputs, problem, spec, maps, upstream)  # (T, N)
-    n, block_n = problem.n, _size(spec.block_n)
+    n, block_n = problem.n, min(problem.n, _size(spec.block_n))  # a block beyond the rows takes no memory
     row_order = _row_order(hit, spec, in_use)
     blocks = -(-n // block_n)
     hit = hit.index_select(1, row_order)  # one (T, N) at a time: rebinding lets the last one go
@@ -76,21 +76,10 @@ def _row_order(hit: Tensor, spec: Spec, in_use: Tensor | None) -> Tensor:
     return hits.argsort(stable=True)
 
 
-def all_live(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> WorkList:
-    """The work list of ``filter="none"``."""
-    device = inputs.e.device
-    tiles, blocks = spec.tiles(problem.v), -(-problem.n // _size(spec.block_n))
-    return WorkList(
-        torch.arange(problem.n, device=device),
-        torch.ones(blocks, tiles, dtype=torch.bool, device=device),
-        torch.ones(tiles, problem.n, dtype=torch.bool, device=device),
-    )
-
-
 def live_fraction(work: WorkList, problem: Problem, spec: Spec) -> float:
     """Area of the live tiles over N V."""
     block_v = _size(spec.block_v)
-    widths = torch.full((spec.tiles(problem.v),), block_v, dtype=torch.float64)
+    widths = torch.full((spec.tiles(problem.v),), block_v, dtype=torch.float64, device="cpu")
     widths[-1] = problem.v - (len(widths) - 1) * block_v
     rows = work.row_live.sum(1).to("cpu", torch.float64)
     return float((rows * widths).sum() / (problem.n * problem.v))
@@ -114,11 +103,15 @@ def _hits(
 ) -> Tensor:
     """(T, N): the row needs the tile, by the filter's rule or for a target in it."""
     assert maps.tile_mass is not None
-    hit = maps.tile_mass < 0
-    # A row nobody sends a gradient to (a masked token, say) has nothing to compute.
+    hit = ~(maps.tile_mass >= 0)  # of a row of NaN, too
+    # A row nobody sends a gradient to (a masked token, say) has nothing to compute; one whose gradient is NaN or inf
+    # has it everywhere, whatever its tiles' mass.
     active = (upstream.a != 0) | (upstream.g != 0).any(1)
+    everywhere = ~upstream.a.isfinite()
     if upstream.h is not None:
         active |= upstream.h != 0
+        everywhere |= ~upstream.h.isfinite()
+    hit |= everywhere
     # Targets mark their tile; those that do not count mark a row T that is cut off again.
     tiles = hit.shape[0]
     counts = (inputs.targets >= 0) & (upstream.g != 0)

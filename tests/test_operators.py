@@ -77,9 +77,9 @@ def test_operators_are_checked_by_torch() -> None:
     options = ("torch", key, None, 1.0, "entropy", "e,c", "")
     torch.library.opcheck(ops.forward, (e, c, None, targets, None, None, *options))
     found = ops.forward(e, c, None, targets, None, None, *options)
-    lse, target_logits, entropy, _, _, *maps, _ = (x.detach() for x in found)
-    upstream = [torch.ones_like(lse), -torch.ones_like(target_logits), torch.ones_like(entropy), e.new_empty(0)]
-    tensors = (e.detach(), c.detach(), None, targets, None, None, [lse, target_logits, entropy, *maps], upstream)
+    lse, nll, lse_low, entropy, _, _, *maps, _ = (x.detach() for x in found)
+    upstream = [torch.ones_like(lse), torch.ones_like(nll), torch.ones_like(entropy), e.new_empty(0)]
+    tensors = (e.detach(), c.detach(), None, targets, None, None, [lse, nll, lse_low, entropy, *maps], upstream)
     torch.library.opcheck(ops.backward, (*tensors, *options, "e,c"))
 
 

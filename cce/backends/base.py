@@ -101,8 +101,8 @@ class Backend(ABC):
         return None
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-        """``sum_ik weights_ik (lse_i - z[i, targets_ik])`` of what :meth:`loss_and_gradients` found: a scalar."""
-        return (weights * (outputs.lse[:, None] - outputs.target_logits)).sum()
+        """``sum_ik weights_ik nll_ik`` of what :meth:`loss_and_gradients` found: a scalar."""
+        return (weights * outputs.nll).sum()
 
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         """Multiplies the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor of one number.

@@ -17,8 +17,8 @@ def finest_dtype(device: torch.device) -> torch.dtype:
 def weighted_logit(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Tensor:
     """(N,) ``sum_v u_v z_iv = logit_scale (e_i . sum_v u_v c_v + sum_v u_v bias_v)``, for problems without a softcap.
 
-    In :func:`finest_dtype`, since a smoothed loss is its difference to the log-sum-exp, and both may be large. Copies of
-    pieces of ``c`` and ``e`` stay within the scratch memory. A weight of 0 on a bias of -inf gives NaN, as in PyTorch.
+    In :func:`finest_dtype`, since a smoothed loss is its difference to the log-sum-exp, and both may be large. Copies
+    of pieces of ``c`` and ``e`` stay within the scratch memory. A weight of 0 on a bias of -inf gives NaN, as in PyTorch.
     """
     wide = finest_dtype(inputs.e.device)
     step = max(1, spec.scratch_bytes // (4 * problem.d * wide.itemsize))

@@ -12,7 +12,6 @@ from torch import Tensor
 from cce.backends.base import Backend
 from cce.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.reference import tiled
-from cce.reference.dense import masked_to_zero
 from cce.reference.worklist import filter_hits
 from cce.spec import Spec
 
@@ -33,12 +32,13 @@ class ReferenceBackend(Backend):
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         outputs, found = tiled.forward(to_numpy(inputs), problem, spec)
         if maps.tile_mass is not None:
-            mass = np.exp(found.tile_lse - masked_to_zero(outputs.lse))
+            assert outputs.lse_low is not None
+            mass = np.exp(found.log_mass(outputs.lse, outputs.lse_low))
             hit = filter_hits(spec, outputs, found)
             maps.tile_mass.copy_(torch.from_numpy(np.where(hit, -np.maximum(mass, LEAST_HIT), mass)))
         if maps.tile_entropy is not None:
             maps.tile_entropy.copy_(torch.from_numpy(found.tile_entropy))
-        return to_torch(outputs)
+        return to_torch(rounded_pair(outputs, spec))
 
     def backward(
         self,
@@ -54,8 +54,16 @@ class ReferenceBackend(Backend):
         found, own = tiled.forward(arrays, problem, spec)
         if problem.part:  # its own outputs are those of a part of the vocabulary
             whole = to_numpy(outputs)
-            found = replace(found, lse=whole.lse, entropy=whole.entropy)
+            found = replace(found, lse=whole.lse, lse_low=whole.lse_low, entropy=whole.entropy)
         return to_torch(tiled.backward(arrays, problem, spec, found, own, to_numpy(upstream)))
+
+
+def rounded_pair(outputs: Outputs[np.ndarray], spec: Spec) -> Outputs[np.ndarray]:
+    """The outputs with lse as the front end will hold it, and in lse_low what that takes from it."""
+    assert outputs.lse_low is not None
+    lse = outputs.lse.astype(str(spec.accumulate)).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return replace(outputs, lse=lse, lse_low=(outputs.lse - lse) + outputs.lse_low)
 
 
 def to_numpy(fields: Fields) -> Fields:

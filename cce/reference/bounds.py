@@ -6,8 +6,8 @@ to probabilistic rounding error analysis*, SISC 2019) on the sum of the magnitud
 
 - a logit errs by ``delta = scale (LAMBDA sqrt(D) + 2) u |e|.|c| + FEW u |z|``, entry by entry, times the slope of
   the softcap;
-- ``p = exp(z - lse)`` by ``eps = delta + d_lse + FEW u (1 + |z| + |lse|)``, relative: entries without probability
-  count for nothing, however large their logit, and -inf has no error at all;
+- ``p = exp(z - lse)`` by ``eps = delta + d_lse + FEW u (1 + |z - lse|)``, relative, since lse is a pair of numbers:
+  entries without probability count for nothing, however large their logit, and -inf has no error at all;
 - ``dz`` by ``eps |p-part|`` and its own arithmetic; stored in the input dtype it adds u_in |dz|, independent from
   entry to entry, so the product with c adds the root of the sum of squares, ``LAMBDA u_in sqrt(dz^2 c^2)``;
 - the products' sums by ``LAMBDA sqrt(V or N) u (|dz| |c|)``, the result by u_out of its own dtype.
@@ -23,7 +23,7 @@ import math
 import numpy as np
 
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
-from cce.reference.dense import embeddings, logit_weights, logits, masked_to_zero, softmax
+from cce.reference.dense import IEEE, embeddings, logit_weights, logits, masked_to_zero, softmax
 from cce.reference.gradient_bounds import Columns, gradient_bounds, with_tiles
 from cce.reference.roundoff import FEW, LAMBDA, Roundoff
 from cce.spec import Spec
@@ -32,16 +32,19 @@ Array = np.ndarray
 
 
 def error_norm(x: Array, reference: Array) -> float:
-    """``||x - reference||``, Frobenius; equal infinities differ by 0, anything else not finite gives inf.
+    """``||x - reference||``, Frobenius; what is not finite must be the same in both (NaN for NaN), or it gives inf.
 
-    >>> error_norm(np.array([1.0, -np.inf]), np.array([1.0, -np.inf])), error_norm(np.array([np.nan]), np.zeros(1))
-    (0.0, inf)
+    >>> error_norm(np.array([np.nan, -np.inf]), np.array([np.nan, -np.inf]))
+    0.0
+    >>> error_norm(np.array([np.nan]), np.zeros(1))
+    inf
     """
     x, reference = np.asarray(x, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if x.shape != reference.shape:
         raise ValueError(f"x: got shape {x.shape}, expected the reference's {reference.shape}")
     with np.errstate(invalid="ignore"):
-        difference = np.where(x == reference, 0.0, x - reference)
+        same = (x == reference) | (np.isnan(x) & np.isnan(reference))
+        difference = np.where(same, 0.0, x - reference)
     return float(np.linalg.norm(difference)) if np.isfinite(difference).all() else math.inf
 
 
@@ -52,6 +55,7 @@ def relative_error(x: Array, reference: Array) -> float:
     return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
 
 
+@IEEE
 def bounds(
     inputs: Inputs[Array],
     problem: Problem,
@@ -72,14 +76,15 @@ def bounds(
         product_roundoff: to which a product rounds its inputs: 2**-10 for tf32 (truncation), 0 if it does not.
 
     Returns:
-        "lse", "target_logits", "entropy", "weighted_logit", "de", "dc", "dbias": those the arguments hold.
+        "lse", "nll", "entropy", "weighted_logit", "de", "dc", "dbias": those the arguments hold.
     """
     unit = Roundoff.of(problem, spec, product_roundoff)
     z = logits(inputs, problem)
     delta = _logit_error(inputs, problem, z, unit)
-    d_lse, d_entropy = _row_errors(z, delta, outputs.lse, unit)
+    d_lse, d_entropy = _row_errors(z, delta, outputs, unit)
     at_target = np.take_along_axis(delta, np.maximum(inputs.targets, 0), axis=1)
-    result = {"lse": d_lse, "target_logits": np.where(inputs.targets < 0, 0.0, at_target)}
+    nll = d_lse[:, None] + at_target + FEW * unit.u * outputs.nll
+    result = {"lse": d_lse + unit.u * np.abs(outputs.lse), "nll": np.where(inputs.targets < 0, 0.0, nll)}
     result |= {} if outputs.entropy is None else {"entropy": d_entropy}
     if outputs.weighted_logit is not None:
         # sum_v |u_v| (delta + rounding of a sum of V terms), over the entries that are not masked.
@@ -90,7 +95,8 @@ def bounds(
         columns = with_tiles(columns, inputs, problem, spec, outputs, upstream, unit)
         rows = (d_lse, d_entropy)
         result |= gradient_bounds(columns, inputs, problem, spec, outputs, upstream, gradients, rows, unit)
-    return {name: float(np.linalg.norm(array)) for name, array in result.items()}
+    # What is not finite in the reference must be so in the backend: it has no error, and is bounded by none.
+    return {name: float(np.linalg.norm(array[np.isfinite(array)])) for name, array in result.items()}
 
 
 def _logit_error(inputs: Inputs[Array], problem: Problem, z: Array, unit: Roundoff) -> Array:
@@ -111,14 +117,14 @@ def _logit_error(inputs: Inputs[Array], problem: Problem, z: Array, unit: Roundo
     return np.where(np.isneginf(z), 0.0, delta)
 
 
-def _row_errors(z: Array, delta: Array, lse: Array, unit: Roundoff) -> tuple[Array, Array]:
-    """How far lse and entropy may err, (N,) each."""
-    p, z_abs, lse_abs = softmax(z, lse), np.abs(masked_to_zero(z)), np.abs(masked_to_zero(lse))
+def _row_errors(z: Array, delta: Array, outputs: Outputs[Array], unit: Roundoff) -> tuple[Array, Array]:
+    """How far the pair (lse, lse_low) and the entropy may err, (N,) each."""
+    p = softmax(z, outputs.lse, outputs.lse_low)
     sums = LAMBDA * math.sqrt(z.shape[1]) * unit.u
-    # d lse = sum_j p_j (d z_j + rounding of exp's argument) + the sum's.
-    exponent = delta + FEW * unit.u * (1 + z_abs + lse_abs[:, None])
-    d_lse = (p * exponent).sum(axis=1) + sums + FEW * unit.u * lse_abs
+    surprise = 1 + np.abs(masked_to_zero(outputs.lse)[:, None] - masked_to_zero(z))
+    # d lse = sum_j p_j (d z_j + rounding of exp's argument, a difference) + the sum's and its logarithm's.
+    exponent = delta + FEW * unit.u * surprise
+    d_lse = (p * exponent).sum(axis=1) + sums + FEW * unit.u * np.log(z.shape[1])
     # H = sum_j p_j (lse - z_j): each term errs by its p and by its logit.
-    surprise = 1 + np.abs(masked_to_zero(lse)[:, None] - masked_to_zero(z))
     d_entropy = d_lse + (p * (exponent + sums) * surprise).sum(axis=1)
     return d_lse, d_entropy

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from cce.problem import Inputs, Outputs, Problem, Upstream
-from cce.reference.dense import embeddings, logit_weights, masked_to_zero
+from cce.reference.dense import embeddings, logit_weights, masked_to_zero, softcap_derivative
 from cce.reference.worklist import TileMaps, Tiling, WorkList
 
 Array = np.ndarray
@@ -28,18 +28,20 @@ def dropped_mass(
     the tile of ``p (a + h (lse - H - z))``, because ``tile_lse - H_t`` is the mean of z under the tile's softmax.
     f is the softcap's derivative at one representative logit; without a softcap m is exact.
     """
-    tile_lse, lse = masked_to_zero(maps.tile_lse), masked_to_zero(outputs.lse)  # [T, N], [N]
-    coefficient = np.broadcast_to(upstream.a, tile_lse.shape)
+    assert outputs.lse_low is not None
+    log_mass = maps.log_mass(outputs.lse, outputs.lse_low)  # [T, N]
+    coefficient = np.broadcast_to(upstream.a, log_mass.shape)
     if upstream.h is not None:
         assert outputs.entropy is not None, "a gradient of the entropy needs the entropy"
-        coefficient = coefficient + upstream.h * ((lse - tile_lse) - outputs.entropy + maps.tile_entropy)
-    # A masked tile, or a masked row, has no mass.
-    dropped = ~work.row_live & ~np.isneginf(maps.tile_lse)
-    m: Array = problem.logit_scale * np.where(dropped, np.exp(tile_lse - lse), 0.0) * coefficient
+        surprise = maps.tile_entropy - masked_to_zero(log_mass) - outputs.entropy
+        coefficient = coefficient + upstream.h * surprise
+    # A masked tile has no mass.
+    dropped = ~work.row_live & ~np.isneginf(maps.tile_max)
+    m: Array = problem.logit_scale * np.where(dropped, np.exp(log_mass), 0.0) * coefficient
     if problem.softcap is not None:
         # zbar = log mean_j exp(z_j), between the least and the largest logit of the tile.
-        zbar = tile_lse - np.log(tiling.cols)[:, None]
-        m = m * (1.0 - (zbar / problem.softcap) ** 2)
+        zbar = masked_to_zero(maps.tile_max) + maps.tile_log_sum - np.log(tiling.cols)[:, None]
+        m = m * softcap_derivative(zbar, problem.softcap)
     return m
 
 

@@ -12,6 +12,9 @@ from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 
 Array = np.ndarray
 
+#: Decorates what computes: inf and NaN go where IEEE arithmetic takes them, and no warning is made of it.
+IEEE = np.errstate(divide="ignore", invalid="ignore", over="ignore")
+
 
 def embeddings(inputs: Inputs[Array]) -> Array:
     """The rows of ``e`` in use, (N, D)."""
@@ -23,13 +26,24 @@ def embeddings(inputs: Inputs[Array]) -> Array:
 
 def logits(inputs: Inputs[Array], problem: Problem) -> Array:
     """``z = softcap * tanh(x / softcap)`` with ``x = logit_scale * (e c^T + bias)``, (N, V)."""
-    z: Array = embeddings(inputs) @ inputs.c.T
-    if inputs.bias is not None:
-        z = z + inputs.bias
-    z = problem.logit_scale * z
+    return logits_of(embeddings(inputs), inputs.c, inputs.bias, problem)
+
+
+def logits_of(e: Array, c: Array, bias: Array | None, problem: Problem) -> Array:
+    """The logits of some rows and entries; -inf where the bias is, also under a softcap: a mask is no large number."""
+    z: Array = e @ c.T
+    z = problem.logit_scale * (z if bias is None else z + bias)
     if problem.softcap is not None:
         z = problem.softcap * np.tanh(z / problem.softcap)
+        if bias is not None:
+            z = np.where(np.isneginf(bias), -np.inf, z)
     return z
+
+
+def softcap_derivative(z: Array, softcap: float) -> Array:
+    """``1 - (z / softcap)^2``; 0 of a masked entry."""
+    derivative: Array = 1.0 - np.maximum(z / softcap, -1.0) ** 2
+    return derivative
 
 
 def masked_to_zero(x: Array) -> Array:
@@ -37,17 +51,36 @@ def masked_to_zero(x: Array) -> Array:
     return np.where(np.isneginf(x), 0.0, x)
 
 
+def row_sums(z: Array) -> tuple[Array, Array]:
+    """Maximum m of each row and ``log sum_j exp(z_ij - m_i)``, (N,) each; -inf and 0 for a row that is masked."""
+    m: Array = z.max(axis=1)
+    s = np.exp(z - masked_to_zero(m)[:, None]).sum(axis=1)
+    return m, np.log(np.where(np.isneginf(m), 1.0, s))
+
+
+def pair(m: Array, log_s: Array) -> tuple[Array, Array]:
+    """``m + log_s`` rounded, and what rounding took from it: NaN where the sum is not finite.
+
+    A maximum of inf is the log-sum-exp, although the sum of its row is NaN.
+    """
+    high = np.where(np.isinf(m), m, m + log_s)
+    part = high - m  # the two-sum of Knuth
+    low = (m - (high - part)) + (log_s - part)
+    return high, np.where(np.isfinite(high), low, np.nan)
+
+
+@IEEE
 def log_sum_exp(z: Array) -> Array:
     """``log sum_j exp(z_ij)``, (N,); -inf for a row that is masked altogether."""
-    m: Array = masked_to_zero(z.max(axis=1))
-    with np.errstate(divide="ignore"):
-        lse: Array = m + np.log(np.exp(z - m[:, None]).sum(axis=1))
-    return lse
+    return pair(*row_sums(z))[0]
 
 
-def softmax(z: Array, lse: Array) -> Array:
-    """``p = exp(z - lse)``, (N, V); 0 where z is -inf, even if the whole row is."""
-    return np.where(np.isneginf(z), 0.0, np.exp(z - masked_to_zero(lse)[:, None]))
+@IEEE
+def softmax(z: Array, lse: Array, lse_low: Array | None = None) -> Array:
+    """``p = exp((z - lse) - lse_low)``, (N, V); NaN in a row whose lse is not finite, which has no softmax."""
+    low = np.where(np.isfinite(lse), 0.0, np.nan) if lse_low is None else lse_low
+    p: Array = np.exp((z - lse[:, None]) - low[:, None])
+    return p
 
 
 def logit_weights(inputs: Inputs[Array], problem: Problem) -> Array:
@@ -55,6 +88,7 @@ def logit_weights(inputs: Inputs[Array], problem: Problem) -> Array:
     return np.full(problem.v, 1.0 / problem.v) if inputs.logit_weight is None else inputs.logit_weight
 
 
+@IEEE
 def forward(inputs: Inputs[Array], problem: Problem) -> Outputs[Array]:
     """Everything ``problem.outputs`` asks for, from the full logits.
 
@@ -63,25 +97,38 @@ def forward(inputs: Inputs[Array], problem: Problem) -> Outputs[Array]:
         problem: its metadata.
 
     Returns:
-        lse (N,), target_logits (N, K) and the extra outputs, (N,) each; None for what was not asked.
+        lse and lse_low (N,), nll (N, K) and the extra outputs, (N,) each; None for what was not asked.
 
     Source: docs/design.md, sections 1 and 3; the classes of :mod:`cce.problem`.
     """
     z = logits(inputs, problem)
-    lse = log_sum_exp(z)
+    m, log_s = row_sums(z)
+    lse, lse_low = pair(m, log_s)
     target_logits = np.take_along_axis(z, np.maximum(inputs.targets, 0), axis=1)
+    nll = negative_log_likelihood(m, log_s, target_logits, inputs.targets)
     entropy = weighted = prediction = None
     if "entropy" in problem.outputs:
         # Every term is at least 0 but for rounding; an entry without probability has none of the entropy.
-        p, surprise = softmax(z, lse), masked_to_zero(lse)[:, None] - masked_to_zero(z)
-        entropy = np.maximum((p * surprise).sum(axis=1), 0.0)
+        p, surprise = softmax(z, lse, lse_low), log_s[:, None] + (m[:, None] - masked_to_zero(z))
+        entropy = np.maximum(np.where(p == 0, 0.0, p * surprise).sum(axis=1), 0.0)
     if "weighted_logit" in problem.outputs:
-        u = logit_weights(inputs, problem)
-        weighted = np.where(u == 0, masked_to_zero(z), z) @ u
+        weighted = mean_logits(z, logit_weights(inputs, problem))
     if "prediction" in problem.outputs:
         order = np.arange(problem.v) if inputs.vocab_order is None else inputs.vocab_order
         prediction = order[z[:, order].argmax(axis=1)]
-    return Outputs(lse, np.where(inputs.targets < 0, 0.0, target_logits), entropy, weighted, prediction)
+    return Outputs(lse, nll, lse_low, entropy, weighted, prediction)
+
+
+def negative_log_likelihood(m: Array, log_s: Array, target_logits: Array, targets: Array) -> Array:
+    """``lse - z_target`` from differences to the row's maximum m, (N, K); 0 where there is no target."""
+    nll = np.maximum(log_s[:, None] + (m[:, None] - target_logits), 0.0)
+    return np.where(targets < 0, 0.0, nll)
+
+
+def mean_logits(z: Array, u: Array) -> Array:
+    """``sum_v u_v z_iv``, (N,); a weight of 0 on a logit of -inf gives NaN, as in PyTorch."""
+    weighted: Array = (z * u).sum(axis=1)
+    return weighted
 
 
 def logit_gradient(
@@ -92,20 +139,28 @@ def logit_gradient(
     coefficient = np.broadcast_to(upstream.a[:, None], z.shape)
     if upstream.h is not None:
         assert outputs.entropy is not None, "a gradient of the entropy needs the entropy"
-        centre = masked_to_zero(outputs.lse) - outputs.entropy
-        coefficient = coefficient + upstream.h[:, None] * (centre[:, None] - masked_to_zero(z))
-    dz: Array = softmax(z, outputs.lse) * coefficient
+        coefficient = coefficient + upstream.h[:, None] * surprise_over_entropy(z, outputs)
+    dz: Array = softmax(z, outputs.lse, outputs.lse_low) * coefficient
     i, k = np.nonzero(inputs.targets >= 0)
     # subtract.at, because a row may name the same target twice and both count.
     np.subtract.at(dz, (i, inputs.targets[i, k]), upstream.g[i, k])
     if upstream.s is not None:
         dz += upstream.s[:, None] * logit_weights(inputs, problem)
     if problem.softcap is not None:
-        dz *= 1.0 - (z / problem.softcap) ** 2
+        dz *= softcap_derivative(z, problem.softcap)
     dz *= problem.logit_scale
     return dz
 
 
+def surprise_over_entropy(z: Array, outputs: Outputs[Array]) -> Array:
+    """``lse - z - H`` of the rows and entries of z, from differences; any number where z is -inf."""
+    assert outputs.entropy is not None
+    low = 0.0 if outputs.lse_low is None else outputs.lse_low
+    found: Array = (outputs.lse[:, None] - masked_to_zero(z)) + (low - outputs.entropy)[:, None]
+    return found
+
+
+@IEEE
 def backward(
     inputs: Inputs[Array], problem: Problem, outputs: Outputs[Array], upstream: Upstream[Array]
 ) -> Gradients[Array]:
@@ -113,7 +168,7 @@ def backward(
 
     Args:
         inputs, problem: as in :func:`forward`.
-        outputs: what :func:`forward` returned; ``lse`` and, where ``upstream.h`` is given, ``entropy`` are read.
+        outputs: what :func:`forward` returned; ``lse``, ``lse_low`` and, with ``upstream.h``, ``entropy`` are read.
         upstream: a (N,), g (N, K), h and s (N,) or None.
 
     Returns:

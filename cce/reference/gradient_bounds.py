@@ -41,7 +41,9 @@ class Columns:
     @classmethod
     def of_entries(cls, inputs: Inputs[Array], z: Array, delta: Array, outputs: Outputs[Array]) -> Columns:
         finite = masked_to_zero(z)
-        return cls(finite, finite, softmax(z, outputs.lse), delta, np.ones(z.shape, dtype=bool), inputs.c)
+        return cls(
+            finite, finite, softmax(z, outputs.lse, outputs.lse_low), delta, np.ones(z.shape, dtype=bool), inputs.c
+        )
 
 
 def with_tiles(
@@ -60,7 +62,7 @@ def with_tiles(
     kept = dataclasses.replace(entries, kept=work.row_live[tiling.tile_of].T)
     if spec.filter == "none" or not spec.compensate:
         return kept
-    tile_lse = masked_to_zero(maps.tile_lse.T)  # [N, T]
+    tile_lse = masked_to_zero(maps.tile_max.T) + maps.tile_log_sum.T  # [N, T]
     mass, delta = _tile_error(entries, tiling, tile_lse, outputs, unit)
     if upstream.h is not None or problem.softcap is not None:
         # The tile's mean logit comes from its stored mass and entropy, both rounded.
@@ -71,7 +73,7 @@ def with_tiles(
         z_cap=tile_lse - np.log(tiling.cols),
         p=mass,
         delta=delta,
-        kept=~work.row_live.T & ~np.isneginf(maps.tile_lse.T),
+        kept=~work.row_live.T & ~np.isneginf(maps.tile_max.T),
         c=np.stack([inputs.c[tiling.vocabulary(t)].mean(axis=0) for t in range(tiling.T)]),
     )
     pairs = ((getattr(kept, f.name), getattr(tiles, f.name), f.name == "c") for f in dataclasses.fields(Columns))
@@ -83,9 +85,9 @@ def _tile_error(
 ) -> tuple[Array, Array]:
     """Mass of each tile, and how far its mean logit and (relative) its mass may err, (N, T) each."""
     starts = np.arange(tiling.T) * tiling.BLOCK_V
-    lse_abs = np.abs(masked_to_zero(outputs.lse))[:, None]
     spread = 1.0 + np.abs(tile_lse[:, tiling.tile_of] - entries.z)
-    error = (entries.delta + FEW * unit.u * (1 + np.abs(entries.z) + lse_abs)) * spread
+    exponent = 1 + np.abs(masked_to_zero(outputs.lse)[:, None] - entries.z)
+    error = (entries.delta + FEW * unit.u * exponent) * spread
     # Both err by the p-weighted mean of what the entries err by, and by a sum of BLOCK_V terms.
     mass, total = (np.add.reduceat(x[:, tiling.order], starts, axis=1) for x in (entries.p, entries.p * error))
     return mass, total / np.where(mass > 1e-290, mass, np.inf) + LAMBDA * math.sqrt(tiling.BLOCK_V) * unit.u
@@ -100,16 +102,16 @@ def _p_part(
     unit: Roundoff,
 ) -> tuple[Array, Array]:
     """``p (a + h (lse - H - z))`` and how far it may err, (N, W) each."""
-    z_abs, lse = np.abs(columns.z), masked_to_zero(outputs.lse)[:, None]
-    eps = columns.delta + d_lse[:, None] + FEW * unit.u * (1 + z_abs + np.abs(lse))
+    difference = masked_to_zero(outputs.lse)[:, None] - columns.z
+    eps = columns.delta + d_lse[:, None] + FEW * unit.u * (1 + np.abs(difference))
     coefficient = np.broadcast_to(upstream.a[:, None], columns.z.shape)
     error = FEW * unit.u * np.abs(coefficient)
     if upstream.h is not None:
         assert outputs.entropy is not None
         h, entropy = upstream.h[:, None], outputs.entropy[:, None]
-        coefficient = coefficient + h * (lse - entropy - columns.z)
-        difference = columns.delta + (d_lse + d_entropy)[:, None]
-        error = error + np.abs(h) * (difference + FEW * unit.u * (np.abs(lse) + entropy + z_abs))
+        coefficient = coefficient + h * (difference - entropy)
+        d_difference = columns.delta + (d_lse + d_entropy)[:, None]
+        error = error + np.abs(h) * (d_difference + FEW * unit.u * (np.abs(difference) + entropy))
     return columns.p * coefficient, columns.p * (eps * np.abs(coefficient) + error)
 
 

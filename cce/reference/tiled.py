@@ -16,7 +16,19 @@ import numpy as np
 
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.reference.compensation import compensation, weighted_logit_term
-from cce.reference.dense import embeddings, logit_weights, masked_to_zero
+from cce.reference.dense import (
+    IEEE,
+    embeddings,
+    logit_weights,
+    logits_of,
+    masked_to_zero,
+    mean_logits,
+    negative_log_likelihood,
+    pair,
+    softcap_derivative,
+    softmax,
+    surprise_over_entropy,
+)
 from cce.reference.worklist import TileMaps, Tiling, WorkList, work_list
 from cce.spec import Spec
 
@@ -35,6 +47,7 @@ class _Partials:
     target_logits: Array  # [N, K]
 
 
+@IEEE
 def forward(inputs: Inputs[Array], problem: Problem, spec: Spec) -> tuple[Outputs[Array], TileMaps]:
     """Outputs and the maps that the backward reads.
 
@@ -48,28 +61,23 @@ def forward(inputs: Inputs[Array], problem: Problem, spec: Spec) -> tuple[Output
     """
     tiling = Tiling.of(inputs, problem, spec)
     N, T, e = tiling.N, tiling.T, embeddings(inputs)
-    tile_lse, tile_max, tile_entropy, tile_weighted = np.full((4, T, N), np.nan)
+    tile_max, tile_log_sum, tile_entropy, tile_weighted = np.full((4, T, N), np.nan)
     tile_argmax = np.full((T, N), -1, dtype=np.int64)
     target_logits = np.zeros(inputs.targets.shape)
-    maps = TileMaps(tile_lse, tile_max, tile_entropy)
+    maps = TileMaps(tile_max, tile_log_sum, tile_entropy)
     store = _Partials(maps, tile_argmax, tile_weighted, target_logits)
     for b in range(tiling.B):
         for t in range(T):
             _forward_tile(inputs, problem, tiling, e, b, t, store)
-    return _reduce(problem, spec, store), maps
+    return _reduce(inputs, problem, spec, store), maps
 
 
 def _logit_tile(inputs: Inputs[Array], problem: Problem, e_tile: Array, vocabulary: Array) -> Array:
     """``z``, the logits of one tile: product, bias, scale, softcap."""
-    # A kernel sums over blocks of D.
-    z: Array = e_tile @ inputs.c[vocabulary].T  # [BLOCK_N, BLOCK_V] = [BLOCK_N, D] [D, BLOCK_V]
-    if inputs.bias is not None:
-        z = z + inputs.bias[vocabulary]
-    z = problem.logit_scale * z
-    # z = softcap tanh(x / softcap), x what z was; a kernel masks the columns beyond V after it: tanh(-inf) is -1.
-    if problem.softcap is not None:
-        z = problem.softcap * np.tanh(z / problem.softcap)
-    return z
+    # A kernel sums over blocks of D, [BLOCK_N, BLOCK_V] = [BLOCK_N, D] [D, BLOCK_V], and masks the columns beyond V
+    # after the softcap, as the entries whose bias is -inf: tanh(-inf) is -1.
+    bias = None if inputs.bias is None else inputs.bias[vocabulary]
+    return logits_of(e_tile, inputs.c[vocabulary], bias, problem)
 
 
 def _forward_tile(
@@ -83,22 +91,21 @@ def _forward_tile(
     # Logit tile: z = softcap tanh(scale (e c^T + bias) / softcap).
     z = _logit_tile(inputs, problem, e[tokens], vocabulary)  # [BLOCK_N, BLOCK_V]
 
-    # Epilogue: m = max_j z, s = sum_j exp(z - m), tile_lse = m + log s; a masked tile has m = -inf and s = 0.
+    # Epilogue: m = max_j z, s = sum_j exp(z - m); a masked tile has m = -inf and s = 0, and stores log s = 0.
     m = z.max(axis=1)  # [BLOCK_N]
     safe_m = masked_to_zero(m)[:, None]  # [BLOCK_N, 1]
     exp_z = np.exp(z - safe_m)  # [BLOCK_N, BLOCK_V]
-    s = exp_z.sum(axis=1)  # [BLOCK_N]
-    log_s = np.log(np.where(s > 0, s, 1.0))
+    s = np.where(np.isneginf(m), 1.0, exp_z.sum(axis=1))  # [BLOCK_N]
+    log_s = np.log(s)
     # H_t = log s + sum_j exp(z - m) (m - z) / s, the entropy within the tile; 0 (-inf) is 0.
     below = np.where(np.isneginf(z), 0.0, safe_m - masked_to_zero(z))
-    tile_entropy = log_s + (exp_z * below).sum(axis=1) / np.where(s > 0, s, 1.0)
+    tile_entropy = log_s + (exp_z * below).sum(axis=1) / s
     # sum_j u_j z_ij over the tile.
-    u = logit_weights(inputs, problem)[vocabulary]  # [BLOCK_V]
-    weighted = np.where(u == 0, masked_to_zero(z), z) @ u  # [BLOCK_N]
+    weighted = mean_logits(z, logit_weights(inputs, problem)[vocabulary])  # [BLOCK_N]
 
     # Store: one entry of each map a row; the logit of a target that falls into the tile, from the same z.
     store.maps.tile_max[t, tokens] = m
-    store.maps.tile_lse[t, tokens] = m + log_s
+    store.maps.tile_log_sum[t, tokens] = log_s
     store.maps.tile_entropy[t, tokens] = tile_entropy
     store.tile_weighted[t, tokens] = weighted
     store.tile_argmax[t, tokens] = vocabulary[z.argmax(axis=1)]
@@ -106,54 +113,53 @@ def _forward_tile(
     store.target_logits[tokens[i], k] = z[i, j]
 
 
-def _reduce(problem: Problem, spec: Spec, store: _Partials) -> Outputs[Array]:
+def _reduce(inputs: Inputs[Array], problem: Problem, spec: Spec, store: _Partials) -> Outputs[Array]:
     """The second kernel: one program a row block, over t in ascending order, so the same bits every run."""
-    T, N = store.maps.tile_lse.shape
-    lse = _lse_online(store.maps.tile_lse) if spec.lse_accumulation == "online" else _lse_of_tiles(store.maps.tile_lse)
+    maps = store.maps
+    T, N = maps.tile_max.shape
+    m, log_s = _online(maps) if spec.lse_accumulation == "online" else _of_tiles(maps)
+    lse, lse_low = pair(m, log_s)
     entropy, weighted, best = np.zeros(N), np.zeros(N), np.full(N, -np.inf)
     prediction = store.tile_argmax[0].copy()
     for t in range(T):
         # Chain rule of the entropy: H = sum_t w_t (H_t - log w_t), w_t = exp(tile_lse_t - lse).
-        log_w = store.maps.tile_lse[t] - masked_to_zero(lse)
-        entropy += np.exp(log_w) * (store.maps.tile_entropy[t] - masked_to_zero(log_w))
+        log_w = maps.log_mass(lse, lse_low, t)
+        entropy += np.exp(log_w) * (maps.tile_entropy[t] - masked_to_zero(log_w))
         weighted += store.tile_weighted[t]
         # Strictly larger: the first in the vocabulary order keeps a tie.
-        larger = store.maps.tile_max[t] > best
-        best = np.where(larger, store.maps.tile_max[t], best)
+        larger = maps.tile_max[t] > best
+        best = np.where(larger, maps.tile_max[t], best)
         prediction = np.where(larger, store.tile_argmax[t], prediction)
     return Outputs(
         lse,
-        store.target_logits,
-        entropy=np.maximum(entropy, 0.0) if "entropy" in problem.outputs else None,
+        negative_log_likelihood(m, log_s, store.target_logits, inputs.targets),
+        lse_low,
+        entropy=np.where(np.isfinite(lse), np.maximum(entropy, 0.0), np.nan) if "entropy" in problem.outputs else None,
         weighted_logit=weighted if "weighted_logit" in problem.outputs else None,
         prediction=prediction if "prediction" in problem.outputs else None,
     )
 
 
-def _lse_of_tiles(tile_lse: Array) -> Array:
-    """``lse = M + log sum_t exp(tile_lse_t - M)`` with M the largest of the map, (N,)."""
-    m = masked_to_zero(tile_lse.max(axis=0))
+def _of_tiles(maps: TileMaps) -> tuple[Array, Array]:
+    """M, the largest logit, and ``log sum_t exp(tile_lse_t - M)``, (N,) each; 0 where M is -inf."""
+    m: Array = maps.tile_max.max(axis=0)
     s = np.zeros_like(m)
-    for t in range(len(tile_lse)):
-        s += np.exp(tile_lse[t] - m)
-    with np.errstate(divide="ignore"):
-        lse: Array = m + np.log(s)
-    return lse
+    for t in range(len(maps.tile_max)):
+        s += maps.sum_about(m, t)
+    return m, np.log(np.where(np.isneginf(m), 1.0, s))
 
 
-def _lse_online(tile_lse: Array) -> Array:
-    """The same from a maximum m and a sum s carried along t, rescaled whenever m grows, (N,)."""
-    m, s = np.full(tile_lse.shape[1], -np.inf), np.zeros(tile_lse.shape[1])
-    for t in range(len(tile_lse)):
-        m_new = np.maximum(m, tile_lse[t])
-        safe_m = masked_to_zero(m_new)
-        s = s * np.exp(m - safe_m) + np.exp(tile_lse[t] - safe_m)
+def _online(maps: TileMaps) -> tuple[Array, Array]:
+    """The same from a maximum m and a sum s carried along t, rescaled whenever m grows."""
+    m, s = np.full(maps.tile_max.shape[1], -np.inf), np.zeros(maps.tile_max.shape[1])
+    for t in range(len(maps.tile_max)):
+        m_new = np.maximum(m, maps.tile_max[t])
+        s = s * np.exp(m - masked_to_zero(m_new)) + maps.sum_about(m_new, t)
         m = m_new
-    with np.errstate(divide="ignore"):
-        lse: Array = masked_to_zero(m) + np.log(s)
-    return lse
+    return m, np.log(np.where(np.isneginf(m), 1.0, s))
 
 
+@IEEE
 def backward(
     inputs: Inputs[Array],
     problem: Problem,
@@ -229,6 +235,11 @@ def _scratch_tile(tiling: Tiling, chunk: range, scratch: Array, b: int, t: int) 
     return scratch[b * tiling.BLOCK_N : (b + 1) * tiling.BLOCK_N, start : start + len(tiling.vocabulary(t))]
 
 
+def _of_rows(outputs: Outputs[Array], tokens: Array) -> Outputs[Array]:
+    """The outputs of some rows."""
+    return Outputs(**{name: None if x is None else x[tokens] for name, x in vars(outputs).items()})
+
+
 def _dz_tile(
     inputs: Inputs[Array],
     problem: Problem,
@@ -249,14 +260,12 @@ def _dz_tile(
     # Logit tile: recomputed, as in the forward.
     z = _logit_tile(inputs, problem, e[tokens], vocabulary)  # [BLOCK_N, BLOCK_V]
 
-    # Epilogue: p = exp(z - lse); dz = p (a + h (lse - H - z)), where 0 (-inf) is 0.
-    lse = masked_to_zero(outputs.lse[tokens])[:, None]  # [BLOCK_N, 1]
-    p = np.where(np.isneginf(z), 0.0, np.exp(z - lse))  # [BLOCK_N, BLOCK_V]
+    # Epilogue: p = exp((z - lse) - lse_low); dz = p (a + h (lse - H - z)), where 0 (-inf) is 0.
+    row = _of_rows(outputs, tokens)
+    p = softmax(z, row.lse, row.lse_low)  # [BLOCK_N, BLOCK_V]
     coefficient = np.broadcast_to(upstream.a[tokens][:, None], z.shape)
     if upstream.h is not None:
-        assert outputs.entropy is not None, "a gradient of the entropy needs the entropy"
-        difference = lse - outputs.entropy[tokens][:, None] - masked_to_zero(z)  # lse - H - z
-        coefficient = coefficient + upstream.h[tokens][:, None] * difference
+        coefficient = coefficient + upstream.h[tokens][:, None] * surprise_over_entropy(z, row)
     dz = p * coefficient
     for k in range(problem.k):  # dz -= sum_k g_k [j = targets_k]; one k at a time: a target may come twice
         dz -= upstream.g[tokens, k][:, None] * (inputs.targets[tokens, k][:, None] == vocabulary)
@@ -264,7 +273,7 @@ def _dz_tile(
     if problem.softcap is not None:
         if upstream.s is not None:
             dz += upstream.s[tokens][:, None] * logit_weights(inputs, problem)[vocabulary]
-        dz *= 1.0 - (z / problem.softcap) ** 2
+        dz *= softcap_derivative(z, problem.softcap)
 
     # Store: a kernel rounds to the input dtype here.
     out[:] = problem.logit_scale * dz

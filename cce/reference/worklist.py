@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from cce.problem import Inputs, Outputs, Problem, Upstream
+from cce.reference.dense import IEEE
 from cce.spec import Spec
 
 Array = np.ndarray
@@ -74,15 +76,31 @@ class Tiling:
 class TileMaps:
     """Per row and vocabulary block, what everything else is made from; all (T, N), as logarithms.
 
+    The block's log-sum-exp is ``tile_max + tile_log_sum``: a large maximum would round the other away.
+
     Attributes:
-        tile_lse: log-sum-exp of the row over vocabulary block t.
-        tile_max: its largest logit.
+        tile_max: largest logit of the row in vocabulary block t.
+        tile_log_sum: log-sum-exp of the block's logits, less tile_max; 0 where all are -inf.
         tile_entropy: entropy of the row's softmax restricted to the block.
     """
 
-    tile_lse: Array
     tile_max: Array
+    tile_log_sum: Array
     tile_entropy: Array
+
+    def log_max(self, lse: Array, lse_low: Array, t: Any = slice(None)) -> Array:
+        """Logarithm of the row's largest p in block t; of all blocks by default."""
+        found: Array = (self.tile_max[t] - lse) - lse_low
+        return found
+
+    def log_mass(self, lse: Array, lse_low: Array, t: Any = slice(None)) -> Array:
+        """Logarithm of the row's probability in block t, ``tile_lse - lse``; of all blocks by default."""
+        return self.log_max(lse, lse_low, t) + self.tile_log_sum[t]
+
+    def sum_about(self, m: Array, t: int) -> Array:
+        """Sum of ``exp(z - m)`` over block t, (N,)."""
+        found: Array = np.exp((self.tile_max[t] - np.where(np.isneginf(m), 0.0, m)) + self.tile_log_sum[t])
+        return found
 
 
 @dataclass(frozen=True)
@@ -104,6 +122,7 @@ class WorkList:
     live_fraction: float
 
 
+@IEEE
 def work_list(
     inputs: Inputs[Array],
     problem: Problem,
@@ -128,7 +147,7 @@ def work_list(
     else:
         undecided, held = _open_and_held(inputs, tiling, upstream)
         # hit_it: the filter's quantity exceeds the threshold, or the tile holds a target of the row.
-        hit = held | (undecided & filter_hits(spec, outputs, maps))
+        hit = held | (undecided & (filter_hits(spec, outputs, maps) | _everywhere(upstream)))
         if spec.row_order == "live":
             # Rows with equally many hits share a block; stable, so that all backends agree about ties.
             row_order = np.argsort(hit.sum(axis=0), kind="stable")
@@ -160,18 +179,25 @@ def _open_and_held(inputs: Inputs[Array], tiling: Tiling, upstream: Upstream[Arr
     return active[None, :] & ~held, held
 
 
+def _everywhere(upstream: Upstream[Array]) -> Array:
+    """(N,) rows whose gradient is NaN or inf: it is so in every tile."""
+    bad = ~np.isfinite(upstream.a)
+    return bad if upstream.h is None else bad | ~np.isfinite(upstream.h)
+
+
+@IEEE
 def filter_hits(spec: Spec, outputs: Outputs[Array], maps: TileMaps) -> Array:
-    """(T, N) the filter's quantity exceeds the threshold."""
+    """(T, N) the filter's quantity exceeds the threshold, or is NaN."""
     assert spec.threshold is not None
-    hits: Array = np.exp(_log_quantity(spec, outputs, maps)) > spec.threshold
+    hits: Array = ~(np.exp(_log_quantity(spec, outputs, maps)) <= spec.threshold)
     return hits
 
 
 def _log_quantity(spec: Spec, outputs: Outputs[Array], maps: TileMaps) -> Array:
     """Log of the filter's quantity q, (T, N): largest p of the row in the tile, or its mass there."""
-    quantity = maps.tile_max if spec.filter == "element" else maps.tile_lse
-    # A row masked altogether has lse = -inf and no probability anywhere.
-    return quantity - np.where(np.isneginf(outputs.lse), 0.0, outputs.lse)
+    assert outputs.lse_low is not None
+    quantity = maps.log_max if spec.filter == "element" else maps.log_mass
+    return quantity(outputs.lse, outputs.lse_low)
 
 
 def _log_decisions(
@@ -190,6 +216,7 @@ def _log_decisions(
     return np.unique(log_q[np.isfinite(log_q)])
 
 
+@IEEE
 def threshold_margin(
     inputs: Inputs[Array],
     problem: Problem,
@@ -207,6 +234,7 @@ def threshold_margin(
     return float(np.abs(log_q - math.log(spec.threshold)).min(initial=np.inf))
 
 
+@IEEE
 def clear_threshold(
     inputs: Inputs[Array],
     problem: Problem,

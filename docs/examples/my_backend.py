@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from cce.backends.pair import finite, joined, pair
 from torch import Tensor
 
 from cce.backends.base import Backend
 from cce.backends.mean_logit import weighted_logit
+from cce.backends.pair import finite, joined, pair
 from cce.compensation import columns_of_tiles, dead_mass
 from cce.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cce.backends.mean_logit import weighted_rows
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.torch.arithmetic import Arithmetic, Rows, gathered
-from cce.backends.torch.forward import weighted_rows, weights_along
+from cce.backends.torch.forward import weights_along
 from cce.backends.torch.logits import add_at_, logits_, softcap_derivative, softmax_gradient_
 from cce.backends.torch.plan import Plan
 from cce.backends.torch.segments import Segment, Targets, segments
@@ -131,7 +132,7 @@ class Run:
         s = self.upstream.s
         assert s is not None
         if self.de is not None:
-            self.de.addr_(s, weighted_rows(self.inputs, self.problem, self.arithmetic, step=self.plan.columns))
+            self.de.addr_(s, weighted_rows(self.inputs, self.problem, self.arithmetic.result, self.plan.columns))
         if self.dc is not None:
             self.rank_one = self._times_e(s[None])[0]
         if self.dbias is not None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.backends.mean_logit import weighted_logit
+from cce.backends.pair import finite, joined, pair
 from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
 from cce.backends.torch.logits import logits_
 from cce.backends.torch.plan import Plan
@@ -46,9 +48,6 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
     vocabulary = chunks(problem, spec, plan.columns)
     rows = Rows(inputs, arithmetic, keep=False)
     targets = target_positions(inputs)
-    closed_form = None
-    if "weighted_logit" in problem.outputs and problem.softcap is None:
-        closed_form = _closed_form(inputs, problem, arithmetic, rows, plan)
     buffer = inputs.e.new_empty(plan.rows * plan.columns, dtype=arithmetic.result)
     blocks = []
     for n0, n1 in plan.row_blocks(problem.n):
@@ -61,8 +60,8 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
             block.add(chunk, z, maps)
         blocks.append(block.finish(maps))
     outputs = _concatenate(blocks)
-    if closed_form is not None:
-        return replace(outputs, weighted_logit=closed_form)
+    if "weighted_logit" in problem.outputs and problem.softcap is None:
+        return replace(outputs, weighted_logit=weighted_logit(inputs, problem, spec))
     return outputs
 
 
@@ -71,27 +70,6 @@ def weights_along(inputs: Inputs[Tensor], problem: Problem, v0: int, v1: int, li
     if inputs.logit_weight is None:
         return like.new_full((v1 - v0,), 1.0 / problem.v)
     return along_vocabulary(inputs, inputs.logit_weight, v0, v1).to(like.dtype)
-
-
-def weighted_rows(inputs: Inputs[Tensor], problem: Problem, arithmetic: Arithmetic, step: int) -> Tensor:
-    """(D,) sum_v u_v c_v, in pieces of ``step`` rows of ``c``."""
-    total = inputs.c.new_zeros(problem.d, dtype=arithmetic.result)
-    for v0 in range(0, problem.v, step):
-        v1 = min(problem.v, v0 + step)
-        piece = along_vocabulary(inputs, inputs.c, v0, v1).to(arithmetic.result)
-        total += weights_along(inputs, problem, v0, v1, total) @ piece
-    return total
-
-
-def _closed_form(inputs: Inputs[Tensor], problem: Problem, arithmetic: Arithmetic, rows: Rows, plan: Plan) -> Tensor:
-    """(N,) sum_v u_v z_iv = logit_scale (e_i . sum_v u_v c_v + sum_v u_v bias_v): no logit is needed."""
-    mean = weighted_rows(inputs, problem, arithmetic, step=plan.columns)
-    offset = mean.new_zeros(())
-    if inputs.bias is not None:
-        u = weights_along(inputs, problem, 0, problem.v, mean)
-        offset = u @ along_vocabulary(inputs, inputs.bias, 0, problem.v).to(mean.dtype)
-    pieces = [rows.block(n0, n1).to(mean.dtype) @ mean for n0, n1 in plan.row_blocks(problem.n)]
-    return (torch.cat(pieces) + offset) * problem.logit_scale
 
 
 class RowBlock:
@@ -104,8 +82,8 @@ class RowBlock:
         self.inputs, self.problem, self.spec, self.targets, self.n0 = inputs, problem, spec, targets, n0
         self.tiled = bool(problem.maps(spec))
         self.online = spec.lse_accumulation == "online"
-        self.parts: list[tuple[Tensor, Tensor | None]] = []  # (rows, 1) log-sum-exp and entropy of each chunk
-        self.tiles: list[tuple[Chunk, Tensor, Tensor]] = []  # each chunk's tile_lse and filter's quantity (rows, tiles)
+        self.parts: list[Sums] = []  # of each chunk, one tile
+        self.tiles: list[tuple[Chunk, Sums]] = []  # of each chunk, all its tiles
         self.target_logits = like.new_zeros(targets.shape)
         self.weighted = like.new_zeros(n) if _capped_weights(problem) else None
         self.best = like.new_full((n,), -torch.inf)
@@ -120,31 +98,41 @@ class RowBlock:
             self.weighted += z @ weights_along(self.inputs, self.problem, chunk.v0, chunk.v1, z)
         # Without maps nobody asks for the tiles: the chunk is one.
         tiles = z.view(len(z), chunk.t1 - chunk.t0 if self.tiled else 1, -1)
-        m, tile_lse, tile_entropy = tile_sums(tiles, entropy="entropy" in self.problem.outputs)
+        found = tile_sums(tiles, entropy="entropy" in self.problem.outputs)
         if self.tiled:
-            self.tiles.append((chunk, tile_lse, m if self.spec.filter == "element" else tile_lse))
-        if maps.tile_entropy is not None and tile_entropy is not None:
-            maps.tile_entropy[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(z)] = tile_entropy.T
+            self.tiles.append((chunk, found))
+        if maps.tile_entropy is not None and found.entropy is not None:
+            maps.tile_entropy[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(z)] = found.entropy.T
         # One partial a chunk: those of all tiles would be larger than the logits of a piece.
-        self.parts.append(_join([(tile_lse, tile_entropy)]))
+        self.parts.append(_join([found]))
         if self.online:
             self.parts = [_join(self.parts)]
 
     def finish(self, maps: Maps[Tensor]) -> Outputs[Tensor]:
-        lse, entropy = _join(self.parts)
-        for chunk, tile_lse, quantity in self.tiles:
-            assert maps.tile_mass is not None and self.spec.threshold is not None
-            mass = (tile_lse - lse.masked_fill(lse == -torch.inf, 0)).exp_()
-            hit = quantity > lse + math.log(self.spec.threshold)
-            mass = torch.where(hit, -mass.clamp(min=LEAST_HIT), mass)
-            maps.tile_mass[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(mass)] = mass.T
+        row = _join(self.parts)
+        for chunk, tiles in self.tiles:
+            self._fill(maps, chunk, tiles, row)
+        lse, lse_low = pair(row.max[:, 0], row.log_sum[:, 0])
+        # A target's logit is one of those summed: nll is never negative, but for the rounding of the logarithm.
+        nll = (row.log_sum + (row.max - self.target_logits)).clamp_(min=0).masked_fill_(self.targets < 0, 0)
         return Outputs(
-            lse[:, 0],
-            self.target_logits,
-            None if entropy is None else entropy[:, 0],
+            lse,
+            nll,
+            lse_low,
+            None if row.entropy is None else row.entropy[:, 0].masked_fill(~lse.isfinite(), torch.nan),
             self.weighted,
             self._entries() if "prediction" in self.problem.outputs else None,
         )
+
+    def _fill(self, maps: Maps[Tensor], chunk: Chunk, tiles: Sums, row: Sums) -> None:
+        """The masses of a chunk's tiles; the filter compares differences to the row's log-sum-exp."""
+        assert maps.tile_mass is not None and self.spec.threshold is not None
+        log_max = (tiles.max - row.max) - row.log_sum  # of the largest p
+        log_mass = torch.where(tiles.max == -torch.inf, log_max, log_max + tiles.log_sum)
+        quantity = log_max if self.spec.filter == "element" else log_mass
+        mass = log_mass.exp()
+        mass = torch.where(quantity <= math.log(self.spec.threshold), mass, -mass.clamp(min=LEAST_HIT))
+        maps.tile_mass[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(mass)] = mass.T
 
     def _targets(self, chunk: Chunk, z: Tensor) -> None:
         # From the same accumulator as the log-sum-exp, so that lse - z is never negative.
@@ -164,40 +152,60 @@ class RowBlock:
         return self.prediction if order is None else order[self.prediction]
 
 
-def tile_sums(z: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Maximum, log-sum-exp and entropy of every tile of ``z`` (rows, tiles, BLOCK_V), which is overwritten.
+@dataclass(frozen=True)
+class Sums:
+    """Statistics of tiles of some rows, (rows, tiles) each.
 
-    With s = sum exp(z - m):  tile_lse = m + log s,  tile_entropy = log s + sum exp(z - m) (m - z) / s.
-    Every term of the entropy is non-negative, so it cannot come out below 0.
+    Attributes:
+        max: m, the largest logit; -inf where all are.
+        log_sum: log sum exp(z - m); 0 where m is -inf.
+        entropy: of the softmax within the tile; or None.
+    """
+
+    max: Tensor
+    log_sum: Tensor
+    entropy: Tensor | None
+
+
+def tile_sums(z: Tensor, entropy: bool) -> Sums:
+    """Statistics of every tile of ``z`` (rows, tiles, BLOCK_V), which is overwritten.
+
+    With s = sum exp(z - m): entropy = log s + sum exp(z - m) (m - z) / s. Every term of it is non-negative, so it
+    cannot come out below 0.
     """
     m = z.amax(-1)  # (rows, tiles)
     # A tile of masked entries has m = -inf; a finite shift leaves exp(-inf) = 0 where -inf + inf is NaN.
-    shift = m.clamp(min=torch.finfo(z.dtype).min)
-    z.sub_(shift[..., None])
+    z.sub_(finite(m)[..., None])
     if not entropy:
-        return m, shift + z.exp_().sum(-1).log(), None
+        return Sums(m, _log(m, z.exp_().sum(-1)), None)
     exp = z.exp()
     s = exp.sum(-1)
     gap = -exp.mul_(z.clamp_(min=torch.finfo(z.dtype).min)).sum(-1)
-    tile_entropy = torch.where(s > 0, s.log() + gap / s, 0.0)
-    return m, shift + s.log(), tile_entropy
+    log_s = _log(m, s)
+    return Sums(m, log_s, torch.where(m == -torch.inf, 0.0, log_s + gap / s))
 
 
-def _join(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """(rows, 1) log-sum-exp and entropy of the union of all tiles, by the chain rule of the entropy.
+def _log(m: Tensor, s: Tensor) -> Tensor:
+    """log s; 0 where nothing is left to sum."""
+    return s.log().masked_fill_(m == -torch.inf, 0)
 
-    H = sum_t w_t (H_t + lse - tile_lse_t),  w_t = exp(tile_lse_t - lse)
+
+def _join(parts: list[Sums]) -> Sums:
+    """(rows, 1) statistics of the union of all tiles, by the chain rule of the entropy.
+
+    H = sum_t w_t (H_t - log w_t), w_t = exp(tile_lse_t - lse)
     """
-    if len(parts) == 1 and parts[0][0].shape[1] == 1:
+    if len(parts) == 1 and parts[0].max.shape[1] == 1:
         return parts[0]
-    tile_lse = torch.cat([part[0] for part in parts], 1)
-    lse = tile_lse.logsumexp(1, keepdim=True)
-    if parts[0][1] is None:
-        return lse, None
-    tile_entropy = torch.cat([part[1] for part in parts if part[1] is not None], 1)
-    log_w = tile_lse - lse.masked_fill(lse == -torch.inf, 0)  # a chunk of masked entries: no -inf + inf
-    terms = log_w.exp() * (tile_entropy - log_w.clamp(min=-1e4))
-    return lse, terms.sum(1, keepdim=True)
+    m, log_s = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("max", "log_sum"))
+    row_m, row_log_s = (x[:, None] for x in joined(m, log_s, 1))
+    row_log_s = row_log_s.masked_fill(row_m == -torch.inf, 0)
+    if parts[0].entropy is None:
+        return Sums(row_m, row_log_s, None)
+    entropy = torch.cat([part.entropy for part in parts if part.entropy is not None], 1)
+    log_w = torch.where(m == -torch.inf, m, ((m - finite(row_m)) + log_s) - row_log_s)
+    terms = log_w.exp() * (entropy - log_w.clamp(min=-1e4))  # a chunk of masked entries: no 0 * inf
+    return Sums(row_m, row_log_s, terms.sum(1, keepdim=True))
 
 
 def _capped_weights(problem: Problem) -> bool:

@@ -20,6 +20,8 @@ def logits_(problem: Problem, arithmetic: Arithmetic, e: Tensor, c: Tensor, bias
         z *= factor
     if problem.softcap is not None:
         z.tanh_().mul_(problem.softcap)
+        if bias is not None:
+            z.masked_fill_(bias == -torch.inf, -torch.inf)
     return z
 
 
@@ -31,6 +33,8 @@ def softmax_gradient_(
     ``outputs`` and ``upstream`` hold the rows of this piece; ``u`` its logit weights, used only under a softcap.
     """
     log_p = z.sub_(outputs.lse[:, None])
+    if outputs.lse_low is not None:
+        log_p.sub_(outputs.lse_low[:, None])
     if upstream.h is None:
         log_p.exp_().mul_(upstream.a[:, None])
     else:
@@ -48,7 +52,7 @@ def softcap_derivative(problem: Problem, z: Tensor) -> Tensor | None:
     """1 - (z / softcap)^2, the derivative of the capped logit; None without a softcap."""
     if problem.softcap is None:
         return None
-    return torch.mul(z, 1 / problem.softcap).square_().neg_().add_(1.0)
+    return torch.mul(z, 1 / problem.softcap).clamp_(min=-1.0).square_().neg_().add_(1.0)  # 0 of a masked entry
 
 
 def add_at_(x: Tensor, index: Tensor, values: Tensor) -> None:

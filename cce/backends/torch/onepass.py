@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cce.backends.pair import finite, joined, pair
 from cce.backends.torch.arithmetic import Arithmetic, Rows
 from cce.backends.torch.forward import Chunk, chunks
 from cce.backends.torch.logits import add_at_, logits_
@@ -43,12 +44,12 @@ def rows_at_once(problem: Problem, spec: Spec) -> int:
 def loss_and_gradients(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-    """Outputs (lse and target logits) and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
+    """Outputs (lse and nll) and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
     arithmetic, step = Arithmetic.choose(problem, spec), rows_at_once(problem, spec)
     run = _Run(inputs, problem, arithmetic, chunks(problem, spec, _columns(spec)), step)
     found = [run.block(n0, min(problem.n, n0 + step), weights) for n0 in range(0, problem.n, step)]
-    lse, target_logits = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Outputs(lse, target_logits), Gradients(run.de, run.dc, run.dbias)
+    outputs = Outputs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return outputs, Gradients(run.de, run.dc, run.dbias)
 
 
 def _columns(spec: Spec) -> int:
@@ -71,7 +72,7 @@ class _Run:
         self.dbias = wide.new_zeros(problem.v) if problem.grad_bias else None
 
     def block(self, n0: int, n1: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """lse (rows,) and target logits (rows, K) of one block of rows; adds its gradients to the sums."""
+        """lse (rows,) and nll (rows, K) of one block of rows; adds its gradients to the sums."""
         e, targets = self.rows.block(n0, n1), self.inputs.targets[n0:n1]
         target_logits = e.new_zeros(targets.shape, dtype=self.arithmetic.result)
         pieces, m, s = [], [], []
@@ -79,20 +80,22 @@ class _Run:
             z = logits_(self.problem, self.arithmetic, e, *self._operands(chunk), self._piece(chunk, len(e)))
             row, k = _inside(chunk, targets)
             target_logits[row, k] = z[row, targets[row, k] - chunk.v0]
-            m.append(z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min))  # a chunk may be masked: no -inf
-            s.append(z.sub_(m[-1]).exp_().sum(1, keepdim=True))
+            m.append(z.amax(1, keepdim=True))
+            s.append(z.sub_(finite(m[-1])).exp_().sum(1, keepdim=True))  # a chunk may be masked: no -inf + inf
             pieces.append(z)
         maxima, sums = torch.cat(m, 1), torch.cat(s, 1)  # (rows, chunks)
-        lse = (maxima + sums.log()).logsumexp(1)
+        row_m, log_s = joined(maxima, sums.log(), 1)
+        lse, lse_low = pair(row_m, log_s)
+        nll = (log_s[:, None] + (row_m[:, None] - target_logits)).clamp_(min=0).masked_fill_(targets < 0, 0)
         # p = exp(z - m) exp(m - lse); dx = logit_scale (sum_k w_k p - w_k at target k)
         w = weights[n0:n1] * self.problem.logit_scale
-        factors = (maxima - lse[:, None]).exp_().mul_(w.sum(1, keepdim=True))
+        factors = ((maxima - lse[:, None]) - lse_low[:, None]).exp_().mul_(w.sum(1, keepdim=True))
         for index, (chunk, z) in enumerate(zip(self.vocabulary, pieces, strict=True)):
             dx = z.mul_(factors[:, index, None])
             row, k = _inside(chunk, targets)
             add_at_(dx.view(-1), row * dx.shape[1] + targets[row, k] - chunk.v0, -w[row, k])
             self._products(chunk, dx, e, n0, n1)
-        return lse, target_logits
+        return lse, nll
 
     def _piece(self, chunk: Chunk, rows: int) -> Tensor:
         """Where the logits of ``chunk`` lie, (rows, columns)."""
