@@ -158,7 +158,7 @@ def _offsets() -> list[Case]:
     """Logits that share an offset of a thousand to a hundred million; tokens whose target is nearly certain."""
     plain = Case("offset", v=130, d=9, outputs=("entropy",), spec=_small("none"))
     by_bias: dict[str, Any] = {"bias": True, "offset_by": "bias"}
-    filtered = Case("offset-filtered", n=90, d=24, v=800, data="peaked", offset=2.0**13, spec=_FILTERED)
+    filtered = Case("offset-filtered", n=60, d=24, v=800, data="peaked", offset=2.0**13, spec=_FILTERED)
     return [
         replace(plain, name="offset-1e3", offset=2.0**10),
         replace(plain, name="offset-1e4", offset=2.0**13, bias=True, outputs=("weighted_logit",)),

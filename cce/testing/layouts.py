@@ -137,6 +137,12 @@ class Placed:
     def __str__(self) -> str:
         return f"{self.call}, {', '.join(self.names) or 'all'} {self.layout.__name__}"
 
+    @property
+    def short(self) -> bool:
+        """It is one of those for an interpreter, which takes seconds for each."""
+        expanded = ("mean", ("bias",)), ("none", ("targets",)), ("terms", (_UPSTREAM,)), ("filtered", ("c",))
+        return self.layout is column or (self.layout is same_rows and (self.call, self.names) in expanded)
+
 
 def _placed() -> list[Placed]:
     found = [Placed(call, layout) for call in CALLS for layout in STRIDED]

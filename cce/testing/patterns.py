@@ -139,6 +139,8 @@ POKES: dict[str, Poke] = {
 
 #: Sums in another order, or in parts, have NaN where the definition has an infinity.
 _UNSIGNED = ("inf upstream", "inf in a row of c")
+#: The gradient of an ignored token's e is 0, or 0 times such a row, which is NaN: PyTorch's dense step has the latter.
+_IN_C = ("NaN in a row of c", "inf in a row of c")
 _NONE = {"reduction": "none"}
 CALLS = {
     "mean": Option("mean", tensors=("bias",)),
@@ -158,6 +160,21 @@ CALLS = {
     ),
 }  # fmt: skip
 
+#: Of each call, what its own kernels may get wrong.
+_SHORT = {
+    "mean": ("inf in a row of e", "masked target", "all entries masked", "NaN behind ignored tokens", "NaN upstream"),
+    "none": ("-inf in a row of e", "masked entries and a NaN row", "NaN behind ignored tokens", "near overflow"),
+    "smoothing": ("masked entries", "masked entries without weight"),
+    "soft targets": ("masked target",),
+    "terms": ("inf in the bias", "all entries masked", "saturated", "NaN upstream of one output"),
+    "capped": ("masked target", "masked entries and a NaN row"),
+    "element": ("masked target", "NaN upstream", "near overflow"),
+    "element, uncompensated": ("NaN in a row of e", "NaN in a row of c", "all entries masked", "inf upstream"),
+    "tile": ("masked entries and a NaN row",),
+    "float16": ("saturated", "near overflow", "NaN upstream"),
+    "bfloat16, filtered": ("inf in a row of e", "near overflow"),
+}
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -168,6 +185,11 @@ class Pattern:
 
     def __str__(self) -> str:
         return f"{self.call}, {self.poke}"
+
+    @property
+    def short(self) -> bool:
+        """It is one of those for an interpreter, which takes seconds for each."""
+        return self.poke in _SHORT.get(self.call, ())
 
 
 def _patterns() -> list[Pattern]:
@@ -217,9 +239,13 @@ def check_pattern(pattern: Pattern, backend: str, device: str) -> list[str]:
     expected = dense(option.call, wide, option.outputs)
     expected |= differentiate(expected, wide, upstream)
     for name, x in expected.items():
+        got = found[name]
+        if name == "e" and pattern.poke in _IN_C:
+            used = (data["targets"] != -100).view(*got.shape[:2], -1).any(-1)
+            got, x = got[used], x[used]
         # A log-sum-exp errs by the rounding of a sum of V terms, and an output may be as small as that.
         least = LAMBDA * _UNIT * (problem.v * x.numel()) ** 0.5 if name in outputs else 0.0
-        _compare(name, found[name], x, (option.tolerance, least), signs=pattern.poke not in _UNSIGNED)
+        _compare(name, got, x, (option.tolerance, least), signs=pattern.poke not in _UNSIGNED)
     return []
 
 

@@ -35,6 +35,7 @@ _CHECKS: dict[str, dict[str, Callable[[str, str], Any]]] = {
     "layouts": {str(placed): partial(check_layout, placed) for placed in LAYOUTS},
     "patterns": {str(pattern): partial(check_pattern, pattern) for pattern in PATTERNS},
 }
+_LONG = frozenset(str(x) for x in LAYOUTS if not x.short) | frozenset(str(x) for x in PATTERNS if not x.short)
 
 
 @dataclass
@@ -96,7 +97,12 @@ class Report:
 
 
 def check_backend(
-    name: str, device: str = "cpu", cases: Iterable[Case] = CASES, groups: Collection[str] = GROUPS, jobs: int = 1
+    name: str,
+    device: str = "cpu",
+    cases: Iterable[Case] = CASES,
+    groups: Collection[str] = GROUPS,
+    jobs: int = 1,
+    short: bool = False,
 ) -> Report:
     """Holds a registered backend, a third party's too, to the float64 reference.
 
@@ -109,6 +115,7 @@ def check_backend(
             every layout), "patterns" (where NaN and infinities stand).
         jobs: processes that share the work, most of which is compilation for some backends. They know the backends of
             installed packages, not those that only this process has registered.
+        short: fewer layouts and patterns, for an interpreter that takes seconds for each.
 
     Raises:
         BackendUnavailable: it cannot be loaded.
@@ -129,6 +136,8 @@ def check_backend(
         waiting = {}
         for group, checks in _CHECKS.items():
             chosen = checks if group in groups else {}
+            if short:
+                chosen = {name: check for name, check in chosen.items() if name not in _LONG}
             waiting[group] = chosen, each(_failure, chosen.values(), repeat(name), repeat(device))
         by_name = {group: dict(zip(names, lines, strict=True)) for group, (names, lines) in waiting.items()}
         return Report(name, device, list(results), **by_name)

@@ -1,6 +1,11 @@
-"""The conformance suite on every backend given with ``--backend``; ``-k "not layout"`` leaves a group out."""
+"""The conformance suite on every backend given with ``--backend``.
+
+``-k "not layout"`` leaves a group out, ``-m "not long"`` most layouts and patterns, for an interpreter.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -13,6 +18,10 @@ from cce.testing.layouts import LAYOUTS, Placed, check_layout
 from cce.testing.options import OPTIONS, Option
 from cce.testing.patterns import PATTERNS, Pattern, check_pattern
 from cce.testing.report import product_roundoff
+
+
+def marked(check: Placed | Pattern) -> Any:
+    return pytest.param(check, marks=() if check.short else pytest.mark.long)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -33,14 +42,14 @@ def test_option(backend_name: str, option: Option, device: str) -> None:
     check_option(option, backend_name, device)
 
 
-@pytest.mark.parametrize("placed", LAYOUTS, ids=str)
+@pytest.mark.parametrize("placed", [marked(x) for x in LAYOUTS], ids=str)
 def test_layout(backend_name: str, placed: Placed, device: str) -> None:
     refused = check_layout(placed, backend_name, device)
     if refused:
         pytest.skip("; ".join(refused))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", [marked(x) for x in PATTERNS], ids=str)
 def test_pattern(backend_name: str, pattern: Pattern, device: str) -> None:
     refused = check_pattern(pattern, backend_name, device)
     if refused:
