@@ -158,7 +158,8 @@ def _offsets() -> list[Case]:
     """Logits that share an offset of a thousand to a hundred million; tokens whose target is nearly certain."""
     plain = Case("offset", v=130, d=9, outputs=("entropy",), spec=_small("none"))
     by_bias: dict[str, Any] = {"bias": True, "offset_by": "bias"}
-    filtered = Case("offset-filtered", n=60, d=24, v=800, data="peaked", offset=2.0**13, spec=_FILTERED)
+    few = {**_FILTERED, "block_v": 64, "threshold": 2.0**-7}
+    filtered = Case("offset-filtered", n=45, d=24, v=800, data="peaked", offset=2.0**13, spec=few)
     return [
         replace(plain, name="offset-1e3", offset=2.0**10),
         replace(plain, name="offset-1e4", offset=2.0**13, bias=True, outputs=("weighted_logit",)),
@@ -178,7 +179,12 @@ def _offsets() -> list[Case]:
         replace(plain, name="offset-float16", offset=2.0**13, e_dtype=F16, c_dtype=F16, outputs=()),
         replace(plain, name="offset-float64", offset=2.0**40, e_dtype=F64, c_dtype=F64, bias=True),
         filtered,
-        replace(filtered, name="offset-filtered-mass", spec=_MASS, vocab_order=True),
+        replace(
+            filtered,
+            name="offset-filtered-mass",
+            spec={**few, "filter": "tile", "threshold": 2.0**-4},
+            vocab_order=True,
+        ),
         replace(filtered, name="offset-filtered-bias", offset=2.0**17, outputs=("entropy",), **by_bias),
         replace(filtered, name="offset-filtered-bfloat16", e_dtype=BF16, c_dtype=BF16),
     ]
