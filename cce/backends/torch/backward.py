@@ -91,7 +91,7 @@ class Run:
             outputs, upstream = rows_of(outputs, order), rows_of(upstream, order)
         self.inputs, self.outputs = inputs, outputs
         self.rows = Rows(inputs, self.arithmetic, keep=self.plan.keep_rows)
-        self.norm = norm_of(upstream, self.arithmetic.operand)
+        self.norm = norm_of(upstream, self.arithmetic.operand, problem.logit_scale)
         self.upstream = scaled(upstream, problem.logit_scale, self.norm)
         wide = inputs.e.new_empty(0, dtype=self.arithmetic.result)
         self.z = wide.new_empty(self.plan.rows * self.plan.columns)

@@ -39,7 +39,7 @@ def loss_and_gradients(
     call = Call.of(inputs, problem, spec)
     steps = _steps(call)
     a = weights.view(-1) if problem.k == 1 else weights.sum(1)
-    norm = norm_of(Upstream(a, weights), problem.dtype)
+    norm = norm_of(Upstream(a, weights), problem.dtype, problem.logit_scale)
     upstream = scaled(Upstream(a, weights), problem.logit_scale, norm)
     targets = inputs.targets
     target_logits, e = steps.target_logits(call, targets)
