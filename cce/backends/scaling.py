@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cce.problem import Upstream
 
-# What the largest upstream gradient becomes. dz is then at most some tens of times as large (an entropy's term, a target
+# What the largest upstream gradient becomes. dz is then at most some tens of times as large (an entropy, or a target
 # named several times), far below float16's 65504, and what is small beside it seldom underflows.
 _LARGEST = 2.0**8
 
