@@ -25,13 +25,8 @@ from cce.testing.patterns import Pattern, check_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REFUSED = {
-    "float64-sums",
-    "plain-float64",
-    "filtered-float64",
-    "full-float64",
-    "offset-float64",
-}  # and blocks of odd sizes
+#: And blocks of odd sizes.
+REFUSED = {"float64-sums", "plain-float64", "filtered-float64", "full-float64", "offset-float64"}
 ODD = {"filtered-natural-rows", "filtered-single-rows", "filtered-odd-blocks"}
 
 

@@ -28,12 +28,13 @@ from cce.testing.patterns import check_pattern
 
 #: Of the contract: each kernel with every option, in each dtype, and what is special about rows, tiles and blocks.
 CONTRACT = (
-    "target_logits k3 bias softcap", "target_logits sliced float16", "target_logits bf16 and float32",
-    "statistics float32", "statistics masked low", "statistics ties", "statistics windows online",
-    "statistics maps online", "statistics maps windows", "statistics maps softcap", "statistics maps block_v=64",
-    "gradient float16 k3", "gradient tf32", "gradient softcap", "gradient masked k3", "gradient everything",
-    "gradient nan rows", "gradient wide d",
-    "live sorted ordered", "live nan rows", "live mixed", "live only de", "live odd d sorted",
+    "target_logits softcap large", "target_logits sliced float16", "target_logits bf16 and float32",
+    "statistics softcap large", "statistics masked low", "statistics ties", "statistics windows online",
+    "statistics offset 2^20", "statistics softcap masked", "statistics weighted masked", "statistics strange",
+    "statistics maps online offset", "statistics maps windows", "statistics maps softcap", "statistics maps block_v=64",
+    "gradient float16 k3", "gradient tf32", "gradient masked k3", "gradient everything", "gradient nan rows",
+    "gradient wide d", "gradient offset 2^20", "gradient softcap large", "gradient strange softcap",
+    "live sorted ordered", "live offset 2^20", "live strange", "live nan rows", "live mixed", "live only de", "live odd d sorted",
     "live everything float16", "live blocks 16 x 16", "live blocks 32 x 64",
     "mean_rows", "mean_rows odd d", "mean_rows float32", "dead_mass", "dead_mass entropy softcap float32",
 )  # fmt: skip
