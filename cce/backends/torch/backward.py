@@ -20,7 +20,6 @@ from cce.rows import rows_of
 from cce.spec import Spec
 from cce.worklist import WorkList, work_list
 
-
 # Of the upstream gradients in float16: far below 65504, so that what is small beside it seldom underflows. dC is summed
 # in float32 here.
 _LARGEST = 2.0**8
