@@ -58,7 +58,7 @@ RECIPES: dict[str, tuple[Callable[..., Tensor], Tensors, dict[str, Any]]] = {
     "grpo": (losses.grpo, tokens(rewards=torch.tensor([1.0, 0.25], dtype=torch.float64)), {"group_size": 2}),
     "sequence_log_prob": (losses.sequence_log_prob, tokens(), {}),
     "pass_at_n": (losses.pass_at_n, tokens(), {"n": 4}),
-    "dpo": (losses.dpo, tokens(ref_log_prob=draw(B)), {}),
+    "dpo": (losses.dpo, tokens(ref_log_prob=draw(B) - 9), {}),
     "multi_token": (losses.multi_token, tokens(head_weight=draw(2).abs()) | {"e": draw(2, B, L, D)}, {}),
     "multi_codebook": (
         losses.multi_codebook,
