@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from noise import Noise, logit_error
+from noise import UNIT, Noise, logit_error
 from torch import Tensor
 
 
@@ -63,18 +63,12 @@ class Tokens:
 
     def _logits(self, bias: Tensor | None) -> Tensor:
         noise = self.noise
-        x = noise.product(self.e, self.c)
-        if bias is not None:
-            masked = torch.isneginf(bias)
-            if self.softcap is not None:  # masks also what is inf
-                x = torch.where(torch.isposinf(x) & masked, 0, x)
-            x = x + bias
-        z = self.scale * x
+        z = self.scale * noise.product(self.e, self.c, bias)
         if self.softcap is not None:
             z = noise.capped(z, self.softcap)
             if bias is not None:
                 # Added: the derivative of tanh at -inf is 0, times NaN in a row that has no softmax.
-                z = z + torch.zeros_like(bias.detach()).masked_fill(masked, -torch.inf)
+                z = z + torch.zeros_like(bias.detach()).masked_fill(torch.isneginf(bias), -torch.inf)
         if noise.generator is None or not z.numel():
             return z
         with torch.no_grad():
@@ -163,7 +157,7 @@ def _smooth(tokens: Tokens, u: Tensor) -> Tensor:
     noise, found = tokens.noise, tokens.noise.sum(-(tokens.logp * u))
     if noise.generator is None or not found.numel():
         return found
-    common = (tokens.error * u).sum(-1)
+    common = (tokens.error * u).sum(-1) + 2 * UNIT[torch.float64] * (tokens.z.detach().abs() * u).nan_to_num(0, 0, 0).sum(-1)
     if tokens.softcap is not None:  # a float32 sum; else a float64 product with the mean row
         common = common + 4 * noise.u * tokens.softcap * u.sum()
     return noise.by(found, common)

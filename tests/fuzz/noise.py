@@ -59,6 +59,7 @@ class Noise:
         self.own = {name: UNIT[torch.promote_types(x, torch.float32)] for name, x in dtypes.items()}
         self.generator, self.skipped = generator, skipped
         self.largest = 0.0  # upstream gradient of a logit met in this backward
+        self.peak = 0.0  # number met on the way to a result
 
     def signs(self, x: Tensor, *shape: int) -> Tensor:
         found = torch.randint(0, 2, shape or x.shape, generator=self.generator, dtype=x.dtype)
@@ -73,6 +74,7 @@ class Noise:
 
     def few(self, x: Tensor) -> Tensor:
         """``x`` after some operations on it alone."""
+        self.peak = max(self.peak, float(_finite(x.detach()).abs().max()) if x.numel() else 0.0)
         return self.by(x, FEW * self.u * x.detach().abs())
 
     def sum(self, x: Tensor, dim: int = -1) -> Tensor:
@@ -114,25 +116,26 @@ class Noise:
     def note(self, upstream: Tensor) -> None:
         self.largest = max(self.largest, float(_finite(upstream).abs().max()) if upstream.numel() else 0.0)
 
-    def product(self, e: Tensor, c: Tensor) -> Tensor:
-        """e c^T, whose gradients are sums of stored, rounded dx."""
+    def product(self, e: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
+        """e c^T + bias, whose gradients are sums of stored, rounded dx."""
         dx: list[Tensor] = []
 
         def at_x(g: Tensor) -> Tensor:
             lost = torch.minimum(g.abs(), torch.tensor(self.underflow * self.largest, dtype=g.dtype))
             dx.append(g.abs())
             # Below the least normal number all errors may have one sign.
-            return self.by(g, self.u_in * g.abs() + 2 * self.skipped * self.largest) - torch.sign(_finite(g)) * _finite(lost)
+            stored = self.by(g, self.u_in * g.abs() + 2 * self.skipped * self.largest)
+            return stored - torch.sign(_finite(g)) * _finite(lost)
 
-        def at(other: Tensor, transposed: bool) -> Callable[[Tensor], Tensor]:
-            def change(g: Tensor) -> Tensor:
-                size = dx[-1].T if transposed else dx[-1]
-                return self.by(g, (LAMBDA * math.sqrt(size.shape[1]) + 2) * self.u * (size @ other.detach().abs()))
+        def summed(x: Tensor, size: Callable[[], Tensor], terms: int) -> Tensor:
+            return self.on_gradient(x, lambda g: self.by(g, (LAMBDA * math.sqrt(terms) + 2) * self.u * size()))
 
-            return change
-
-        left, right = self.on_gradient(e, at(c, False)), self.on_gradient(c, at(e, True))
-        return self.on_gradient(left @ right.T, at_x)
+        left = summed(e, lambda: dx[-1] @ c.detach().abs(), len(c))
+        right = summed(c, lambda: dx[-1].T @ e.detach().abs(), len(e))
+        x = left @ right.T
+        if bias is not None:
+            x = x + summed(bias, lambda: dx[-1].sum(0), len(e))
+        return self.on_gradient(x, at_x)
 
     def capped(self, z: Tensor, softcap: float) -> Tensor:
         """softcap tanh(z / softcap); the derivative 1 - tanh^2 errs by some u of 1."""

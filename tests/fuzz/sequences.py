@@ -76,7 +76,7 @@ def ppo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tu
     if share < 1 and len(value):
         entropy = tokens.entropy().detach()
         least = entropy.sort(descending=True).values[math.ceil(round(share * len(value), 6)) - 1]
-        value = torch.where(entropy >= least, value, 0)
+        value = torch.where((entropy >= least) | entropy.isnan(), value, 0)
     if options.get("entropy_coefficient", 0.0):
         value = noise.few(value - options["entropy_coefficient"] * tokens.entropy())
     if "ref_log_prob" in t:
