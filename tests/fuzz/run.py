@@ -15,7 +15,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def record(tallies: list[Tally], device: str) -> dict[str, Any]:
     """What a claim is made from."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {**environment(device), "commit": commit.strip(), "runs": [asdict(tally) for tally in tallies]}
+    return {**environment(device), "commit": commit.strip(), "runs": [asdict(replace(tally, refused=dict(tally.refused))) for tally in tallies]}
 
 
 def _once(a: argparse.Namespace) -> int:
