@@ -88,10 +88,11 @@ def _as_zeros(
 def in_rows(upstream: Upstream[Tensor], used: Tensor) -> Upstream[Tensor]:
     """The gradients of the rows that are ``used`` (N,), 0 of the others, whatever they hold."""
     kept = {
-        name: None if x is None else torch.where(used if x.ndim == 1 else used[:, None], x, 0)
+        name: torch.where(used if x.ndim == 1 else used[:, None], x, 0)
         for name, x in vars(upstream).items()
+        if x is not None
     }
-    return Upstream(**kept)
+    return replace(upstream, **kept)
 
 
 def _nothing(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]:
