@@ -7,7 +7,6 @@ from functools import partial
 from inspect import unwrap
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cce import again, checks

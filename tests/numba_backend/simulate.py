@@ -10,15 +10,21 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 
 import contract
 from contract_cases import CASES
 
+from cce import registry
 from cce.backends.numba.run import NumbaKernels
+from cce.testing import CASES as KIT_CASES
+from cce.testing import LAYOUTS, PATTERNS, Case, run_case
 from cce.testing.check_option import check_option
+from cce.testing.layouts import check_layout
 from cce.testing.options import OPTIONS
+from cce.testing.patterns import check_pattern
 
 #: Of the contract: each kernel with every option, in each dtype, and what is special about rows, tiles and blocks.
 CONTRACT = (
@@ -36,6 +42,19 @@ CONTRACT = (
 #: Options of which no kernel hears: the front end makes them of the outputs.
 IN_FRONT = ("reduction", "shift", "ignore_index", "z_loss", "`weight` (classes)", "token_weight", "`nll`", "scratch")
 
+#: Of the kit's other groups, a few for each kernel.
+OF_KIT = (
+    "offset-1e3", "offset-bias-1e8",
+    "mean, all column", "none, all column", "terms, all column", "filtered, all column", "mean, bias same_rows",
+    "none, masked entries and a NaN row", "terms, all entries masked", "capped, masked target",
+    "element, NaN upstream", "element, uncompensated, NaN in a row of c",
+)  # fmt: skip
+
+
+def of_case(case: Case) -> None:
+    result = run_case(registry.load("numba"), case)
+    assert result.passed, [*result.failures, *result.refused]
+
 
 def of_contract(name: str) -> None:
     case = next(case for case in CASES if case.name == name)
@@ -43,9 +62,14 @@ def of_contract(name: str) -> None:
     assert passed and not message, message
 
 
-def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
+    kit: dict[str, Callable[[], Any]] = {str(case): partial(of_case, case) for case in KIT_CASES}
+    kit |= {str(x): partial(check_layout, x, "numba", "cpu") for x in LAYOUTS}
+    kit |= {str(x): partial(check_pattern, x, "numba", "cpu") for x in PATTERNS}
     for name in CONTRACT:
         yield name, partial(of_contract, name)
+    for name in OF_KIT:
+        yield f"kit {name}", kit[name]
     for option in (x for options in OPTIONS.values() for x in options):
         if not option.compiled and not any(name in option.name for name in IN_FRONT):
             yield f"option {option.name}", partial(check_option, option, "numba", "cpu")

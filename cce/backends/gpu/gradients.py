@@ -31,7 +31,7 @@ class Scaled:
 
     @classmethod
     def of(cls, call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]) -> Scaled:
-        norm = norm_of(upstream, call.problem.dtype)
+        norm = norm_of(upstream, call.problem.dtype, call.problem.logit_scale)
         factors = scaled(upstream, call.problem.logit_scale, norm)
         is_capped, lse = call.problem.softcap is not None, outputs.lse
         s = None if factors.s is None else factors.s.to(torch.float32)  # as the mean logit is, it may be float64

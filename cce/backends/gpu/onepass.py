@@ -58,7 +58,7 @@ def _factors(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor, Tensor 
     if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
         return a, weights, None
     upstream = Upstream(a, weights)
-    norm = norm_of(upstream, problem.dtype)
+    norm = norm_of(upstream, problem.dtype, problem.logit_scale)
     upstream = scaled(upstream, problem.logit_scale, norm)
     return upstream.a, upstream.g, norm
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,12 +88,11 @@ def _as_zeros(
 
 def in_rows(upstream: Upstream[Tensor], used: Tensor) -> Upstream[Tensor]:
     """The gradients of the rows that are ``used`` (N,), 0 of the others, whatever they hold."""
-    kept = {
-        name: torch.where(used if x.ndim == 1 else used[:, None], x, 0)
+    kept: dict[str, Any] = {
+        name: None if x is None else torch.where(used if x.ndim == 1 else used[:, None], x, 0)
         for name, x in vars(upstream).items()
-        if x is not None
     }
-    return replace(upstream, **kept)
+    return Upstream(**kept)
 
 
 def _nothing(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]:
