@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -121,7 +120,7 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     wants = tuple(x for x in differentiable if variant.random() < 0.8)
     if own.random() < 0.1:
         wants = ()
-    own_options = {name: x for name, x in _values_of_call(own, plan, recipe).items()}
+    own_options = _values_of_call(own, plan)
     arriving = own.choice([x for x in UPSTREAMS if x != "nan" or recipe is None])
     if call == "evaluate":
         wants = ()
@@ -198,6 +197,8 @@ def _options(rng: random.Random, call: str) -> tuple[dict[str, Any], dict[str, s
         options["reduction"] = rng.choice(recipe.reductions)
     if recipe.token_weight and rng.random() < 0.3:
         kinds["token_weight"] = rng.choice(["positive", "zeros", "nan_ignored"])
+    if options.get("top_entropy", 1) < 1 and "bias" in kinds:
+        kinds["bias"] = "normal"  # the order of entropies that are NaN is not defined
     k = rng.choice([1, 2, 5]) if {"negatives", "target_weight"} & set(recipe.needs) else 0
     for name in recipe.needs:
         if name in ("negatives", "target_weight", "ref_log_prob", "advantages", "rewards") or rng.random() < 0.6:
@@ -210,7 +211,7 @@ def _options(rng: random.Random, call: str) -> tuple[dict[str, Any], dict[str, s
     return options, kinds, k
 
 
-def _values_of_call(rng: random.Random, plan: Plan, recipe: Any) -> Mapping[str, Any]:
+def _values_of_call(rng: random.Random, plan: Plan) -> dict[str, Any]:
     """Options that no kernel hears of."""
     found: dict[str, Any] = {}
     if plan.call in ("clip_contrastive", "nt_xent"):
@@ -236,6 +237,8 @@ def _broken(rng: random.Random, kinds: dict[str, str], options: dict[str, Any]) 
     names = ["e", "e", "e", "c", *([x for x in ("bias",) if x in kinds])]
     found = rng.choice(names), rng.choice(["nan", "inf", "-inf"])
     # Not defined: whether an infinite product or a bias of -inf wins, and in which order inf and -inf are added.
+    if options.get("top_entropy", 1) < 1:
+        return ()
     undefined = "masked" in kinds.get("bias", "") or ("label_smoothing" in options and found[0] == "c")
     return () if undefined and found[1] != "nan" else (found,)
 
