@@ -45,7 +45,9 @@ def pass_at_n(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise)
 def _minus_log(miss: Tensor) -> Tensor:
     """- log(1 - exp(miss))."""
     small = torch.where(miss < -0.7, -1.0, miss)
-    return -torch.where(miss < -0.7, torch.log1p(-torch.exp(torch.where(miss > -0.1, -1.0, miss))), torch.log(-torch.expm1(small)))
+    return -torch.where(
+        miss < -0.7, torch.log1p(-torch.exp(torch.where(miss > -0.1, -1.0, miss))), torch.log(-torch.expm1(small))
+    )
 
 
 def dpo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
@@ -107,7 +109,9 @@ def evaluate(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) 
 
 def clip_contrastive(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
     a, b = _embeddings(t, options, noise)
-    scale = t["logit_scale"] if "logit_scale" in t else torch.tensor(options.get("logit_scale", 1 / 0.07), dtype=a.dtype)
+    scale = (
+        t["logit_scale"] if "logit_scale" in t else torch.tensor(options.get("logit_scale", 1 / 0.07), dtype=a.dtype)
+    )
     targets = torch.arange(len(a))
     both = [
         Tokens({"e": _stored(noise, x * scale, name), "c": y, "targets": targets}, {}, noise).nll()
