@@ -29,6 +29,7 @@ def compare(
     most = torch.finfo(plain.results).max ** 0.8  # products of larger numbers overflow
     if plain.peak > most:
         return []
+    least = 2.0**10 * UNDERFLOW[plain.results]  # smaller numbers are flushed to 0 on the way
     failures, open_ = [], {}
     for name, x in found.items():
         reference = exact[name]
@@ -38,7 +39,7 @@ def compare(
             open_[name] = torch.zeros(_rows(reference).shape[0], dtype=torch.float64)
     # A gradient that overflows in float64, too, is inf or NaN, as its terms are added.
     unsure = {name: (exact[name].abs() > most) & (torch.isfinite(exact[name]) | (name[0] == "d")) for name in open_}
-    drawn, left = 0, {name: _wrong(name, found[name], exact[name], open_[name], unsure[name]) for name in open_}
+    drawn, left = 0, {name: _wrong(name, found[name], exact[name], open_[name] + least, unsure[name]) for name in open_}
     for draws in DRAWS:
         left = {name: text for name, text in left.items() if text}
         if not left:
@@ -52,7 +53,7 @@ def compare(
                 off = torch.where(difference == reference, 0, difference - reference)
                 off = torch.where(torch.isfinite(off), off, 0)
                 open_[name] = torch.maximum(open_[name], _rows(off).norm(dim=1))
-        left = {name: _wrong(name, found[name], exact[name], open_[name], unsure[name]) for name in left}
+        left = {name: _wrong(name, found[name], exact[name], open_[name] + least, unsure[name]) for name in left}
     return failures + [text for text in left.values() if text]
 
 

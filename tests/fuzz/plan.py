@@ -93,7 +93,7 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     pairs = call in ("clip_contrastive", "nt_xent")
     dtypes = _dtypes(variant, limits)
     options, kinds, k = _options(variant, call)
-    data = own.choice(DATA)
+    data, spec = own.choice(DATA), _spec(variant, own, limits)
     plan = Plan(
         values=own.randrange(2**31),
         call=call,
@@ -107,9 +107,9 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
         data=data,
         offset=_offset(own, dtypes, data),
         ignored=own.choice([0.0] * 6 + [0.3] * 4 + [0.9] * 2 + [1.0]),
-        broken=_broken(own, kinds, options),
+        broken=_broken(own, call, kinds, options, spec),
         options=options,
-        spec=_spec(variant, own, limits),
+        spec=spec,
     )
     names = ["e", "c", *([] if pairs else ["targets"]), *kinds]
     layouts = {name: own.choice(LAYOUTS) for name in names if own.random() < 0.5}
@@ -237,16 +237,20 @@ def _offset(rng: random.Random, dtypes: dict[str, str], data: str) -> float:
     return max(min(found, 2.0**14), -(2.0**14)) if "float16" in (dtypes["e"], dtypes["c"]) else found
 
 
-def _broken(rng: random.Random, kinds: dict[str, str], options: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    if rng.random() > 0.12:
+def _broken(
+    rng: random.Random, call: str, kinds: dict[str, str], options: dict[str, Any], spec: dict[str, Any] | None
+) -> tuple[tuple[str, str], ...]:
+    """Mostly nothing; and only what has a defined outcome."""
+    if rng.random() > 0.12 or options.get("top_entropy", 1) < 1:
         return ()
-    names = ["e", "e", "e", "c", *([x for x in ("bias",) if x in kinds])]
-    found = rng.choice(names), rng.choice(["nan", "inf", "-inf"])
-    # Not defined: whether an infinite product or a bias of -inf wins, and in which order inf and -inf are added.
-    if options.get("top_entropy", 1) < 1:
-        return ()
-    undefined = "masked" in kinds.get("bias", "") or ("label_smoothing" in options and found[0] == "c")
-    return () if undefined and found[1] != "nan" else (found,)
+    name = rng.choice(["e", "e", "e", "c", *(x for x in ("bias",) if x in kinds)])
+    value = rng.choice(["nan", "inf", "-inf"])
+    masked, filtered = "masked" in kinds.get("bias", ""), spec is not None and spec["filter"] != "none"
+    if masked and (name == "c" or value != "nan"):
+        return ()  # whether it wins over the bias of -inf
+    if value != "nan" and (call in ("clip_contrastive", "nt_xent") or (name == "c" and filtered)):
+        return ()  # inf - inf in a sum of several losses, 0 * inf in a row of c without probability
+    return () if value != "nan" and name == "c" and "label_smoothing" in options else ((name, value),)
 
 
 def _spec(variant: random.Random, own: random.Random, limits: Limits) -> dict[str, Any] | None:

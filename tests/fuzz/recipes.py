@@ -44,11 +44,11 @@ def _reduced(
     noise: Noise, tokens: Tokens, t: Mapping[str, Tensor], options: Mapping[str, Any], values: Tensor
 ) -> tuple[Tensor]:
     """From one loss a row in use."""
-    reduction = options.get("reduction", "mean")
+    reduction, values = options.get("reduction", "mean"), noise.few(values)
     weight = tokens.of_rows(t["token_weight"]) if "token_weight" in t else None
     if reduction == "none":
         return (tokens.fill(values if weight is None else noise.few(values * noise.few(weight))),)
-    return (reduce(noise, noise.few(values), weight, reduction),)
+    return (reduce(noise, values, weight, reduction),)
 
 
 def of_nll(f: Callable[..., Tensor]) -> Formula:
@@ -97,7 +97,7 @@ def generalized(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
 def dice(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
     alpha, gamma = o.get("alpha", 1.0), o.get("gamma", 1.0)
     w = _power(_log_rest(nll), alpha) * torch.exp(-nll)
-    return 1 - (2 * w + gamma) / (w + 1 + gamma)
+    return noise.by(1 - (2 * w + gamma) / (w + 1 + gamma), 4 * noise.u)
 
 
 def ldr(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:

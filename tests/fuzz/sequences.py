@@ -55,7 +55,9 @@ def dpo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tu
     ahead = noise.few(_log_prob(tokens, noise) - noise.few(t["ref_log_prob"]))
     chosen, rejected = ahead.chunk(2)
     h = beta * noise.few(chosen - rejected)
-    value = noise.few(-(1 - eps) * F.logsigmoid(h)) - noise.few(eps * F.logsigmoid(-h))
+    value = noise.few(-(1 - eps) * F.logsigmoid(h))
+    if eps:
+        value = value - noise.few(eps * F.logsigmoid(-h))
     first, second = tokens.in_use.any(-1).chunk(2)
     return _of_sequences(noise, value, first | second, options.get("reduction", "mean"))
 
@@ -78,7 +80,11 @@ def ppo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tu
     if share < 1 and len(value):
         entropy = tokens.entropy().detach()
         least = entropy.sort(descending=True).values[math.ceil(round(share * len(value), 6)) - 1]
-        value = torch.where((entropy >= least) | entropy.isnan(), value, 0)
+        among = (entropy >= least) | entropy.isnan()
+        if noise.generator is not None:  # which of those with as good as the same entropy counts is left to rounding
+            near = (entropy - least).abs() <= 64 * noise.u * (1 + least.abs())
+            among = torch.where(near, noise.signs(entropy) > 0, among)
+        value = torch.where(among, value, 0)
     if options.get("entropy_coefficient", 0.0):
         value = noise.few(value - options["entropy_coefficient"] * tokens.entropy())
     if "ref_log_prob" in t:
