@@ -82,6 +82,7 @@ def terms(
 
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025, section 4.
 
+    >>> import torch
     >>> e, c = torch.eye(3), torch.eye(3)
     >>> terms(e, c, torch.tensor([0, 1, 2]), outputs=["prediction"]).prediction
     tensor([0, 1, 2])
@@ -154,6 +155,7 @@ def loss(
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`terms`.
 
+    >>> import torch
     >>> e, c = torch.eye(3), torch.eye(3)
     >>> loss(e, c, torch.tensor([0, 1, 2]))
     tensor(0.5514)

@@ -110,7 +110,7 @@ def test_sorted_on_request() -> None:
 
 def test_spec_keeps_the_fields_of_its_base() -> None:
     order = cce.VocabOrder(V)
-    for base in (None, cce.Spec(filter="none"), cce.Spec(threshold=0.5, vocab_order="mean_logit")):
+    for base in (None, cce.Spec(filter="none"), cce.Spec(filter="element", threshold=0.5, vocab_order="mean_logit")):
         assert order.spec(base) == replace(base or cce.Spec(), vocab_order=range(V))
         assert order.spec(replace(base or cce.Spec())) is order.spec(base)  # made anew, with the same fields
 

@@ -80,7 +80,10 @@ DIFFERENCES: dict[str, tuple[Callable[[Arguments, int], Arguments], str]] = {
     "backend": (_of_rank_1(backend="reference"), "in backend: auto on rank 0, reference on rank 1;"),
     "accumulate": (_spec(accumulate="float64"), "in spec.accumulate: None on rank 0, float64 on rank 1;"),
     "filter": (_spec(filter="element"), "in spec.filter: None on rank 0, element on rank 1;"),
-    "threshold": (_spec(threshold=0.5), "in spec.threshold: None on rank 0, 0.5 on rank 1;"),
+    "threshold": (
+        _spec(filter="element", threshold=0.5),
+        "in spec.filter: None on rank 0, element on rank 1; spec.threshold: None on rank 0, 0.5 on rank 1;",
+    ),
     "block_v": (_spec(block_v=64), "in spec.block_v: None on rank 0, 64 on rank 1;"),
     "scratch": (_spec(scratch_bytes=2**20), "in spec.scratch_bytes: .* on rank 0, 1048576 on rank 1;"),
     "order": (_spec(vocab_order="natural"), "in spec.vocab_order: None on rank 0, natural on rank 1;"),

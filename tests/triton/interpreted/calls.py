@@ -64,6 +64,8 @@ class Call:
             spec = Spec().resolve(self.problem)
             assert BACKEND.one_pass(self.problem, spec)
             outputs, gradients = BACKEND.loss_and_gradients(self.inputs, self.problem, spec, self.upstream.g)
+            if gradients.de is not None:  # as the front end does, with the upstream gradient's factor
+                gradients.de.masked_fill_((self.inputs.targets < 0).all(1, keepdim=True), 0)
         else:
             outputs, maps, spec = self.forward()
             gradients = self.backward(outputs, maps, spec)
