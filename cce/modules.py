@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cce import checks
-from cce.functional import LOSS_OPTIONS, loss
+from cce.functional import LOSS_OPTIONS, SHARED_DEFAULTS, loss
+from cce.vocab_parallel import VocabParallel
 
 
 class LinearCrossEntropy(nn.Module):
@@ -26,7 +27,7 @@ class LinearCrossEntropy(nn.Module):
         **options: the keyword options of :func:`cce.loss`, for example ``softcap``, ``spec`` or ``backend``.
 
     Raises:
-        TypeError, ValueError: a size is not a positive int, or an option is unknown (its value is checked when used).
+        TypeError, ValueError: a size is not a positive int, or an option is unknown or has a bad value.
 
     >>> head = LinearCrossEntropy(16, 100, label_smoothing=0.1)
     >>> head(torch.randn(4, 7, 16), torch.randint(100, (4, 7))).shape
@@ -45,13 +46,10 @@ class LinearCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_head(in_features, out_features, dtype)
-        checks.check_option_names(options, LOSS_OPTIONS - {"token_weight", "target_weight"})
+        _check_options(options, out_features)
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        # Of a split vocabulary ``out_features`` are this process's entries, class weights those of all.
-        split = options.get("vocab_parallel") is not None
-        checks.check_class_weight(options.get("weight"), None if split else out_features)
         # Class weights follow the module to its device; they are no part of a head's state dict.
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", options.pop("weight", None), persistent=False)
@@ -84,10 +82,38 @@ class LinearCrossEntropy(nn.Module):
         """(..., V) logits after scale and softcap, for generation."""
         z = nn.functional.linear(e, self.weight, self.bias) * self.options.get("logit_scale", 1.0)
         softcap = self.options.get("softcap")
-        return z if softcap is None else softcap * torch.tanh(z / softcap)
+        if softcap is None:
+            return z
+        capped = softcap * torch.tanh(z / softcap)
+        # A bias of -inf masks an entry, which a cap would bring back.
+        return capped if self.bias is None else capped.masked_fill(self.bias == -math.inf, -math.inf)
 
     def extra_repr(self) -> str:
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{options}"
         )
+
+
+def _check_options(options: dict[str, Any], out_features: int) -> None:
+    """Those of :func:`cce.loss` that a module keeps."""
+    checks.check_option_names(options, LOSS_OPTIONS - {"token_weight", "target_weight"})
+    shared = {name: options.get(name, x) for name, x in SHARED_DEFAULTS.items()}
+    split = shared.pop("vocab_parallel")
+    checks.check_options(**shared)
+    if shared["spec"] is not None:
+        checks.check_vocab_order(shared["spec"], out_features)
+    if split is not None and not isinstance(split, VocabParallel):
+        VocabParallel(split)
+    weight = options.get("weight")
+    checks.check_loss_options(
+        reduction=options.get("reduction", "mean"),
+        label_smoothing=options.get("label_smoothing", 0.0),
+        z_loss=options.get("z_loss", 0.0),
+        weight=weight,
+        token_weight=None,
+        # Of a split vocabulary ``out_features`` are this process's entries, class weights those of all.
+        v=out_features if split is None else None,
+        lead=torch.Size(),
+        device=weight.device if isinstance(weight, Tensor) else torch.device("cpu"),  # it moves with the module
+    )

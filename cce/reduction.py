@@ -16,7 +16,7 @@ def total(in_use: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     """
     if weights is None:
         return in_use.sum(dtype=dtype)
-    found = (in_use * weights).sum()
+    found = weights.masked_fill(~in_use, 0).sum()  # a product with 0 would keep a NaN
     return torch.where(found == 0, torch.nan, found)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from cce import checks
@@ -72,6 +74,7 @@ class Call:
         token_weight: Tensor | None = None,
         target_weight: Tensor | None = None,
         temperature: float = 1.0,
+        temperature_name: str = "temperature",
         reductions: tuple[str, ...] = checks.REDUCTIONS,
     ) -> Call:
         """Checks what ``terms`` will not; the logits are to be divided by ``temperature``."""
@@ -80,8 +83,9 @@ class Call:
         checks.check_tensors(e, c, targets, None, target_weight, part=split is not None)
         checks.check_choice("reduction", reduction, reductions)
         checks.check_token_weight(token_weight, e.shape[:-1], e.device)
-        passed = {**tempered(options, temperature), "bias": bias, "vocab_parallel": split}
-        return cls(e, c, targets, passed, reduction, token_weight, target_weight)
+        passed = {**tempered(options, temperature, temperature_name), "bias": bias, "vocab_parallel": split}
+        # int64, as uint8 holds no -100: it equals 156 there.
+        return cls(e, c, targets.to(torch.int64), passed, reduction, token_weight, target_weight)
 
     def terms(self, *outputs: str) -> Terms:
         return terms(self.e, self.c, self.targets, outputs=outputs, **self.options)
@@ -109,7 +113,7 @@ class Call:
 
     def of_results(self, x: Tensor, dim: int = -1) -> Tensor:
         """``x[..., shift:]`` along ``dim``, which stands beside the results."""
-        shift = self.options.get("shift", 0)
+        shift = min(self.options.get("shift", 0), x.shape[dim])
         return x.narrow(dim, shift, x.shape[dim] - shift) if shift else x
 
     def reduce(self, per_token: Tensor) -> Tensor:
@@ -126,12 +130,19 @@ def check_options(options: Mapping[str, Any], accepted: Iterable[str] = tuple(Op
     checks.check_options(**shared)
 
 
-def tempered(options: Mapping[str, Any], temperature: float) -> dict[str, Any]:
-    """The options under which all logits are divided by ``temperature``."""
+def tempered(options: Mapping[str, Any], temperature: float, name: str) -> dict[str, Any]:
+    """The options under which all logits are divided by ``temperature``, the recipe's argument ``name``."""
     found = dict(options)
     if temperature != 1:
-        checks.check_number("temperature", temperature, "a finite number > 0", lambda x: x > 0)
-        found["logit_scale"] = found.get("logit_scale", 1.0) / temperature
-        if found.get("softcap") is not None:  # softcap * tanh(x / softcap) / t = (softcap / t) * tanh(x / softcap)
-            found["softcap"] /= temperature
+        scale, softcap = found.get("logit_scale", 1.0), found.get("softcap")
+        most = sys.float_info.max  # of what is left of a scale after the division
+        checks.check_number(
+            name,
+            temperature,
+            "a finite number > 0 by which logit_scale and softcap can be divided",
+            lambda t: t > 0 and all(0 < x / t <= most for x in (scale, softcap) if x is not None),
+        )
+        found["logit_scale"] = scale / temperature
+        if softcap is not None:  # softcap * tanh(x / softcap) / t = (softcap / t) * tanh(x / softcap)
+            found["softcap"] = softcap / temperature
     return found

@@ -13,6 +13,7 @@ from torch import Tensor
 from cce import checks
 from cce.losses.call import Call, Options
 from cce.losses.slopes import log_complement, log_rest, with_slope
+from cce.losses.values import check_in_vocabulary, check_probabilities
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,12 +65,15 @@ def unlikelihood(
     checks.check_bool("likelihood", likelihood)
     call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight)
     checks.check_entries("negatives", negatives, targets)
-    entries = _as_set(negatives, targets if likelihood else None, call.ignore_index)
     # An ignored token is one without any entry, so that it costs no time either.
-    entries = entries.masked_fill((targets == call.ignore_index)[..., None], call.ignore_index)
+    ignored = (call.targets == call.ignore_index)[..., None]
+    entries = negatives.to(torch.int64).masked_fill(ignored, call.ignore_index)
+    if call.options["vocab_parallel"] is None:  # else V is not known here, and what is bad is called a target
+        check_in_vocabulary("negatives", entries, c.shape[0], call.ignore_index)
+    entries = _as_set(entries, call.targets if likelihood else None, call.ignore_index)
     counts = call.of_results(entries, dim=-2) != call.ignore_index
     if likelihood:
-        entries = torch.cat([targets[..., None].to(torch.int64), entries], -1)
+        entries = torch.cat([call.targets[..., None], entries], -1)
     nll = call.nll_of_each(entries)
     of_negatives = with_slope(log_complement, nll[..., 1:] if likelihood else nll)
     unlikely = -alpha * of_negatives.masked_fill(~counts, 0).sum(-1)
@@ -78,7 +82,7 @@ def unlikelihood(
 
 def _as_set(entries: Tensor, without: Tensor | None, ignore_index: int) -> Tensor:
     """(..., K) sorted; ``ignore_index`` in place of what repeats or equals ``without`` (...)."""
-    entries = entries.to(torch.int64).sort(-1).values
+    entries = entries.sort(-1).values
     repeats = torch.zeros_like(entries, dtype=torch.bool)
     repeats[..., 1:] = entries[..., 1:] == entries[..., :-1]
     if without is not None:
@@ -113,6 +117,7 @@ def top_k_distillation(
         targets: (..., K) integers, the entries the teacher kept, without repeats; ``ignore_index`` where there are
             fewer. A token without any costs nothing.
         target_weight: (..., K) the teacher's probabilities q at the same temperature; not negative, without gradient.
+            With "bucket" those of a token sum to 1 at most. Values at entries that are ``ignore_index`` do not count.
         temperature: above 0.
         tail: "drop", "renormalize" or "bucket".
         reduction, token_weight: as :func:`cce.loss`.
@@ -122,8 +127,9 @@ def top_k_distillation(
         Tensor: a scalar, or with "none" one value a token.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``target_weight`` requires a gradient;
-            ``temperature`` or ``tail`` is not one of those above.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``target_weight`` requires a gradient, or is
+            negative or sums to more than is listed above (on a GPU as for targets); ``temperature`` or ``tail`` is not
+            one of those above.
 
     Source: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2; of sparse
         teachers, Anshumann et al., Sparse Logit Sampling, ACL 2025, arXiv 2503.16870.
@@ -135,6 +141,7 @@ def top_k_distillation(
     """
     checks.check_number("temperature", temperature, "a finite number > 0", lambda x: x > 0)
     checks.check_choice("tail", tail, TAILS)
+    checks.check_float_tensor("target_weight", target_weight)
     call = Call.of(
         e,
         c,
@@ -147,11 +154,13 @@ def top_k_distillation(
     )
     if target_weight.requires_grad:
         raise ValueError("target_weight: got a tensor that requires grad, expected probabilities without (detach it)")
-    nll = call.nll_of_each(targets)
-    counts = call.of_results(targets, dim=-2) != call.ignore_index
+    nll = call.nll_of_each(call.targets)
+    counts = call.of_results(call.targets, dim=-2) != call.ignore_index
     q = call.of_results(target_weight, dim=-2).to(nll.dtype).masked_fill(~counts, 0)
+    check_probabilities("target_weight", q, target_weight.dtype, sum_at_most_one=tail == "bucket")
     if tail == "renormalize":
-        q = q / q.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+        mass = q.sum(-1, keepdim=True)
+        q = q / mass.masked_fill(mass == 0, 1)
     # Where q is 0 the term is 0, also for an entry that the student masks.
     divergence = (torch.xlogy(q, q) + q * nll.masked_fill(q == 0, 0)).sum(-1)
     if tail == "bucket":

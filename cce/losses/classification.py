@@ -84,7 +84,8 @@ def comp_sum(
 
     Args:
         e, c, targets: (..., D), (V, D), (...).
-        tau: at least 0. Below 1 the loss grows like ``p^(tau - 1)`` as p goes to 0, and overflows where that does.
+        tau: at least 0. Below 1 the loss grows like ``p^(tau - 1)`` as p goes to 0, and is inf where that
+            overflows or p is 0; its gradient is not finite there.
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
@@ -238,7 +239,9 @@ def ldr(
     tensor(-0.4065)
     """
     checks.check_number("lam", lam, "a finite number > 0", lambda x: x > 0)
-    call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight, temperature=lam)
+    call = Call.of(
+        e, c, targets, options, reduction=reduction, token_weight=token_weight, temperature=lam, temperature_name="lam"
+    )
     if call.options["vocab_parallel"] is not None:
         raise ValueError("vocab_parallel: got a split vocabulary, expected None: ldr needs the size of the whole")
     most = _LARGEST_MARGIN[torch.float64 if torch.float64 in (e.dtype, c.dtype) else torch.float32] * lam

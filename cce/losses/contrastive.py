@@ -5,6 +5,7 @@ A batch of B pairs is a vocabulary of B entries, and B x B similarities need not
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from cce import checks
 from cce.functional import terms
 from cce.losses.call import Call, check_options
+from cce.losses.values import check_positive
 from cce.reduction import reduce
 from cce.spec import Spec
 
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 # Rows of which the similarities among each other are computed densely, to leave out those with themselves.
 _BLOCK = 256
-# What is added to a logit that does not count: exp of it is 0, and it is a number of every dtype.
-_FAR = 2.0**14
+# A row with larger elements is scaled down before its norm is computed, as their squares overflow float32.
+_LARGE = 1e18
 
 
 class ContrastiveOptions(TypedDict, total=False):
@@ -54,8 +56,8 @@ def clip_contrastive(
 
     Args:
         e, c: (B, D) embeddings of images and of their texts, say.
-        logit_scale: s; a tensor of one number may be learned.
-        normalize: divides every embedding by its norm first.
+        logit_scale: s, above 0; a tensor of one number may be learned.
+        normalize: divides every embedding by its norm first, as ``torch.nn.functional.normalize``.
         reduction: "mean" or "sum" over the pairs, or "none".
         **options: :class:`ContrastiveOptions`.
 
@@ -63,7 +65,8 @@ def clip_contrastive(
         Tensor: a scalar, or with "none" (B,).
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``e`` and ``c`` are not both (B, D).
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``e`` and ``c`` are not both (B, D), or
+            ``logit_scale`` is not a finite number above 0 (a tensor on a GPU as for targets).
 
     Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021,
         arXiv 2103.00020, figure 3.
@@ -72,14 +75,16 @@ def clip_contrastive(
     tensor(0.5514)
     """
     rows = _check_pairs(e, c, normalize, reduction, options)
+    a, b = (_normalized(x) if normalize else x for x in (e, c))
     if isinstance(logit_scale, Tensor):
         checks.check_floats("logit_scale", logit_scale, (), "one number", e)
+        check_positive("logit_scale", logit_scale)
+        # Scaled embeddings instead of the option logit_scale, which is no tensor and has no gradient.
+        forth = _of_pairs(_scaled(a, logit_scale, normalize), b, rows, options)
+        back = _of_pairs(_scaled(b, logit_scale, normalize), a, rows, options)
     else:
         checks.check_number("logit_scale", logit_scale, "a finite number > 0", lambda x: x > 0)
-    a, b = (_normalized(x) if normalize else x for x in (e, c))
-    # Scaled embeddings instead of the option logit_scale, which is no tensor and has no gradient.
-    forth = _of_pairs(a * logit_scale, b, rows, options)
-    back = _of_pairs(b * logit_scale, a, rows, options)
+        forth, back = (_of_pairs(x, y, rows, options, logit_scale=logit_scale) for x, y in ((a, b), (b, a)))
     return reduce((forth + back) / 2, torch.ones_like(rows, dtype=torch.bool), reduction)
 
 
@@ -101,12 +106,12 @@ def nt_xent(
     it is the largest of its row, and at a small temperature nothing but rounding would be left. Instead the views are
     taken in blocks of 256. Similarities between blocks come from one call of ``cce.terms``, in which a few further
     columns of the embeddings make those inside a block vanish; those inside the blocks, 2 B x 256 of them, are
-    computed densely without the diagonal.
+    computed densely without the diagonal. All are taken relative to the pair's own, which may be large.
 
     Args:
         e, c: (B, D) the two views of each of B examples.
         temperature: t, above 0.
-        normalize: divides every embedding by its norm first.
+        normalize: divides every embedding by its norm first, as ``torch.nn.functional.normalize``.
         reduction: "mean" or "sum" over the 2 B views, or "none".
         **options: :class:`ContrastiveOptions`.
 
@@ -115,7 +120,7 @@ def nt_xent(
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``e`` and ``c`` are not both
-            (B, D), or ``temperature`` is not above 0.
+            (B, D), or ``temperature`` is not above 0 or its inverse overflows.
 
     Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020,
         arXiv 2002.05709, equation 1.
@@ -123,14 +128,13 @@ def nt_xent(
     >>> nt_xent(torch.eye(3), torch.eye(3), temperature=1.0)
     tensor(0.9048)
     """
-    rows = _check_pairs(e, c, normalize, reduction, options)
-    checks.check_number("temperature", temperature, "a finite number > 0", lambda x: x > 0)
-    x = torch.cat([e, c.to(e.dtype)])
+    _check_pairs(e, c, normalize, reduction, options)
+    expected = "a finite number > 0 with an inverse"
+    checks.check_number("temperature", temperature, expected, lambda x: x > 0 and 0 < 1 / x <= sys.float_info.max)
+    x = torch.cat([e, c])
     x = _normalized(x) if normalize else x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    positive = (wide * wide.roll(len(rows), 0)).sum(1) / temperature
-    lse = _lse_without_itself(x, wide, temperature, options)
-    return reduce(lse - positive, torch.ones_like(lse, dtype=torch.bool), reduction)
+    nll = _nll_without_itself(x, temperature, options)
+    return reduce(nll, torch.ones_like(nll, dtype=torch.bool), reduction)
 
 
 def _check_pairs(e: Any, c: Any, normalize: Any, reduction: Any, options: Any) -> Tensor:
@@ -147,35 +151,61 @@ def _check_pairs(e: Any, c: Any, normalize: Any, reduction: Any, options: Any) -
 
 def _normalized(x: Tensor) -> Tensor:
     """Rows of norm 1, computed in at least float32."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    largest = wide.detach().abs().amax(1, keepdim=True)
+    return F.normalize(wide / torch.where(largest > _LARGE, largest, 1), dim=1).to(x.dtype)
 
 
-def _of_pairs(e: Tensor, c: Tensor, targets: Tensor, options: ContrastiveOptions) -> Tensor:
-    return Call.of(e, c, targets, options).nll()
+def _scaled(x: Tensor, scale: Tensor, normalized: bool) -> Tensor:
+    """``x`` times the scale; in float32 where float16 may be too small for it."""
+    return (x.float() if x.dtype == torch.float16 and not normalized else x) * scale
 
 
-def _lse_without_itself(x: Tensor, wide: Tensor, temperature: float, options: ContrastiveOptions) -> Tensor:
-    """(M,) log sum_{k != i} exp(x_i . x_k / t) of every row of ``x`` (M, D); ``wide`` is x in at least float32."""
-    inside = _lse_inside_blocks(wide, temperature)
-    blocks = -(-len(x) // _BLOCK)
+def _of_pairs(e: Tensor, c: Tensor, targets: Tensor, options: ContrastiveOptions, **others: Any) -> Tensor:
+    return Call.of(e, c, targets, {**options, **others}).nll()
+
+
+def _nll_without_itself(x: Tensor, temperature: float, options: ContrastiveOptions) -> Tensor:
+    """(M,) log sum_{k != i} exp(x_i . (x_k - x_j) / t) of every row of ``x`` (M, D), j being its other view."""
+    m, place = len(x), torch.arange(len(x), device=x.device)
+    pair, block = place.roll(m // 2), place // _BLOCK
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    inside = _inside_blocks(wide, pair, temperature)
+    blocks = -(-m // _BLOCK)
     if blocks == 1:
         return inside
-    block = torch.arange(len(x), device=x.device) // _BLOCK
-    codes = F.one_hot(block, blocks).to(x.dtype)  # x_i . x_k - FAR t [same block] of the concatenated columns
-    rows = torch.cat([x, codes * -_FAR], 1)
-    outside = terms(rows, torch.cat([x, codes], 1), block, outputs=["lse"], logit_scale=1 / temperature, **options).lse
+    # Relative to an entry of another block: to the pair, or to the first of the next block and then to the pair.
+    other = torch.where(block[pair] == block, (block + 1) % blocks * _BLOCK, pair)
+    rows, columns = _hiding_blocks(x, wide, F.one_hot(block, blocks), temperature)
+    outside = terms(rows, columns, other, outputs=["nll"], logit_scale=1 / temperature, **options).nll
     assert outside is not None
-    return torch.logaddexp(inside, outside)
+    to_pair = (wide * (wide[other] - wide[pair])).sum(1) / temperature
+    return torch.logaddexp(inside, outside + to_pair)
 
 
-def _lse_inside_blocks(x: Tensor, temperature: float) -> Tensor:
-    """(M,) the same sum over the rows of a row's own block of ``_BLOCK``."""
+def _hiding_blocks(x: Tensor, wide: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Rows and columns of which the product is x_i . x_k, less a number inside a block that makes exp of it 0."""
+    if x.dtype == torch.float16:
+        x = wide  # whose square of the norm float16 may not hold
+    # |x_i . x_k| is at most the largest square of a norm. Beyond twice that, 256 t more are e^-256 of any other.
+    norm = wide.detach().square().sum(1).amax()
+    far = (codes * (4 * norm + 256 * temperature).sqrt()).to(x.dtype)
+    return torch.cat([x, -far], 1), torch.cat([x, far], 1)
+
+
+def _inside_blocks(x: Tensor, pair: Tensor, temperature: float) -> Tensor:
+    """(M,) the same logarithm over the rows of a row's own block of ``_BLOCK``, relative to ``pair`` wherever it is."""
     m = len(x)
     size = min(m, _BLOCK)
     tiles = F.pad(x, (0, 0, 0, -m % size)).view(-1, size, x.shape[1])
     z = tiles @ tiles.mT / temperature  # (blocks, size, size)
-    place = torch.arange(len(tiles) * size, device=x.device).view(-1, 1, size)
-    itself = torch.eye(size, dtype=torch.bool, device=x.device)
+    place = torch.arange(len(tiles) * size, device=x.device).view(-1, size, 1)
+    first, pairs = place[:, :1], F.pad(pair, (0, -m % size)).view(-1, size, 1)
+    here = pairs // size == first // size
+    # The same product where it is at hand, so that what follows is not negative.
+    own = z.gather(-1, (pairs - first).clamp(0, size - 1))
+    away = (tiles * F.pad(x[pair], (0, 0, 0, -m % size)).view_as(tiles)).sum(-1, keepdim=True) / temperature
+    hidden = torch.eye(size, dtype=torch.bool, device=x.device) | (place.mT >= m)
     # A finite number: the block of one row has nothing else, and the gradient of a sum of -inf alone is NaN.
-    z = z.masked_fill(itself | (place >= m), torch.finfo(z.dtype).min)
+    z = (z - torch.where(here, own, away)).masked_fill(hidden, torch.finfo(z.dtype).min)
     return z.logsumexp(-1).flatten()[:m]

@@ -44,7 +44,7 @@ def multi_token(
         use costs nothing.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; the last head would see beyond the sequence.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``e`` and ``targets`` do not match.
 
     Source: Gloeckle et al., Better & Faster Large Language Models via Multi-token Prediction, ICML 2024,
         arXiv 2404.19737, equation 2.
@@ -61,10 +61,7 @@ def multi_token(
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected {('H', *targets.shape, 'D')} with H >= 1")
     rest: dict[str, Any] = dict(options)
     shift = rest.pop("shift", 1)
-    if shift + len(e) > targets.shape[-1]:
-        raise ValueError(
-            f"shift: got {shift} with H = {len(e)} heads, expected shift + H at most L = {targets.shape[-1]}"
-        )
+    targets = targets.to(torch.int64)  # as uint8 holds no -100
     weight = _head_weight(head_weight, e)
     ignore_index = rest.get("ignore_index", -100)
     ahead = torch.stack([_ahead(targets, shift + h, ignore_index) for h in range(len(e))])
@@ -127,10 +124,9 @@ def multi_codebook(
 
 
 def _ahead(targets: Tensor, by: int, ignore_index: int) -> Tensor:
-    """``targets[..., by:]``, filled up at the end."""
-    found = torch.full_like(targets, ignore_index)
-    found[..., : targets.shape[-1] - by] = targets[..., by:]
-    return found
+    """``targets[..., by:]``, filled up at the end; of a head that sees beyond the sequence, nothing else."""
+    rest = targets[..., by:]
+    return torch.cat([rest, torch.full_like(targets[..., : min(by, targets.shape[-1])], ignore_index)], -1)
 
 
 def _head_weight(value: Any, e: Tensor) -> Tensor:

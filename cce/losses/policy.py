@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cce import checks
 from cce.losses.call import Call, Options
+from cce.losses.values import check_log_prob
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,11 +45,12 @@ def ppo(
     Args:
         e, c, targets: (..., L, D), (V, D), (..., L).
         advantages: A, of the results' shape, or one a sequence (without L). Differentiable.
-        old_log_prob: log-probabilities of the policy that sampled, of the results' shape: ``-cce.terms(...).nll``
-            then. None means the policy of this call, for one update a sample: r is 1, and its gradient is that of
-            ``log p``.
+        old_log_prob: log-probabilities of the policy that sampled, at most 0, of the results' shape:
+            ``-cce.terms(...).nll`` then. None means the policy of this call, for one update a sample: r is 1, and its
+            gradient is that of ``log p``.
         clip, clip_high: at least 0; ``clip_high=None`` means ``clip``. DAPO has 0.2 and 0.28.
-        entropy_coefficient: of the entropy H of the softmax; positive keeps it up.
+        entropy_coefficient: of the entropy H of the softmax; positive keeps it up. This and ``top_entropy`` need every
+            logit: no ``spec`` with a filter.
         top_entropy: rho in (0, 1]: only tokens whose H is among the largest of this share of the call's tokens have
             the clipped term; the mean is still over all (Wang et al.; they take 0.2).
         ref_log_prob: log-probabilities of a reference policy, of the results' shape.
@@ -63,7 +65,8 @@ def ppo(
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; a tensor has another shape, a number is outside
-            what is listed above, or only one of ``ref_log_prob`` and ``kl_coefficient`` is given.
+            what is listed above, log-probabilities are above 0 (on a GPU as for targets), or only one of
+            ``ref_log_prob`` and ``kl_coefficient`` is given.
 
     Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347, equations 7 and 9; Yu et al.,
         DAPO, arXiv 2503.14476 (clip_high, mean over tokens); Wang et al., Beyond the 80/20 Rule, arXiv 2506.01939
@@ -79,15 +82,16 @@ def ppo(
     assert out.nll is not None
     log_prob, in_use = -out.nll, call.in_use
     a = _beside(log_prob, in_use, "advantages", advantages, of_sequence=True)
-    old = log_prob.detach() if old_log_prob is None else _beside(log_prob, in_use, "old_log_prob", old_log_prob)
-    ratio = torch.exp(log_prob - old)
-    value = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip_high) * a)
-    if out.entropy is not None:
-        if top_entropy < 1:
-            value = value.masked_fill(~_among_largest(out.entropy.detach(), in_use, top_entropy), 0)
+    old = log_prob.detach()
+    if old_log_prob is not None:
+        old = _log_prob_beside(log_prob, in_use, "old_log_prob", old_log_prob)
+    value = _clipped(log_prob - old, a, 1 - clip, 1 + clip_high)
+    if out.entropy is not None and top_entropy < 1:
+        value = value.masked_fill(~_among_largest(out.entropy.detach(), in_use, top_entropy), 0)
+    if out.entropy is not None and entropy_coefficient:
         value = value - entropy_coefficient * out.entropy
     if ref_log_prob is not None:
-        d = _beside(log_prob, in_use, "ref_log_prob", ref_log_prob) - log_prob
+        d = _log_prob_beside(log_prob, in_use, "ref_log_prob", ref_log_prob) - log_prob
         value = value + kl_coefficient * (torch.expm1(d) - d)
     return call.reduce(value)
 
@@ -106,7 +110,7 @@ def grpo(
 
     Args:
         e, c, targets: (B, L, D), (V, D), (B, L), the samples of one prompt one after the other.
-        rewards: (B,) of the samples.
+        rewards: (B,) of the samples. One without tokens in use counts in its group's mean, unless its reward is NaN.
         group_size: samples a prompt.
         reduction: "sequence" as published; "mean" is DAPO's mean over tokens.
         **options: those of :func:`ppo` but ``advantages``.
@@ -125,9 +129,9 @@ def grpo(
     """
     if "advantages" in options:
         raise TypeError("advantages: got a value, expected none: they are made from rewards")
-    return ppo(
-        e, c, targets, advantages=group_advantages(rewards, group_size=group_size), reduction=reduction, **options
-    )
+    missing = _ignored_and_nan(rewards, targets, options)
+    advantages = _group_advantages(rewards, missing, group_size=group_size, normalize=True, epsilon=1e-6)
+    return ppo(e, c, targets, advantages=advantages, reduction=reduction, **options)
 
 
 def group_advantages(rewards: Tensor, *, group_size: int, normalize: bool = True, epsilon: float = 1e-6) -> Tensor:
@@ -140,7 +144,8 @@ def group_advantages(rewards: Tensor, *, group_size: int, normalize: bool = True
         epsilon: above 0.
 
     Returns:
-        Tensor: (B,) advantages, one a sequence.
+        Tensor: (B,) advantages, one a sequence, in float32 (float64 for float64 rewards). A NaN makes those of its
+        group NaN.
 
     Raises:
         TypeError, ValueError: rewards of another shape or dtype, or a number outside what is listed above.
@@ -150,6 +155,13 @@ def group_advantages(rewards: Tensor, *, group_size: int, normalize: bool = True
     >>> group_advantages(torch.tensor([1.0, 0.0, 3.0, 1.0]), group_size=2, normalize=False)
     tensor([ 0.5000, -0.5000,  1.0000, -1.0000])
     """
+    return _group_advantages(rewards, None, group_size=group_size, normalize=normalize, epsilon=epsilon)
+
+
+def _group_advantages(
+    rewards: Tensor, missing: Tensor | None, *, group_size: int, normalize: bool, epsilon: float
+) -> Tensor:
+    """``group_advantages``; rewards that are ``missing`` (B,) are left out, and have an advantage of 0."""
     checks.check_count("group_size", group_size)
     checks.check_number("epsilon", epsilon, "a finite number > 0", lambda x: x > 0)
     checks.check_bool("normalize", normalize)
@@ -160,11 +172,28 @@ def group_advantages(rewards: Tensor, *, group_size: int, normalize: bool = True
         )
     if normalize and group_size < 2:
         raise ValueError(f"group_size: got {group_size}, expected at least 2 samples to normalize")
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
+    groups = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).reshape(-1, group_size)
+    out = torch.zeros_like(groups, dtype=torch.bool) if missing is None else missing.reshape(-1, group_size)
+    number = (~out).sum(1, keepdim=True)
+    mean = groups.masked_fill(out, 0).sum(1, keepdim=True) / number.clamp(min=1)
+    centred = (groups - mean).masked_fill(out, 0)
     if normalize:
-        centred = centred / (groups.std(1, keepdim=True) + epsilon)
+        variance = centred.square().sum(1, keepdim=True) / (number - 1).clamp(min=1)
+        same = variance == 0  # no gradient of its root, which is infinite there
+        centred = centred / (variance.masked_fill(same, 1).sqrt().masked_fill(same, 0) + epsilon)
     return centred.reshape(-1)
+
+
+def _ignored_and_nan(rewards: Any, targets: Any, options: Any) -> Tensor | None:
+    """(B,) bool: sequences without a token in use whose reward is NaN; None of arguments that ``ppo`` will refuse."""
+    if not isinstance(rewards, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if targets.ndim != 2 or rewards.shape != targets.shape[:1] or rewards.device != targets.device:
+        return None
+    ignore_index, shift = options.get("ignore_index", -100), options.get("shift", 0)
+    if not all(isinstance(x, (int, torch.SymInt)) for x in (ignore_index, shift)):
+        return None
+    return rewards.isnan() & (targets[:, max(shift, 0) :].to(torch.int64) == ignore_index).all(1)
 
 
 def _check(
@@ -185,6 +214,23 @@ def _check(
         raise ValueError("kl_coefficient: got 0 with ref_log_prob, expected a number > 0")
 
 
+def _clipped(log_ratio: Tensor, a: Tensor, low: float, high: float) -> Tensor:
+    """``-min(r a, clip(r, low, high) a)``.
+
+    r may overflow where it does not count, clipped or with an advantage of 0: it is left out before it is multiplied.
+    """
+    r = log_ratio.detach().exp()
+    fixed = ((r > high) & (a >= 0)) | ((r < low) & (a <= 0))
+    return -a * torch.where(fixed, r.clamp(low, high), log_ratio.masked_fill(fixed, 0).exp())
+
+
+def _log_prob_beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any) -> Tensor:
+    """``_beside`` of log-probabilities."""
+    found = _beside(log_prob, in_use, name, x)
+    check_log_prob(name, found, x.dtype)
+    return found
+
+
 def _beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any, *, of_sequence: bool = False) -> Tensor:
     """``x`` of the results' shape and dtype, 0 at ignored tokens; or one number a sequence, if it may be that."""
     if of_sequence and isinstance(x, Tensor) and x.shape == log_prob.shape[:-1] != log_prob.shape:
@@ -199,4 +245,4 @@ def _among_largest(entropy: Tensor, in_use: Tensor, share: float) -> Tensor:
     # In millionths, exactly: 0.1 * 30 is 3, where floating point may say a little more and round up to 4.
     k = (in_use.sum() * round(share * 10**6) + 10**6 - 1) // 10**6
     threshold = ranked.gather(0, (k - 1).clamp(min=0)[None])
-    return (entropy >= threshold) & in_use
+    return ~(entropy < threshold) & in_use  # a NaN is kept, so that it is seen

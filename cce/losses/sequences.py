@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from cce import checks
 from cce.losses.call import Call, Options
 from cce.losses.slopes import with_slope
+from cce.losses.values import check_log_prob
 from cce.reduction import reduce
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def pass_at_n(
 
     Args:
         e, c, targets: (..., L, D), (V, D), (..., L); (..., 1) where each token is an answer of its own.
-        n: samples, at least 1.
+        n: samples, from 1 to 2^53.
         reduction: "mean" or "sum" over the sequences, or "none".
         **options: :class:`Options`.
 
@@ -59,7 +60,7 @@ def pass_at_n(
         Tensor: a scalar, or with "none" (...), one value a sequence.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``n`` is not a positive int.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``n`` is no int from 1 to 2^53.
 
     Source: Chen et al., Rethinking Fine-Tuning when Scaling Test-Time Compute: Limiting Confidence Improves
         Mathematical Reasoning, NeurIPS 2025, arXiv 2502.07154.
@@ -68,6 +69,7 @@ def pass_at_n(
     tensor(0.5584)
     """
     checks.check_count("n", n)
+    checks.check_number("n", n, "an int of at most 2^53", lambda x: x <= 2**53)
     call = _call(e, c, targets, options, reduction)
     return reduce(with_slope(_coverage, _nll(call), n), call.in_use.any(-1), reduction)
 
@@ -104,7 +106,8 @@ def dpo(
     Args:
         e, c: (2 B, L, D), (V, D).
         targets: (2 B, L): the B chosen sequences, then the B rejected ones in the same order.
-        ref_log_prob: (2 B,) of the reference model, :func:`sequence_log_prob` of its hidden states and head.
+        ref_log_prob: (2 B,) of the reference model, :func:`sequence_log_prob` of its hidden states and head; at most
+            0. Those of a pair without tokens are never used.
         beta: above 0.
         label_smoothing: in [0, 0.5): probability that a preference is noted the wrong way round.
         reduction: "mean" or "sum" over the pairs, or "none".
@@ -115,7 +118,7 @@ def dpo(
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``targets`` are no pairs, ``ref_log_prob`` has
-            another shape, or a number is outside what is listed above.
+            another shape or is above 0 (on a GPU as for targets), or a number is outside what is listed above.
 
     Source: Rafailov et al., Direct Preference Optimization, NeurIPS 2023, arXiv 2305.18290, equation 7; label
         smoothing: Mitchell, A note on DPO with noisy preferences, 2023.
@@ -131,11 +134,16 @@ def dpo(
         raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected (2 B, L), chosen then rejected")
     checks.check_floats("ref_log_prob", ref_log_prob, tuple(targets.shape[:1]), "one a sequence", e)
     nll = _nll(call)
-    chosen, rejected = (-nll - ref_log_prob.to(nll.dtype)).chunk(2)
-    h = beta * (chosen - rejected)
-    value = -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
     first, second = call.in_use.any(-1).chunk(2)
-    return reduce(value, first | second, reduction)
+    counts = first | second
+    ref = ref_log_prob.to(nll.dtype).masked_fill(~counts.repeat(2), 0)
+    check_log_prob("ref_log_prob", ref, ref_log_prob.dtype, targets.shape[-1])
+    chosen, rejected = (-nll - ref).chunk(2)
+    h = beta * (chosen - rejected)
+    value = -(1 - label_smoothing) * F.logsigmoid(h)
+    if label_smoothing:  # else 0 * inf, where the rejected sequence is impossible
+        value = value - label_smoothing * F.logsigmoid(-h)
+    return reduce(value, counts, reduction)
 
 
 def _call(e: Tensor, c: Tensor, targets: Tensor, options: Options, reduction: str) -> Call:

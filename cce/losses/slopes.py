@@ -13,11 +13,14 @@ from torch import Tensor
 
 
 def with_slope(f: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *constants: float) -> Tensor:
-    """``value`` of ``value, slope = f(x, *constants)``, with ``slope`` as its derivative; elementwise."""
+    """``value`` of ``value, slope = f(x, *constants)``, with ``slope`` as its derivative; elementwise, for x >= 0."""
     value, slope = f(x.detach(), *constants)
-    # Adds 0 with that derivative, by operations that torch.compile knows; inf - inf would be NaN.
-    x = x.masked_fill(x.isinf(), 0)
-    return value + slope * (x - x.detach())
+    beyond = value.isinf() | slope.isinf()
+    # Adds 0 with that derivative, by operations that torch.compile knows. Where x is infinite, inf - inf would be NaN;
+    # a value that is finite there has no slope. Where an infinite value is right, any line of the slope leads to it.
+    finite = x.masked_fill(x.isinf(), 0)
+    near = value + slope.masked_fill(beyond, 0) * (finite - finite.detach())
+    return torch.where(beyond, value + slope * x, near)
 
 
 def probabilities(nll: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,8 +31,8 @@ def probabilities(nll: Tensor) -> tuple[Tensor, Tensor]:
 def least_rest(dtype: torch.dtype) -> float:
     """What 1 - p counts as at least under a logarithm: 1.5e-5 in float32.
 
-    ``nll = lse - z`` and the p of the backward are known to epsilon times the size of the logits. The derivative
-    1 / (1 - p) multiplies that error: with a smaller bound, noise would outweigh the gradient, which is at most 1.
+    Where p is near 1, ``nll`` and the p of the backward are known to a few epsilon. The derivative 1 / (1 - p)
+    multiplies that error: with a smaller bound, noise would outweigh the gradient, which is at most 1.
     """
     return 2**7 * torch.finfo(dtype).eps
 
