@@ -27,7 +27,8 @@ class Explanation:
 
     Attributes:
         backend: the one that would run, or None if none can.
-        reasons: for every backend, why it cannot run; an empty list if it can.
+        reasons: for every backend, why it cannot run; an empty list if it can. Entry points whose name cannot be a
+            backend's follow, with that of their distribution.
         spec: the resolved spec.
         problem: the metadata the choice was made from.
         note: what the backend says about how it would run; may be empty.
@@ -98,11 +99,12 @@ def explain(
     )
     resolved = (spec or Spec()).resolve(problem)
     reasons = {name: registry.reasons(name, problem, resolved) for name in registry.backends()}
+    reasons |= registry.passed_over()
     try:
         chosen = registry.choose_name(backend, problem, resolved)
     except BackendUnavailable:
         chosen = None
-    note = registry.load(chosen).note(problem, resolved) if chosen else ""
+    note = registry.note(chosen, problem, resolved) if chosen else ""
     return Explanation(chosen, reasons, resolved, problem, note)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from cce import checks, ops, tokens, transforms
 from cce.parallel import Part
 from cce.spec import Spec
-from cce.vocab_parallel import VocabParallel, agree, operands
+from cce.vocab_parallel import VocabParallel, agree, operands, tell_refusal
 
 _DEFAULT_SPEC = Spec()
 
@@ -74,41 +75,52 @@ def flatten(
     backend: str,
     spec: Spec | None,
     vocab_parallel: Any,
-    signature: tuple[Any, ...],
+    signature: Mapping[str, Any],
 ) -> Flat:
     """Checks the arguments; makes one row a token of them.
 
-    ``signature``: what else must be the same on all processes of a split vocabulary.
+    ``signature``: what else must be the same on all processes of a split vocabulary, numbers and strings by name.
     """
     e, c, bias, targets, split = operands(e, c, bias, targets, vocab_parallel)
-    checks.check_tensors(e, c, targets, bias, target_weight, part=split is not None)
-    checks.check_options(
-        ignore_index=ignore_index,
-        shift=shift,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        backend=backend,
-        spec=spec,
-    )
-    spec = _DEFAULT_SPEC if spec is None else spec
-    checks.check_vocab_order(spec, c.shape[0])
-    lead = targets.ndim - (target_weight is not None)
-    checks.check_shift(shift, targets, lead)
-    shape = targets.shape[:lead]
-    k = 1 if target_weight is None else targets.shape[-1]
-    if shift:
-        shift = min(shift, shape[-1])  # nothing is predicted in a sequence that is no longer
-    if shift or targets.dtype in checks.UNSIGNED:
-        targets = targets.to(torch.int64)  # narrower ones may not hold ignore_index
-    rows = shifted(targets, shift, lead, ignore_index).reshape(-1, k)
-    e, c, bias = autocast(e, c, bias)
-    softcap = None if softcap is None else float(softcap)
-    if not transforms.symbolic(logit_scale):
-        logit_scale = float(logit_scale)
-    flat = Flat(e.reshape(-1, c.shape[1]), c, bias, rows, None, shape, shift, softcap, logit_scale, backend, spec)
-    checks.check_range(flat.wide, softcap=softcap, logit_scale=logit_scale)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    options |= {"backend": backend, "target_weight": target_weight is not None, **signature}
+    try:
+        checks.check_tensors(e, c, targets, bias, target_weight, part=split is not None)
+        checks.check_options(
+            ignore_index=ignore_index,
+            shift=shift,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            backend=backend,
+            spec=spec,
+        )
+        spec = _DEFAULT_SPEC if spec is None else spec
+        checks.check_vocab_order(spec, c.shape[0])
+        lead = targets.ndim - (target_weight is not None)
+        checks.check_shift(shift, targets, lead)
+        shape = targets.shape[:lead]
+        k = 1 if target_weight is None else targets.shape[-1]
+        if shift:
+            shift = min(shift, shape[-1])  # nothing is predicted in a sequence that is no longer
+        if shift or targets.dtype in checks.UNSIGNED:
+            targets = targets.to(torch.int64)  # narrower ones may not hold ignore_index
+        rows = shifted(targets, shift, lead, ignore_index).reshape(-1, k)
+        e, c, bias = autocast(e, c, bias)
+        softcap = None if softcap is None else float(softcap)
+        if not transforms.symbolic(logit_scale):
+            logit_scale = float(logit_scale)
+        flat = Flat(e.reshape(-1, c.shape[1]), c, bias, rows, None, shape, shift, softcap, logit_scale, backend, spec)
+        checks.check_range(flat.wide, softcap=softcap, logit_scale=logit_scale)
+    except Exception as error:
+        tell_refusal(split, error, e, c, targets)
+        raise
     if split is not None:
-        flat = _split(flat, split, (ignore_index, softcap, logit_scale, *signature))
+        flat = _split(flat, split, options)
     prepare = ops.prepare_targets_op if transforms.traced(e) else ops.prepare_targets
     if transforms.active():
         prepare = transforms.prepare_targets
@@ -120,10 +132,10 @@ def flatten(
     return flat._replace(coefficients=coefficients.masked_fill(rows < 0, 0))
 
 
-def _split(flat: Flat, split: VocabParallel, signature: tuple[Any, ...]) -> Flat:
+def _split(flat: Flat, split: VocabParallel, options: Mapping[str, Any]) -> Flat:
     """What the other processes hold of the vocabulary, and of the tokens where each has its own."""
-    wants = wanted_gradients(flat.e, flat.c, flat.bias).startswith("e")  # dE is a sum over all processes
-    found = agree(split, flat.e, flat.c, flat.targets, (wants, *signature))
+    wanted = wanted_gradients(flat.e, flat.c, flat.bias)
+    found = agree(split, flat.e, flat.c, flat.bias, flat.targets, flat.spec, wanted, options)
     first = sum(found.sizes[: found.rank])
     part = Part(found.group, first, found.sizes, split.reduce_de)
     return flat._replace(part=part, own=found.rows if split.tokens == "own" else None)

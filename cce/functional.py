@@ -101,7 +101,7 @@ def terms(
         backend=backend,
         spec=spec,
         vocab_parallel=vocab_parallel,
-        signature=extra,
+        signature={"outputs": extra},
     )
     _check_filter(flat, outputs)
     rows = run(flat, extra)
@@ -179,7 +179,13 @@ def loss(
         backend=backend,
         spec=spec,
         vocab_parallel=vocab_parallel,
-        signature=(reduction, label_smoothing, z_loss, weight is None, token_weight is None),
+        signature={
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "weight": weight is not None,
+            "token_weight": token_weight is not None,
+        },
     )
     checks.check_loss_options(
         reduction=reduction,
@@ -240,7 +246,9 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
     """
     # The weights only say that there are K entries a token.
     weights = e.new_ones(1).expand(targets.shape)
-    flat = flatten(e, c, targets, bias, target_weight=weights, signature=("each",), **{**SHARED_DEFAULTS, **options})
+    flat = flatten(
+        e, c, targets, bias, target_weight=weights, signature={"outputs": "each"}, **{**SHARED_DEFAULTS, **options}
+    )
     rows = run(flat)
     each = rows.nll.reshape(targets.shape)
     return each if not flat.shift else each.narrow(-2, 0, flat.shape[-1] - flat.shift)

@@ -125,16 +125,18 @@ class _WeightedLoss(torch.autograd.Function):
             gradients = ctx.call.run(e, c, bias, targets, weights)[1:]
         with torch.no_grad():
             ctx.call.backend.scale([x for x in gradients if x is not None], upstream)
-            _keep_ignored(gradients[0], targets, upstream)
+            _keep_ignored(ctx.call.backend, gradients[0], targets, upstream)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _Once.apply(upstream, e, c, bias, *gradients)  # type: ignore[no-untyped-call]
         found = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
         return (*found, None, None, None)
 
 
-def _keep_ignored(de: Tensor | None, targets: Tensor, factor: Tensor) -> None:
-    """Makes the gradients of rows without a target 0 again, should ``factor`` be NaN or inf."""
-    if de is None or (factor.device.type == "cpu" and bool(factor.isfinite())):
+def _keep_ignored(backend: Backend, de: Tensor | None, targets: Tensor, factor: Tensor) -> None:
+    """Makes the gradients of rows without a target 0 again, should ``factor`` or a row of ``c`` be NaN or inf."""
+    # A backend that never saw those rows has multiplied nothing but the factor with them.
+    known = not backend.skips_ignored_rows and factor.device.type == "cpu"
+    if de is None or (known and bool(factor.isfinite())):
         return
     ignored = targets < 0
     de.masked_fill_(ignored if targets.shape[1] == 1 else ignored.all(1, keepdim=True), 0)

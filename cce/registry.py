@@ -1,23 +1,21 @@
 """Which backends there are, and which one runs a problem.
 
 Nothing here imports a kernel framework: a backend's module is loaded when it is first asked for, and a
-module that cannot be loaded is a reason, not an ImportError.
+module that cannot be loaded is a reason, not an ImportError. Whatever else another package's backend does but run,
+exit at import or raise where it is asked for its reasons, is a reason, too, why that one backend cannot run.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
+from cce import plugins
 from cce.backends.base import Backend
 from cce.errors import BackendUnavailable
 from cce.problem import Problem
 from cce.spec import Spec
-
-#: Entry-point group through which other packages add backends: ``name = "module:BackendClass"``.
-ENTRY_POINT_GROUP = "cce.backends"
 
 #: By device, the backends ``backend="auto"`` tries, in this order; it takes the first that supports the problem. The
 #: reference is an oracle and other packages' backends are a choice of the user's: both run only when named.
@@ -31,6 +29,7 @@ _BUILT_IN = {
     "torch": "cce.backends.torch:TorchBackend",
     "reference": "cce.backends.reference:ReferenceBackend",
 }
+_RESERVED = ("", "auto")
 _registered: dict[str, Callable[[], Backend]] = {}
 _changes = 0  # of what a name stands for
 _loaded: dict[str, Backend] = {}
@@ -50,7 +49,7 @@ def register_backend(name: str, factory: Callable[[], Backend], *, replace: bool
     """
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r} of type {type(name).__name__}, expected a string")
-    if not name or name == "auto":
+    if name in _RESERVED:
         raise ValueError(f"name: got {name!r}, expected a non-empty name other than 'auto'")
     if not callable(factory):
         raise TypeError(f"factory: got {factory!r}, expected a callable that returns a Backend")
@@ -87,7 +86,18 @@ def backends() -> list[str]:
     >>> "torch" in backends()
     True
     """
-    return list(dict.fromkeys([*_BUILT_IN, *_entry_points(), *_registered]))
+    added = (name for name in plugins.entry_points() if name not in _RESERVED)
+    return list(dict.fromkeys([*_BUILT_IN, *added, *_registered]))
+
+
+def passed_over() -> dict[str, list[str]]:
+    """What explains why an entry point is no backend: its name is one that it cannot have."""
+    return {
+        f"{name} ({plugins.distribution(point)})": [f"an entry point cannot be called {name!r}, which is taken by cce"]
+        for name, points in plugins.entry_points().items()
+        if name in _RESERVED or name in _BUILT_IN
+        for point in points
+    }
 
 
 def check_name(name: object) -> None:
@@ -107,8 +117,10 @@ def load(name: str) -> Backend:
     if name not in _loaded:
         try:
             backend = _factory(name)()
-        except Exception as error:  # whatever a third party's import raises is a reason, not our crash
-            raise BackendUnavailable(f"backend {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a third party's import raises is a reason, not our crash
+            raise BackendUnavailable(f"backend {name!r} cannot be loaded: {described(error)}") from error
         if not isinstance(backend, Backend):
             raise BackendUnavailable(f"backend {name!r} is a {type(backend).__name__}, not a cce Backend")
         _loaded[name] = backend
@@ -121,12 +133,52 @@ def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
         backend = load(name)
     except BackendUnavailable as error:
         return [str(error)]
-    return refusals(backend, problem, spec)
+    found = refusals(backend, problem, spec)
+    ours = name in _BUILT_IN and name not in _registered
+    if found or ours or not problem.needs_grad or problem.outputs:
+        return found
+    try:
+        backend.one_pass(problem, spec)  # as the front end will ask
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return [f"its method one_pass raised {described(error)}"]
+    return []
 
 
 def refusals(backend: Backend, problem: Problem, spec: Spec) -> list[str]:
     """Why a backend cannot run ``problem``: the reasons of the place, then those of the problem."""
-    return [*backend.unavailable(problem.device), *backend.unsupported(problem, spec)]
+    return [*_reasons_of(backend, "unavailable", problem.device), *_reasons_of(backend, "unsupported", problem, spec)]
+
+
+def _reasons_of(backend: Backend, method: str, *arguments: Any) -> list[str]:
+    try:
+        found = getattr(backend, method)(*arguments)
+        if isinstance(found, (list, tuple)) and all(isinstance(reason, str) for reason in found):
+            return list(found)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return [f"its method {method} raised {described(error)}"]
+    return [f"its method {method} returned a {type(found).__name__}, expected a list of strings"]
+
+
+def note(name: str, problem: Problem, spec: Spec) -> str:
+    """What backend ``name``, which is loaded, says about how it would run ``problem``."""
+    try:
+        return str(load(name).note(problem, spec))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return f"(the backend's method note raised {described(error)})"
+
+
+def described(error: BaseException) -> str:
+    """An error's type and text, in which there may be nothing to rely on."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def choose(name: str, problem: Problem, spec: Spec) -> Backend:
@@ -156,9 +208,4 @@ def _factory(name: str) -> Callable[[], Backend]:
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
         return getattr(importlib.import_module(module), attribute)
-    return _entry_points()[name].load()
-
-
-@lru_cache(maxsize=1)
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return plugins.load(name)

@@ -57,7 +57,7 @@ class VocabOrder:
         self.v, self.every, self.decay = v, every, float(decay)
         self.updates = 0
         if counts is None:
-            counts = torch.zeros(v, dtype=torch.float64)
+            counts = torch.zeros(v, dtype=torch.float64, device="cpu")  # whatever the default is
         checks.check_counts("counts", counts, v)
         self.counts = _wide(counts)
         self.refresh()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-import zlib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cce.parallel import gather
+from cce import agreement
+from cce.agreement import Said
+from cce.spec import Spec
 
 TOKENS = ("same", "own")
 
@@ -134,74 +140,142 @@ class Agreement(NamedTuple):
     rows: tuple[int, ...]
 
 
-_FIELDS = ("D", "N", "K", "dtypes, options and outputs", "targets")
-_known: dict[tuple[Any, ...], Agreement] = {}
+#: For every group, kinds of calls and what was agreed; a group that is gone takes its own along. A GPU's first call of
+#: a kind asks; so all processes must forget the same ones: the oldest of the group, whose calls all of them make.
+_known: WeakKeyDictionary[Any, dict[tuple[Any, ...], Agreement]] = WeakKeyDictionary()
+_MOST = 64
 
 
-def agree(split: VocabParallel, e: Tensor, c: Tensor, targets: Tensor, signature: tuple[Any, ...]) -> Agreement:
+def agree(
+    split: VocabParallel,
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    spec: Spec,
+    grads: str,
+    options: Mapping[str, Any],
+) -> Agreement:
     """Sizes of all parts; and that all processes make the same call.
 
-    On a CPU every call asks, so that a process that differs is an error on all. On a GPU, where asking waits, the first
-    call of its kind asks; processes that differ later meet the group's timeout.
+    On a CPU every call asks, so that a process that differs is an error on all; so does every call with tokens of its
+    own, as their numbers may be others each time. Else, on a GPU, where asking may wait for it, the first call of its
+    kind asks, a kind being all that is listed here but the tokens; processes that differ later meet the group's
+    timeout.
 
     Args:
         split: how the vocabulary is split.
-        e: (N, D); c: (V_local, D); targets: (N, K).
-        signature: of what else must be the same everywhere.
+        e: (N, D); c: (V_local, D); bias: (V_local,); targets: (N, K).
+        spec: of the call.
+        grads: comma-separated names of those of "e", "c" and "bias" whose gradient is wanted.
+        options: by name, what else must be the same everywhere; numbers and strings.
 
     Raises:
-        ValueError: the processes differ, or the vocabulary is empty.
+        ValueError: the processes differ, the vocabulary is empty, or with tokens of its own a process has a target
+            outside of it. On all of them.
         RuntimeError: there is no process group.
     """
+    own = split.tokens == "own"
+    tensors = (e.dtype, c.dtype, None if bias is None else bias.dtype, grads, e.device.type)
+    key_of_spec = (spec.key, spec.permutation is None)
     if torch.compiler.is_compiling():
-        if split.tokens == "own":
+        if own:
             raise RuntimeError("VocabParallel.tokens: 'own' is not supported under torch.compile, 'same' is")
         # The length of a range is a constant to the compiler even where the size is a symbol.
-        v, d = (len(range(size)) for size in c.shape)
-        return _agree_compiled(split, v, d, e.device.type)
-    kind = zlib.crc32(repr((str(e.dtype), *signature)).encode())
-    vector = (c.shape[0], c.shape[1], len(targets), targets.shape[1], kind)
-    key = (id(split.group), *vector)
-    if e.device.type != "cpu" and key in _known:
-        return _known[key]
-    checksum = int(_checksum(targets)) if split.tokens == "same" else 0
-    _known[key] = found = _ask(split, (*vector, checksum), e.device)
+        sizes = tuple(len(range(size)) for size in (c.shape[0], c.shape[1], targets.shape[1]))
+        return _agree_compiled(split, sizes, tensors, key_of_spec)
+    group = _group(split)
+    kind = (c.shape[0], c.shape[1], targets.shape[1], tensors, key_of_spec, repr((split.reduce_de, options)))
+    asks = own or e.device.type == "cpu"
+    if not asks and kind in _known.get(group, {}):
+        return _known[group][kind]
+    fields = _fields(split, c.shape[1], targets.shape[1], tensors, key_of_spec, options)
+    checked = own and (e.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1")
+    span = agreement.span(targets, options["ignore_index"]) if checked else agreement.NO_SPAN
+    said = Said(c.shape[0], len(targets), 0 if own else agreement.checksum(targets), *span)
+    found = _ask(group, e.device, said, fields, own)
+    if checked:
+        agreement.check_spans(found, options["ignore_index"])
+    agreed = Agreement(group.group_name, group.rank(), tuple(x.v for x in found), tuple(x.n for x in found))
+    if not asks:
+        kinds = _known.setdefault(group, {})
+        if len(kinds) >= _MOST:
+            del kinds[next(iter(kinds))]
+        kinds[kind] = agreed
+    return agreed
+
+
+def tell_refusal(split: VocabParallel | None, error: Exception, *tensors: Any) -> None:
+    """Makes an error of this process, before the group has agreed, one on all processes that wait for it to agree."""
+    devices = {x.device.type for x in tensors if isinstance(x, Tensor)}
+    if split is None or len(devices) != 1 or torch.compiler.is_compiling() or not _initialized():
+        return
+    device = torch.device(devices.pop())
+    if device.type != "cpu" and split.tokens != "own":  # on a GPU nobody knows whether the others ask
+        return
+    with suppress(RuntimeError):  # the others did not come: the error is that of this process
+        agreement.refuse(_group(split), device, error)
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _group(split: VocabParallel) -> Any:
+    if not _initialized():
+        raise RuntimeError("vocab_parallel: no process group; call torch.distributed.init_process_group first")
+    return split.group or dist.group.WORLD
+
+
+def _ask(group: Any, device: torch.device, said: Said, fields: Mapping[str, str], own: bool) -> list[Said]:
+    found = agreement.ask(group, device, said, fields, own)
+    if sum(x.v for x in found) == 0:
+        raise ValueError("c: got no row on any process of the group, expected V >= 1 in all")
     return found
 
 
-def _ask(split: VocabParallel, vector: tuple[int, ...], device: torch.device) -> Agreement:
-    """One exchange of a few integers; ranks that differ in what must be the same are an error on all of them."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("vocab_parallel: no process group; call torch.distributed.init_process_group first")
-    group: Any = split.group or dist.group.WORLD
-    table = gather(torch.tensor(vector, device=device), group.group_name).tolist()
-    sizes, *fields = zip(*table, strict=True)
-    for name, values in zip(_FIELDS, fields, strict=False):
-        if len(set(values)) > 1 and not (name == "N" and split.tokens == "own"):
-            raise ValueError(f"vocab_parallel: {_difference(name, values)}")
-    if sum(sizes) == 0:
-        raise ValueError("c: got no row on any process of the group, expected V >= 1 in all")
-    return Agreement(group.group_name, group.rank(), sizes, fields[1] if len(fields) > 1 else ())
+def _fields(
+    split: VocabParallel,
+    d: int,
+    k: int,
+    tensors: tuple[Any, ...],
+    key_of_spec: tuple[str, bool],
+    options: Mapping[str, Any],
+) -> dict[str, str]:
+    """All that must be the same, by the name a user knows it by."""
+    e_dtype, c_dtype, bias, grads, device = tensors
+    wanted = grads.split(",")
+    key, no_permutation = key_of_spec
+    spec = json.loads(key)
+    if not no_permutation:
+        spec["vocab_order"] = None  # each process orders its own entries
+    fields = {
+        "D": d,
+        "K": k,
+        "e.dtype": e_dtype,
+        "c.dtype": c_dtype,
+        "bias": bias,
+        **{f"{name}.requires_grad": name in wanted for name in ("e", "c", "bias")},
+        "device": device,
+        **options,
+        **{f"spec.{name}": value for name, value in spec.items()},
+        "VocabParallel.tokens": split.tokens,
+        "VocabParallel.reduce_de": split.reduce_de,
+        "torch.compile": False,
+    }
+    return {name: agreement.shown(value) for name, value in fields.items()}
 
 
-def _difference(name: str, values: tuple[int, ...]) -> str:
-    shown = f", {list(values)} by rank" if len(name) == 1 else ""
-    hint = "; where each has tokens of its own: cce.VocabParallel(group, tokens='own')" * (name in ("N", "targets"))
-    return f"the processes of the group differ in {name}{shown}, expected the same call on all{hint}"
-
-
-def _checksum(targets: Tensor) -> Tensor:
-    """Of the values and their places: integers that overflow, mixed as SplitMix64 mixes them."""
-    flat = targets.flatten().to(torch.int64)
-    mixed = flat * -7046029254386353131 + torch.arange(len(flat), device=flat.device) * -4658895280553007687
-    mixed = (mixed ^ (mixed >> 31)) * -7723592293110705685
-    return (mixed ^ (mixed >> 29)).sum()
-
-
-def _agree_compiled(split: VocabParallel, v: int, d: int, device: str) -> Agreement:
-    """The compiler asks once, while it traces, and takes the answer as a constant."""
+def _agree_compiled(
+    split: VocabParallel, sizes: tuple[int, ...], tensors: tuple[Any, ...], key_of_spec: tuple[str, bool]
+) -> Agreement:
+    """The compiler asks once, while it traces, and takes the answer as a constant; numbers may be symbols to it."""
+    v, d, k = sizes
+    group, fields = _group(split), _fields(split, d, k, tensors, key_of_spec, {})
+    device = tensors[-1]
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
-    return _ask(split, (v, d), where)
+    found = _ask(group, where, Said(v, -1), {**fields, "torch.compile": "True"}, False)
+    return Agreement(group.group_name, group.rank(), tuple(x.v for x in found), ())
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import the compiler.

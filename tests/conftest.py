@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cce import files
+
 sys.path.append(str(Path(__file__).parent))  # where tests of all folders find meter.py
 
 
@@ -19,6 +21,12 @@ LONG = ("test_interpreted.py", "test_simulated.py", "test_compile.py", "test_sm9
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture
+def nothing_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache warns once a process; in a test of its warnings, once a test."""
+    monkeypatch.setattr(files, "_warned", set())
 
 
 @pytest.fixture(scope="module")

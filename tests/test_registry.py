@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import cce
-from cce import registry
+from cce import plugins, registry
 from cce.backends.base import Backend
 from cce.backends.torch import TorchBackend
+from cce.cli import main
 from cce.problem import Problem
 
 E, C, T = torch.randn(5, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True), torch.arange(5)
@@ -67,9 +68,9 @@ def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers, loads or installs is gone after it."""
     monkeypatch.setattr(registry, "_registered", {})
     monkeypatch.setattr(registry, "_loaded", {})
-    registry._entry_points.cache_clear()
+    plugins.entry_points.cache_clear()
     yield
-    registry._entry_points.cache_clear()
+    plugins.entry_points.cache_clear()
 
 
 @pytest.fixture
@@ -85,6 +86,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
         (info / "entry_points.txt").write_text(f"[cce.backends]\n{name} = {target}\n")
         monkeypatch.syspath_prepend(tmp_path)
         imported.append(module)
+        plugins.entry_points.cache_clear()
         assert metadata.version(module) == "1.0"
 
     imported: list[str] = []
@@ -129,8 +131,23 @@ def test_entry_point_cannot_replace_a_built_in(install: Callable[[str, str, str]
         ("x = 1", "AttributeError"),
         ("class Loopback: ...", "not a cce Backend"),
         ("def Loopback(): raise RuntimeError('no device')", "RuntimeError: no device"),
+        ("import sys; sys.exit(7)", "SystemExit: 7"),
+        ("def Loopback(): raise SystemExit('no license')", "SystemExit: no license"),
+        ("class Stop(BaseException): ...\nraise Stop('here')", "Stop: here"),
+        ("class Odd(Exception):\n    def __str__(self): raise KeyError\nraise Odd", "Odd"),
     ],
-    ids=["import", "library", "driver", "attribute", "class", "constructor"],
+    ids=[
+        "import",
+        "library",
+        "driver",
+        "attribute",
+        "class",
+        "constructor",
+        "exit",
+        "exit when made",
+        "base",
+        "no text",
+    ],
 )
 def test_what_cannot_be_loaded_is_a_reason(install: Callable[[str, str, str], None], source: str, reason: str) -> None:
     install("broken", "cce_broken:Loopback", source)
@@ -140,6 +157,124 @@ def test_what_cannot_be_loaded_is_a_reason(install: Callable[[str, str, str], No
     assert cce.explain(E, C, T, backend="broken").backend is None
     with pytest.raises(cce.BackendUnavailable, match=re.escape(reason)):
         cce.loss(E, C, T, backend="broken")
+
+
+def test_an_interrupt_is_the_users(install: Callable[[str, str, str], None]) -> None:
+    install("slow", "cce_slow:Backend", "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        cce.explain(E, C, T)
+
+
+class Rude(TorchBackend):
+    """Each of its methods that are asked before it runs fails in the way it is told to."""
+
+    name = "rude"
+    fails = ""
+
+    def _answer(self, method: str, answer: object) -> object:
+        if method != self.fails.partition(" ")[0]:
+            return answer
+        if self.fails.endswith("raises"):
+            raise KeyError("mine")
+        if self.fails.endswith("exits"):
+            sys.exit(3)
+        return {"none": None, "string": "too slow", "numbers": [1]}[self.fails.partition(" ")[2]]
+
+    def unavailable(self, device):
+        return self._answer("unavailable", [])
+
+    def unsupported(self, problem, spec):
+        return self._answer("unsupported", [])
+
+    def one_pass(self, problem, spec):
+        return self._answer("one_pass", False)
+
+    def note(self, problem, spec):
+        return self._answer("note", "")
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        *((f"{method} raises", f"its method {method} raised KeyError: 'mine'") for method in
+          ("unavailable", "unsupported", "one_pass")),
+        ("unsupported exits", "its method unsupported raised SystemExit: 3"),
+        ("unsupported none", "its method unsupported returned a NoneType, expected a list of strings"),
+        ("unavailable string", "its method unavailable returned a str, expected a list of strings"),
+        ("unavailable numbers", "its method unavailable returned a list, expected a list of strings"),
+    ],
+    ids=lambda text: text.replace(" ", "_") if len(text) < 20 else "",
+)  # fmt: skip
+def test_a_method_that_fails_is_a_reason(fails: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this backend; what others do is as before."""
+    monkeypatch.setattr(Rude, "fails", fails)
+    cce.register_backend("rude", Rude)
+    found = cce.explain(E, C, T)
+    assert found.backend == "torch" and found.reasons["rude"] == [reason]
+    assert cce.explain(E, C, T, backend="rude").backend is None
+    with pytest.raises(cce.BackendUnavailable, match=re.escape(reason)):
+        cce.loss(E, C, T, backend="rude")
+
+
+def test_a_note_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no reason not to run."""
+    monkeypatch.setattr(Rude, "fails", "note raises")
+    cce.register_backend("rude", Rude)
+    found = cce.explain(E, C, T, backend="rude")
+    assert found.backend == "rude" and "note raised KeyError: 'mine'" in str(found)
+    assert torch.equal(cce.loss(E, C, T, backend="rude"), cce.loss(E, C, T))
+
+
+def test_two_of_one_name(install: Callable[[str, str, str], None]) -> None:
+    """Neither is taken for the other: the error names both distributions."""
+    install("twin", "cce_first:Loopback", LOOPBACK)
+    install("twin", "cce_second:Loopback", LOOPBACK)
+    assert cce.backends().count("twin") == 1
+    found = cce.explain(E, C, T)
+    assert found.backend == "torch"
+    with pytest.raises(cce.BackendUnavailable) as caught:
+        cce.loss(E, C, T, backend="twin")
+    for part in ("'twin'", "cce_first 1.0", "cce_second 1.0", "cce_first:Loopback", "cce_second:Loopback"):
+        assert part in str(caught.value) and part in found.reasons["twin"][0]
+    cce.register_backend("twin", Second, replace=True)
+    assert type(registry.load("twin")) is Second
+
+
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_names_that_are_taken(install: Callable[[str, str, str], None], name: str) -> None:
+    """The entry point is no backend, and explain says so."""
+    before = cce.backends()
+    install(name, "cce_usurper:Loopback", LOOPBACK)
+    assert cce.backends() == before
+    found = cce.explain(E, C, T)
+    assert found.backend == "torch" and found.reasons["torch"] == []
+    assert "is taken by cce" in found.reasons[f"{name} (cce_usurper 1.0)"][0]
+    cce.loss(E, C, T)
+
+
+def test_info_shows_them_all(
+    install: Callable[[str, str, str], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rude, "fails", "unavailable raises")
+    monkeypatch.setenv("COLUMNS", "300")
+    cce.register_backend("rude", Rude)
+    install("leaves", "cce_leaves:Loopback", "import sys; sys.exit(7)")
+    install("auto", "cce_usurper:Loopback", LOOPBACK)
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("KeyError: 'mine'", "SystemExit: 7", "auto (cce_usurper 1.0)", "runs torch"):
+        assert part in shown
+
+
+def test_damaged_metadata(install: Callable[[str, str, str], None], tmp_path: Path) -> None:
+    """Of whatever distribution: others' backends are there."""
+    install("loopback", "cce_loopback:Loopback", LOOPBACK)
+    install("lost", "cce_lost:Loopback", LOOPBACK)
+    (tmp_path / "cce_lost-1.0.dist-info" / "entry_points.txt").write_bytes(b"[cce.backends]\nno value\n")
+    with pytest.warns(RuntimeWarning, match="entry points of cce_lost in .* cannot be read") as warned:
+        found = cce.backends()
+    assert "loopback" in found and "lost" not in found and len(warned) == 1
+    assert cce.explain(E, C, T, backend="loopback").backend == "loopback"
 
 
 def test_auto_takes_no_third_party_and_no_reference(install: Callable[[str, str, str], None]) -> None:

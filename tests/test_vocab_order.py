@@ -182,6 +182,22 @@ def test_a_permutation_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
+def test_default_device() -> None:
+    """Whatever it is, counts begin where there are values, and follow the first targets."""
+    torch.set_default_device("meta")
+    try:
+        order = cce.VocabOrder(V)
+        order.update(BATCHES[0])
+        spec = order.spec(cce.Spec(filter="element", threshold=0.25))
+        e, c = (torch.linspace(-1, 1, n * 4, device="cpu").view(n, 4) for n in (6, V))
+        live = cce.live_fraction(e, c, BATCHES[0].flatten(), spec=spec)
+        loss = cce.loss(e, c, BATCHES[0].flatten(), spec=spec)
+    finally:
+        torch.set_default_device(None)
+    assert order.permutation.tolist() == most_frequent_first(by_hand(BATCHES[:1]))
+    assert 0 <= live <= 1 and torch.isfinite(loss)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_updates_do_not_wait_for_a_gpu() -> None:
     """The counts follow the first targets to their device, and stay there."""

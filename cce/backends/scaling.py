@@ -11,12 +11,12 @@ from cce.problem import Upstream
 def norm_of(upstream: Upstream[Tensor], operand: torch.dtype) -> Tensor | None:
     """What the upstream gradients are divided by so that dz does not underflow in float16; None for other dtypes.
 
-    The power of two at or above the largest of them: dividing and multiplying by it rounds nothing.
+    The power of two at or above the largest of them that is finite: dividing and multiplying by it rounds nothing.
     """
     if operand != torch.float16:
         return None
     parts = [part for part in (upstream.a, upstream.g, upstream.h, upstream.s) if part is not None]
-    largest = torch.stack([part.abs().amax() for part in parts]).amax()
+    largest = torch.stack([part.nan_to_num(0, 0, 0).abs().amax() for part in parts]).amax()
     return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
 
 

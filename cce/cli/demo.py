@@ -30,13 +30,15 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: %(default)s)")
     parser.add_argument("--backend", default="auto", help="backend of cce, see cce info (default: %(default)s)")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--exact", dest="filter", action="store_const", const="none", help="train cce without filter")
+    mode.add_argument(
+        "--exact", dest="filter", action="store_const", const="none", help="train cce without filter (the default)"
+    )
     mode.add_argument(
         "--filtered",
         dest="filter",
         action="store_const",
         const="element",
-        help="train cce with the filter (default: filtered for bfloat16, on CUDA; exact for float32)",
+        help="train cce with the filter",
     )
     parser.add_argument("--out", default="cce-demo.png", metavar="PNG", help="picture (default: %(default)s)")
     parser.add_argument(

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy
 import torch
 
 import cce
@@ -76,7 +77,7 @@ def plain(section: Section) -> str:
 def versions() -> Section:
     """Of Python and of packages; none of the optional ones is imported."""
     rows = [("cce", cce.__version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
-    rows += [(name, version(name)) for name in ("torch", "numpy")]
+    rows += [("torch", torch.__version__), ("numpy", numpy.__version__)]
     rows += [(name, _first_version(names)) for name, names in OPTIONAL.items()]
     return Section("Versions", rows)
 
@@ -86,23 +87,32 @@ def devices() -> Section:
     rows = [("cpu", f"{torch.get_num_threads()} threads of {os.cpu_count()} cores")]
     accelerator = available_devices()[0]
     count = torch.accelerator.device_count() if accelerator != "cpu" else 0
-    rows += [(f"{accelerator}:{i}", _accelerator(accelerator, i)) for i in range(count)]
+    for i in range(count):
+        try:
+            text = _accelerator(accelerator, i)
+        except RuntimeError as error:
+            text = f"does not work: {error}"
+        rows.append((f"{accelerator}:{i}", text))
     return Section("Devices", rows)
 
 
 def backends(device: torch.device) -> Section:
     """Every backend on ``device``, in the dtype models are trained in there."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = explain_training(device, dtype)
+    title = f"Backends on {device}, {str(dtype).removeprefix('torch.')}"
+    try:
+        found = explain_training(device, dtype)
+    except RuntimeError as error:  # an accelerator that is listed and does not work
+        return Section(title, [("auto", f"nothing can run: {error}")])
     rows = [(name, "can run" if not reasons else "\n".join(reasons)) for name, reasons in found.reasons.items()]
     rows.append(("auto", f"runs {found.backend}" if found.backend else "no backend can run"))
-    return Section(f"Backends on {device}, {str(dtype).removeprefix('torch.')}", rows)
+    return Section(title, rows)
 
 
 def _first_version(distributions: tuple[str, ...]) -> str:
     for name in distributions:
         try:
-            return version(name)
+            return version(name) or "of an unknown version"  # where its metadata are damaged
         except PackageNotFoundError:
             continue
     return "not installed"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from cce.demo.text import Corpus
+from cce.files import Cache
+
+_CACHE = Cache("file of the demo's tokens")
 
 
 def cache_folder() -> Path:
@@ -26,17 +27,21 @@ def cache_folder() -> Path:
 def load_tokens(corpus: Corpus, vocab: int) -> Tensor:
     """Token ids (L,) int64 of ``corpus``, in [0, vocab).
 
-    Both the tokenizer (``tokenizer.json``) and the ids are cached under a hash of everything they depend on.
+    The ids are cached under a hash of everything they depend on, and beside them, for people, ``tokenizer.json``.
     A text too short for ``vocab`` merges leaves the last entries unused; the model keeps its size.
     """
     folder = cache_folder() / _key(corpus, vocab)
-    cached = _read_ids(folder / "ids.npy", vocab)
-    if cached is None:
-        tokenizer = train_tokenizer(corpus, vocab)
-        encoded = tokenizer.encode_batch_fast(corpus.pieces, add_special_tokens=False)
-        cached = np.fromiter((token for piece in encoded for token in piece.ids), dtype=np.int32)
-        _write(folder, cached, tokenizer)
-    return torch.from_numpy(cached.astype(np.int64))
+    kept = _CACHE.get(folder / "ids.npy")
+    if kept is not None:
+        return torch.from_numpy(np.load(io.BytesIO(kept)).astype(np.int64))
+    tokenizer = train_tokenizer(corpus, vocab)
+    encoded = tokenizer.encode_batch_fast(corpus.pieces, add_special_tokens=False)
+    ids = np.fromiter((token for piece in encoded for token in piece.ids), dtype=np.int32)
+    buffer = io.BytesIO()
+    np.save(buffer, ids)
+    _CACHE.put_plain(folder / "tokenizer.json", tokenizer.to_str().encode())
+    _CACHE.put(folder / "ids.npy", buffer.getvalue())
+    return torch.from_numpy(ids.astype(np.int64))
 
 
 def train_tokenizer(corpus: Corpus, vocab: int) -> Tokenizer:
@@ -52,26 +57,7 @@ def train_tokenizer(corpus: Corpus, vocab: int) -> Tokenizer:
 
 
 def _key(corpus: Corpus, vocab: int) -> str:
-    digest = hashlib.sha256(f"{tokenizers.__version__} {vocab}".encode())
+    digest = hashlib.sha256(f"sealed {tokenizers.__version__} {vocab}".encode())
     for piece in corpus.pieces:
         digest.update(f"\0{len(piece)}\0".encode() + piece.encode())
     return digest.hexdigest()[:24]
-
-
-def _read_ids(path: Path, vocab: int) -> np.ndarray | None:
-    try:
-        ids: np.ndarray = np.load(path)
-    except (OSError, ValueError, EOFError):  # absent, or cut short: made anew
-        return None
-    return ids if ids.ndim == 1 and ids.size and ids.min() >= 0 and ids.max() < vocab else None
-
-
-def _write(folder: Path, ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, ids)
-    with suppress(OSError):  # a read-only or full cache only costs the time to do it again
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in (("tokenizer.json", tokenizer.to_str().encode()), ("ids.npy", buffer.getvalue())):
-            partial = folder / f".{name}.{os.getpid()}"
-            partial.write_bytes(data)
-            partial.replace(folder / name)  # at once, so that a second demo never reads half a file

@@ -101,6 +101,12 @@ class Call:
         return nll_of_each(self.e, self.c, entries, **self.options)
 
     @property
+    def filtered(self) -> bool:
+        """Whether the spec asks for a filter."""
+        spec = self.options.get("spec")
+        return spec is not None and spec.filter not in (None, "none")
+
+    @property
     def ignore_index(self) -> int:
         return self.options.get("ignore_index", -100)
 

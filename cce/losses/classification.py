@@ -288,4 +288,4 @@ def z_loss(
     call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight)
     lse = call.terms("lse").lse
     assert lse is not None
-    return call.reduce(coefficient * lse.square())
+    return call.reduce(coefficient * lse * lse)  # in this order it overflows where the result does

@@ -49,8 +49,8 @@ def ppo(
             ``-cce.terms(...).nll`` then. None means the policy of this call, for one update a sample: r is 1, and its
             gradient is that of ``log p``.
         clip, clip_high: at least 0; ``clip_high=None`` means ``clip``. DAPO has 0.2 and 0.28.
-        entropy_coefficient: of the entropy H of the softmax; positive keeps it up. This and ``top_entropy`` need every
-            logit: no ``spec`` with a filter.
+        entropy_coefficient: of the entropy H of the softmax; positive keeps it up. Its gradient needs every logit: no
+            ``spec`` with a filter.
         top_entropy: rho in (0, 1]: only tokens whose H is among the largest of this share of the call's tokens have
             the clipped term; the mean is still over all (Wang et al.; they take 0.2).
         ref_log_prob: log-probabilities of a reference policy, of the results' shape.
@@ -78,18 +78,17 @@ def ppo(
     call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight, reductions=REDUCTIONS)
     clip_high = clip if clip_high is None else clip_high
     _check(clip, clip_high, entropy_coefficient, top_entropy, kl_coefficient, ref_log_prob)
-    out = call.terms("nll", "entropy") if entropy_coefficient or top_entropy < 1 else call.terms("nll")
-    assert out.nll is not None
-    log_prob, in_use = -out.nll, call.in_use
+    nll, entropy = _nll_and_entropy(call, wanted=bool(entropy_coefficient), ranked=top_entropy < 1)
+    log_prob, in_use = -nll, call.in_use
     a = _beside(log_prob, in_use, "advantages", advantages, of_sequence=True)
     old = log_prob.detach()
     if old_log_prob is not None:
         old = _log_prob_beside(log_prob, in_use, "old_log_prob", old_log_prob)
     value = _clipped(log_prob - old, a, 1 - clip, 1 + clip_high)
-    if out.entropy is not None and top_entropy < 1:
-        value = value.masked_fill(~_among_largest(out.entropy.detach(), in_use, top_entropy), 0)
-    if out.entropy is not None and entropy_coefficient:
-        value = value - entropy_coefficient * out.entropy
+    if entropy is not None and top_entropy < 1:
+        value = value.masked_fill(~_among_largest(entropy.detach(), in_use, top_entropy), 0)
+    if entropy is not None and entropy_coefficient:
+        value = value - entropy_coefficient * entropy
     if ref_log_prob is not None:
         d = _log_prob_beside(log_prob, in_use, "ref_log_prob", ref_log_prob) - log_prob
         value = value + kl_coefficient * (torch.expm1(d) - d)
@@ -212,6 +211,19 @@ def _check(
         raise ValueError(f"ref_log_prob: got None with kl_coefficient={kl_coefficient}, expected log-probabilities")
     if ref_log_prob is not None and not kl_coefficient:
         raise ValueError("kl_coefficient: got 0 with ref_log_prob, expected a number > 0")
+
+
+def _nll_and_entropy(call: Call, *, wanted: bool, ranked: bool) -> tuple[Tensor, Tensor | None]:
+    """Of every token; the entropy with a gradient if ``wanted``, for its rank alone if ``ranked``."""
+    if wanted or (ranked and not call.filtered):
+        out = call.terms("nll", "entropy")
+        assert out.nll is not None
+        return out.nll, out.entropy
+    entropy = None
+    if ranked:  # a pass of its own, as a filter has no gradient of the entropy, which is not needed
+        with torch.no_grad():
+            entropy = call.terms("entropy").entropy
+    return call.nll(), entropy
 
 
 def _clipped(log_ratio: Tensor, a: Tensor, low: float, high: float) -> Tensor:

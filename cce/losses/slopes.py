@@ -31,7 +31,7 @@ def probabilities(nll: Tensor) -> tuple[Tensor, Tensor]:
 def least_rest(dtype: torch.dtype) -> float:
     """What 1 - p counts as at least under a logarithm: 1.5e-5 in float32.
 
-    Where p is near 1, ``nll`` and the p of the backward are known to a few epsilon. The derivative 1 / (1 - p)
+    ``nll`` and the p of the backward are known to epsilon times the size of the logits. The derivative 1 / (1 - p)
     multiplies that error: with a smaller bound, noise would outweigh the gradient, which is at most 1.
     """
     return 2**7 * torch.finfo(dtype).eps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -119,14 +120,48 @@ def test_tokens_are_cached(text: Path, cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(tokens, "train_tokenizer", None)
     assert torch.equal(tokens.load_tokens(corpus, 400), first)
     monkeypatch.setattr(tokens, "train_tokenizer", trained)
-    (folder / "ids.npy").write_bytes(b"\x93NUMPY cut short")
-    assert torch.equal(tokens.load_tokens(corpus, 400), first)
     assert tokens.load_tokens(corpus, 300).max() < 300
 
 
+def npy(x: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, x)
+    return buffer.getvalue()
+
+
+HUGE = b"{'descr': '<i8', 'fortran_order': False, 'shape': (100000000000000,), }".ljust(117) + b"\n"
+DAMAGE = {
+    "empty": b"",
+    "cut": b"\x93NUMPY cut short",
+    "strings": npy(np.array(["a"])),
+    "structured": npy(np.zeros(2, [("a", int)])),
+    "float": npy(np.array([1.5, 2.5])),
+    "complex": npy(np.array([1j])),
+    "bool": npy(np.array([True])),
+    "unsealed": npy(np.zeros(9, np.int32)),
+    "header of 1e14 entries": b"\x93NUMPY\x01\x00v\x00" + HUGE,
+}
+
+
+@pytest.mark.usefixtures("nothing_warned_of")
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_tokens_are_made_anew(text: Path, cache: Path, content: bytes) -> None:
+    corpus = read_corpus(text, 10**4)
+    right = tokens.load_tokens(corpus, 300)
+    (folder,) = cache.iterdir()
+    (folder / "ids.npy").write_bytes(content)
+    with pytest.warns(RuntimeWarning, match=r"file of the demo's tokens .*ids\.npy is not used"):
+        assert torch.equal(tokens.load_tokens(corpus, 300), right)
+    assert torch.equal(tokens.load_tokens(corpus, 300), right)
+    assert np.array_equal(np.load(folder / "ids.npy"), right)
+
+
+@pytest.mark.usefixtures("nothing_warned_of")
 def test_cache_that_cannot_be_written(text: Path, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    assert len(tokens.load_tokens(read_corpus(text, 10**6), 400)) > 1000
+    with pytest.warns(RuntimeWarning, match="Not a directory") as warned:
+        assert len(tokens.load_tokens(read_corpus(text, 10**6), 400)) > 1000
+    assert len(warned) == 1
 
 
 def test_model_is_causal(tiny: Size) -> None:

@@ -32,7 +32,7 @@ def spec(block_n: int = 128, block_v: int = 128, **fields: Any) -> Spec:
 
 def rows(k: int = 1, entropy: bool = False) -> Rows:
     h = X if entropy else None
-    return Rows(X, X, X, torch.zeros(1, k, dtype=torch.int32), h, h, None)
+    return Rows(X, X, X, X, torch.zeros(1, k, dtype=torch.int32), h, h, None)
 
 
 def dense(dtype: torch.dtype, formula: Formula, dbias: bool = False, weighted: bool = False, **options: Any) -> Dense:

@@ -17,6 +17,9 @@ from cce.backends.cupy.module import Variant
 from cce.backends.gpu.kernels import Formula
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
 BIAS = torch.zeros(1)
 PLAIN, BOTH, IEEE = Formula(None, 1.0, None, False), Formula(BIAS, 0.5, None, False), Formula(BIAS, 0.5, None, True)
 
@@ -29,10 +32,7 @@ def portable(gpu: Gpu) -> dict[str, Variant]:
         "store tf32": variants.store_variant(gpu, F32, PLAIN),
         "store ieee": variants.store_variant(gpu, F32, IEEE),
         **{f"scale {dtype}": variants.scale_variant(gpu, dtype) for dtype in (BF16, F16, F32)},
-        **{
-            f"prepare {dtype}": variants.small_variant(gpu, "prepare", dtype)
-            for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-        },
+        **{f"prepare {dtype}": variants.small_variant(gpu, "prepare", dtype) for dtype in INTEGERS},
         "join": variants.small_variant(gpu, "join"),
         "value": variants.small_variant(gpu, "value"),
         "multiply": variants.multiply_variant(gpu, BF16, F32),

@@ -29,8 +29,8 @@ def variant(name: str, cluster: int = 2, dtype: torch.dtype = torch.bfloat16, **
 EVERY = {"bias": 1, "softcap": 1, "entropy": 1}
 VARIANTS = {
     "forward": variant("statistics"),
-    "forward, maps": variant("statistics", maps=1, element=1),
-    "forward, every map": variant("statistics", **EVERY, maps=1, element=1, tile_entropy=1, prediction=1),
+    "forward, maps": variant("statistics", maps=1),
+    "forward, every map": variant("statistics", **EVERY, maps=1, tile_entropy=1, prediction=1),
     "forward, every output": variant("statistics", **EVERY, weighted=1, prediction=1),
     "forward, narrow blocks": variant("statistics", 1, torch.float16, scale=1, maps=1, online=1, block_v=64),
     "gradient": variant("gradient"),

@@ -1,4 +1,4 @@
-"""What a prepared launch of dx is given for each window of the vocabulary, with a driver that launches nothing."""
+"""What launches are given, window by window of the vocabulary and in every layout; the driver launches nothing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]
 def test_windows(kind: str, launched: list[tuple[int, int]]) -> None:
     kernels, struct, dtype, pitch = KINDS[kind]
     row, bias, weight = torch.zeros(N), torch.zeros(V), torch.zeros(V)
-    rows = Rows(row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, row)
+    rows = Rows(row, row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, row)
     dense = Dense(torch.zeros(N, D, dtype=dtype), Formula(bias, 1.0, 30.0, False), rows, weight, True)
     problem = Problem(N, V, D, 1, dtype, dtype, "cpu", grad_e=True, grad_c=True)
     window = kernels().gradient(problem, Spec(filter="none"), dense)
@@ -72,7 +72,7 @@ def test_windows(kind: str, launched: list[tuple[int, int]]) -> None:
 
 def test_a_window_without_bias(launched: list[tuple[int, int]]) -> None:
     row = torch.zeros(N)
-    rows = Rows(row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, None)
+    rows = Rows(row, row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, None)
     e, c, dz = (torch.zeros(size, D, dtype=torch.bfloat16) for size in (N, V, N))
     problem = Problem(N, V, D, 1, torch.bfloat16, torch.bfloat16, "cpu", grad_e=True, grad_c=True)
     dense = Dense(e, Formula(None, 1.0, None, False), rows, None, False)
@@ -80,3 +80,42 @@ def test_a_window_without_bias(launched: list[tuple[int, int]]) -> None:
     ((_, address),) = launched
     given = sm90.GradientArguments.from_address(address)
     assert given.first == 100 and given.bias is given.weight is given.column_sums is None
+
+
+LAYOUTS = {
+    "every other": lambda x: torch.stack((x, x), -1)[..., 0],
+    "one number for all": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["bias", "weight", "order"])
+def test_what_a_kernel_would_misread_is_refused(name: str, layout: str, launched: list[tuple[int, int]]) -> None:
+    """A vector without a stride among the arguments is contiguous, or there is no launch."""
+    given = {"bias": torch.zeros(V), "weight": torch.zeros(V), "order": torch.arange(V)}
+    given[name] = LAYOUTS[layout](given[name])
+    row, e, c = torch.zeros(N), torch.zeros(N, D, dtype=torch.bfloat16), torch.zeros(V, D, dtype=torch.bfloat16)
+    rows = Rows(row, row, row, row[:, None], torch.zeros(N, 1, dtype=torch.int32), None, None, row)
+    dense = Dense(e, Formula(given["bias"], 1.0, 30.0, False), rows, given["weight"], False)
+    problem, spec = Problem(N, V, D, 1, torch.bfloat16, torch.bfloat16, "cpu"), Spec(filter="none", block_v=128)
+    dz, means = torch.empty(N, V, dtype=torch.bfloat16), torch.empty(16, D, dtype=torch.bfloat16)
+
+    def launch_with(kernels: portable.PortableKernels) -> None:
+        kernels.gradient(problem, spec, dense)(c, 0, dz, None)
+        kernels.mean_rows(problem, spec, c, given["order"], means)
+
+    for kernels in (portable.PortableKernels(), sm90.Sm90Kernels()):
+        launched.clear()
+        with pytest.raises(ValueError, match=r"expected contiguous"):
+            launch_with(kernels)
+        assert len(launched) == (name == "order")
+
+
+def test_strides_that_a_kernel_is_told_are_not_refused(launched: list[tuple[int, int]]) -> None:
+    e, c = torch.zeros(D, N).T, torch.zeros(1, D).expand(V, D)
+    targets, out = torch.zeros(N, 2, dtype=torch.int64), torch.empty(N, 2)
+    portable.PortableKernels().target_logits(e, c, targets, Formula(None, 1.0, None, False), out)
+    ((blocks, address),) = launched
+    found = arguments.TargetsArguments.from_address(address)
+    assert blocks == 2 * N
+    assert (found.stride_en, found.stride_ed, found.stride_cv, found.stride_cd) == (1, N, 0, 1)

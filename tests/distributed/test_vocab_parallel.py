@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -157,45 +156,6 @@ def own_tokens(group: dist.ProcessGroup, sizes: tuple[int, ...], reduction: str)
 def test_own_tokens(workers: Workers, sizes: tuple[int, ...], reduction: str) -> None:
     for errors in workers.run(own_tokens, sizes, reduction, ranks=3):
         assert max(errors) <= 1e-12
-
-
-def different(group: dist.ProcessGroup, what: str) -> str:
-    whole, rank = data(), dist.get_rank(group)
-    part, split = split_of(group, whole)
-    e, c, targets = whole.e, whole.c[part], whole.targets
-    options: dict[str, Any] = {}
-    if what == "N" and rank:
-        e, targets = e[:-1], targets[:-1]
-    elif what == "D" and rank:
-        e, c = e[:, :-1], c[:, :-1]
-    elif what == "targets":
-        targets = targets.roll(rank)
-    elif what == "softcap":
-        options["softcap"] = 1.0 + rank
-    elif what == "dtypes" and rank:
-        e, c = e.float(), c.float()
-    elif what == "gradients":
-        e = e.clone().requires_grad_(rank == 0)
-    elif what == "outputs" and rank:
-        options["label_smoothing"] = 0.1
-    with pytest.raises(ValueError, match="vocab_parallel: the processes of the group differ") as error:
-        cce.loss(e, c, targets, vocab_parallel=split, **options)
-    return str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("N", r"in N, \[45, 44\] by rank.*tokens='own'"),
-        ("D", r"in D, \[12, 11\] by rank"),
-        ("targets", "in targets, .*tokens='own'"),
-        *((what, "in dtypes, options and outputs") for what in ("softcap", "dtypes", "gradients", "outputs")),
-    ],
-)
-def test_processes_that_differ(workers: Workers, what: str, message: str) -> None:
-    """An error on every one of them, that says in what."""
-    for found in workers.run(different, what, ranks=2):
-        assert re.search(message, found), found
 
 
 def left_alone(group: dist.ProcessGroup) -> str:

@@ -193,6 +193,8 @@ BAD = [
     (losses.top_k_distillation, "tail", None),
     (losses.top_k_distillation, "temperature", 0),
     (losses.top_k_distillation, "target_weight", torch.ones(2, 2)),
+    (losses.top_k_distillation, "target_weight", None),
+    (losses.top_k_distillation, "target_weight", torch.ones(2, 1, dtype=torch.int64)),
     (losses.top_k_distillation, "target_weight", torch.ones(2, 1, requires_grad=True)),
 ]
 
@@ -205,6 +207,44 @@ def test_bad_input(recipe: Any, name: str, value: Any) -> None:
         recipe(E, C, targets, **{**own, name: value})
 
 
-def test_a_negative_outside_the_vocabulary_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"got 4 .*expected values in"):
-        losses.unlikelihood(E, C, T, negatives=torch.tensor([[1], [4]]))
+@pytest.mark.parametrize("value", [4, -1, 100])
+def test_a_negative_outside_the_vocabulary_is_an_error(value: int) -> None:
+    with pytest.raises(ValueError, match=rf"^negatives: got {value} at index \(1, 0\), expected entries in \[0, 4\)"):
+        losses.unlikelihood(E, C, T, negatives=torch.tensor([[1], [value]]))
+
+
+def test_a_negative_of_an_ignored_token_may_be_anything() -> None:
+    targets = torch.tensor([0, -100])
+    found = losses.unlikelihood(E, C, targets, negatives=torch.tensor([[1], [1000]]))
+    assert torch.equal(found, losses.unlikelihood(E, C, targets, negatives=torch.tensor([[1], [2]])))
+
+
+def test_negatives_of_eight_bits() -> None:
+    e, c, targets = torch.randn(2, 3), torch.randn(200, 3), torch.tensor([0, 156])
+    negatives = torch.tensor([[156, 3], [156, 7]])
+    found = losses.unlikelihood(e, c, targets.to(torch.uint8), negatives=negatives.to(torch.uint8))
+    assert torch.equal(found, losses.unlikelihood(e, c, targets, negatives=negatives))
+
+
+BAD_WEIGHTS = [
+    ("drop", [[0.5, 0.2], [0.3, -0.1]], r"target_weight: got -0.1\d* at index \(1, 1\), expected probabilities"),
+    ("drop", [[0.5, 0.2], [torch.inf, 0.1]], r"target_weight: got inf at index \(1, 0\)"),
+    ("bucket", [[0.5, 0.2], [3.0, 3.0]], r"target_weight.sum\(-1\): got 6.0 at index \(1,\), expected at most 1"),
+]
+
+
+@pytest.mark.parametrize(("tail", "weights", "message"), BAD_WEIGHTS)
+def test_bad_probabilities(tail: str, weights: list[list[float]], message: str) -> None:
+    targets = torch.tensor([[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match="^" + message):
+        losses.top_k_distillation(E, C, targets, target_weight=torch.tensor(weights), tail=tail)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_probabilities_of_a_rounded_teacher(dtype: torch.dtype) -> None:
+    """Of all entries, in any dtype: their sum exceeds 1 by rounding at most."""
+    q = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).softmax(-1).to(dtype)
+    entries = torch.arange(4).expand(200, 4)
+    assert (q.double().sum(-1) > 1).any()
+    found = losses.top_k_distillation(torch.ones(200, 3), C, entries, target_weight=q, tail="bucket")
+    assert found.isfinite()

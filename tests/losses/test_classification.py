@@ -196,3 +196,41 @@ def test_bad_numbers(recipe: Any, name: str, value: Any) -> None:
     own = {"tau": 1.0} if recipe is losses.comp_sum else {}
     with pytest.raises((TypeError, ValueError), match=f"^{name}: got .*expected"):
         recipe(torch.ones(2, 3), torch.ones(4, 3), torch.arange(2), **{**own, name: value})
+
+
+@pytest.mark.parametrize(("recipe", "own"), [(losses.focal, {"gamma": 2}), (losses.comp_sum, {"tau": 1})])
+def test_the_gradient_of_a_masked_target(recipe: Any, own: dict[str, float]) -> None:
+    """Where p is 0, focal and logistic losses are the cross-entropy, an infinite one with a finite gradient."""
+    bias, targets = torch.tensor([0, 0, -torch.inf]), torch.tensor([2, 2])
+    results = []
+    for f, options in ((recipe, own), (cce.loss, {})):
+        e, c = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.eye(3)
+        found = f(e, c, targets, bias=bias, reduction="sum", **options)
+        results.append((found.detach(), torch.autograd.grad(found, e)[0]))
+    (found, g), (expected, exact) = results
+    assert found == expected == torch.inf and exact.any()
+    torch.testing.assert_close(g, exact)
+
+
+@pytest.mark.parametrize("tau", [0, 0.5])
+def test_comp_sum_overflows_to_infinity(tau: float) -> None:
+    """And its gradient is seen not to be a number, in float32; in float64 both are numbers."""
+    for dtype, size in ((torch.float32, torch.inf), (torch.float64, math.exp((1 - tau) * 200) / (1 - tau))):
+        e = torch.tensor([[0.0, 200.0]], dtype=dtype, requires_grad=True)
+        found = losses.comp_sum(e, torch.eye(2, dtype=dtype), torch.tensor([0]), tau=tau)
+        torch.testing.assert_close(float(found.detach()), size, rtol=1e-10, atol=0)
+        assert bool(torch.autograd.grad(found, e)[0].isfinite().all()) == (dtype == torch.float64)
+
+
+def test_uint8_targets() -> None:
+    """-100 is 156 in eight bits, which is an entry."""
+    e, c = torch.randn(3, 4), torch.randn(200, 4)
+    targets = torch.tensor([156, 3, 156])
+    found = losses.focal(e, c, targets.to(torch.uint8), reduction="none")
+    assert (found > 0).all() and torch.equal(found, losses.focal(e, c, targets, reduction="none"))
+
+
+@pytest.mark.parametrize(("lam", "softcap"), [(1e-310, None), (1e308, 1e-20)])
+def test_a_lambda_that_logits_cannot_be_divided_by(lam: float, softcap: float | None) -> None:
+    with pytest.raises(ValueError, match=r"^lam: got .*expected a finite number > 0 by which"):
+        losses.ldr(torch.ones(2, 3), torch.ones(4, 3), torch.arange(2), lam=lam, softcap=softcap)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cce
 from cce import losses
 
 OWN: dict[str, dict[str, Any]] = {
@@ -31,8 +32,8 @@ def inputs_of(problem: Any) -> dict[str, Tensor]:
     missing = ~problem.in_use
     return {
         "advantages": draw(*log_p.shape, seed=1).masked_fill(missing, torch.nan).requires_grad_(),
-        "old_log_prob": (log_p + 0.4 * draw(*log_p.shape, seed=12)).masked_fill(missing, torch.nan),
-        "ref_log_prob": (log_p + draw(*log_p.shape, seed=3)).masked_fill(missing, torch.inf),
+        "old_log_prob": (log_p + 0.4 * draw(*log_p.shape, seed=12)).clamp(max=0).masked_fill(missing, torch.nan),
+        "ref_log_prob": (log_p + draw(*log_p.shape, seed=3)).clamp(max=0).masked_fill(missing, torch.inf),
     }
 
 
@@ -137,7 +138,7 @@ BAD: list[tuple[str, Any, dict[str, Any]]] = [
     ("old_log_prob", torch.ones(2), {}),
     ("ref_log_prob", torch.ones(2), {"kl_coefficient": 0.1}),
     ("ref_log_prob", None, {"kl_coefficient": 0.1}),
-    ("kl_coefficient", 0, {"ref_log_prob": A}),
+    ("kl_coefficient", 0, {"ref_log_prob": -A}),
     ("kl_coefficient", -1, {}),
     ("clip", -0.1, {}),
     ("clip_high", "0.2", {}),
@@ -145,6 +146,8 @@ BAD: list[tuple[str, Any, dict[str, Any]]] = [
     ("top_entropy", 1.1, {}),
     ("entropy_coefficient", math.nan, {}),
     ("reduction", "batch", {}),
+    ("old_log_prob", 5 * A, {}),
+    ("ref_log_prob", 5 * A, {"kl_coefficient": 0.1}),
 ]
 
 
@@ -168,3 +171,73 @@ def test_bad_input(name: str, value: Any, others: dict[str, Any]) -> None:
 def test_bad_groups(name: str, options: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{name}: got .*expected"):
         losses.grpo(E, C, T, **{"rewards": torch.ones(2), "group_size": 2, **options})
+
+
+@pytest.mark.parametrize("advantage", [0.0, 1.0])
+def test_a_ratio_that_overflows_where_it_does_not_count(advantage: float) -> None:
+    """Clipped, or times an advantage of 0: a finite loss without a gradient."""
+    e = torch.eye(4).mul(50).view(1, 4, 4).requires_grad_()
+    old = torch.tensor([[-200.0, -1e30, -90.0, -torch.inf]])
+    found = losses.ppo(
+        e, torch.eye(4), torch.arange(4)[None], advantages=torch.full((1, 4), advantage), old_log_prob=old
+    )
+    torch.testing.assert_close(found.detach(), torch.tensor(-1.2 * advantage))
+    assert (torch.autograd.grad(found, e)[0] == 0).all()
+
+
+def test_log_probabilities_may_exceed_0_by_rounding() -> None:
+    for dtype, error in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 0.03)):
+        old = torch.full((2, 3), error, dtype=dtype)
+        assert losses.ppo(E, C, T, advantages=A, old_log_prob=old).isfinite()
+
+
+def test_entropy_of_a_filtered_spec() -> None:
+    """Its rank needs no gradient; its gradient is refused."""
+    spec = cce.Spec(filter="element", threshold=1e-9)
+    e = E.clone().requires_grad_()
+    given: dict[str, Any] = {"advantages": A, "top_entropy": 0.5}
+    found, exact = (losses.ppo(e, C, T, spec=s, **given) for s in (spec, None))
+    torch.testing.assert_close(found, exact)
+    with pytest.raises(ValueError, match=r"^spec: got filter='element'"):
+        losses.ppo(e, C, T, spec=spec, entropy_coefficient=0.1, **given)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_nan_reward_of_a_sample_without_tokens(shift: int) -> None:
+    """It is left out of its group; that of a sample with tokens is seen, in its group only."""
+    e = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    targets = T.repeat(2, 1).clone()
+    targets[1, shift:] = -100
+    rewards = torch.tensor([1.0, torch.nan, 3.0, 1.0])
+    given: dict[str, Any] = {"group_size": 2, "reduction": "none", "shift": shift}
+    found = losses.grpo(e, C, targets, rewards=rewards, **given)
+    other = losses.grpo(e, C, targets, rewards=torch.tensor([1.0, 1.0, 3.0, 1.0]), **given)
+    assert torch.equal(found, other) and (found[0] == 0).all() and (found[2] != 0).all()
+    for g in torch.autograd.grad(found.sum(), e):
+        assert g.isfinite().all()
+    targets[1, shift] = 2
+    seen = losses.grpo(e, C, targets, rewards=rewards, **given)
+    assert seen[0].isnan().all() and seen[1, 0].isnan() and torch.equal(seen[2:], found[2:])
+
+
+def test_a_missing_reward_is_no_member_of_its_group() -> None:
+    """Mean and deviation are those of the two others."""
+    e, targets = torch.randn(3, 3, 4), T[:1].repeat(3, 1).clone()
+    targets[1] = -100
+    found = losses.grpo(e, C, targets, rewards=torch.tensor([1.0, torch.nan, 0.0]), group_size=3)
+    two = losses.grpo(e[[0, 2]], C, targets[[0, 2]], rewards=torch.tensor([1.0, 0.0]), group_size=2)
+    torch.testing.assert_close(found, two)
+
+
+def test_rewards_of_16_bits() -> None:
+    rewards = torch.tensor([1.0, 0.0, 3.0, 1.0])
+    for dtype in (torch.bfloat16, torch.float16):
+        found = losses.group_advantages(rewards.to(dtype), group_size=4)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, losses.group_advantages(rewards, group_size=4))
+
+
+def test_equal_rewards_have_no_gradient_that_is_nan() -> None:
+    rewards = torch.ones(4, requires_grad=True)
+    (g,) = torch.autograd.grad(losses.group_advantages(rewards, group_size=2).square().sum(), rewards)
+    assert (g == 0).all()

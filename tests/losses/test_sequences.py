@@ -97,10 +97,12 @@ E, C, T = torch.ones(2, 3, 4), torch.ones(5, 4), torch.ones(2, 3, dtype=torch.in
 BAD: list[tuple[Any, str, dict[str, Any]]] = [
     (losses.pass_at_n, "n", {"n": 0}),
     (losses.pass_at_n, "n", {"n": 2.0}),
+    (losses.pass_at_n, "n", {"n": 2**53 + 1}),
     (losses.pass_at_n, "reduction", {"reduction": "sequence"}),
     (losses.dpo, "beta", {"beta": 0}),
     (losses.dpo, "label_smoothing", {"label_smoothing": 0.5}),
     (losses.dpo, "ref_log_prob", {"ref_log_prob": torch.ones(2, 3)}),
+    (losses.dpo, "ref_log_prob", {"ref_log_prob": torch.ones(2)}),
     (losses.dpo, "targets", {"e": E[:1], "targets": T[:1]}),
     (losses.dpo, "targets", {"e": E[0], "targets": T[0]}),
     (losses.sequence_log_prob, "targets", {"e": E[0, 0], "targets": T[0, 0]}),
@@ -109,6 +111,39 @@ BAD: list[tuple[Any, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("recipe", "name", "given"), BAD)
 def test_bad_input(recipe: Any, name: str, given: dict[str, Any]) -> None:
-    own = {losses.pass_at_n: {"n": 2}, losses.dpo: {"ref_log_prob": torch.ones(2)}, losses.sequence_log_prob: {}}
+    own = {losses.pass_at_n: {"n": 2}, losses.dpo: {"ref_log_prob": -torch.ones(2)}, losses.sequence_log_prob: {}}
     with pytest.raises((TypeError, ValueError), match=f"^{name}: got .*expected"):
         recipe(**{"e": E, "c": C, "targets": T, **own[recipe], **given})
+
+
+def test_dpo_of_an_impossible_sequence() -> None:
+    """Rejected, it costs nothing; chosen, infinitely much, and its gradient is a number."""
+    bias, targets = torch.tensor([0, 0, 0, -torch.inf]), torch.tensor([[0, 1], [0, 3]])
+    for order, cost in (([0, 1], 0), ([1, 0], torch.inf)):
+        e = torch.eye(4).view(2, 2, 4).clone().requires_grad_()
+        found = losses.dpo(e, torch.eye(4), targets[order], ref_log_prob=-torch.ones(2), bias=bias)
+        assert found == cost
+        assert torch.autograd.grad(found, e)[0].isfinite().all()
+
+
+def test_references_of_pairs_without_tokens(problem: Any) -> None:
+    """May be anything, as may their gradient."""
+    e, targets, ref = pairs(problem)
+    targets[[1, 3]] = problem.ignore_index
+    results = []
+    for bad in (-1.0, torch.nan, torch.inf):
+        ref = torch.tensor([-9.0, bad, -6.5, bad], dtype=torch.float64, requires_grad=True)
+        found = losses.dpo(e, problem.c, targets, ref_log_prob=ref, label_smoothing=0.1, **problem.call)
+        results.append((found.detach(), *torch.autograd.grad(found, [ref, *problem.inputs], retain_graph=True)))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
+
+
+def test_the_gradient_of_a_sequence_that_is_impossible() -> None:
+    """A masked token makes p = 0: the loss is infinite, with the cross-entropy's gradient."""
+    bias, targets = torch.tensor([0, 0, -torch.inf]), torch.tensor([[1, 2]])
+    e = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    one, many = (losses.pass_at_n(e, torch.eye(3), targets, n=n, bias=bias) for n in (1, 16))
+    g, exact = (torch.autograd.grad(x, e)[0] for x in (many, one))
+    assert one == many == torch.inf and exact.any()
+    torch.testing.assert_close(g, exact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -116,3 +117,50 @@ def test_a_failure_is_raised_and_not_kept(pretended: list[str], folder: Path, mo
     assert not list(folder.iterdir())
     compile_all(kernels, CAPABILITY)
     assert len(list(folder.iterdir())) == 2
+
+
+def damage(path: Path, content: bytes | None) -> None:
+    """A file of this content in the place of ``path``; a FIFO for None."""
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.usefixtures("nothing_warned_of")
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"entr", b"entry q\n", b"entry q\nsomebody else's code", b"\xff\xfe q\nx", None],
+    ids=["empty", "cut in the head", "no code", "unsealed", "no text", "fifo"],
+)
+def test_what_is_damaged_is_compiled_again(pretended: list[str], folder: Path, content: bytes | None) -> None:
+    """With a warning; the file is a good one then."""
+    cubin.compiled(small()[0], CAPABILITY)
+    (path,) = folder.iterdir()
+    damage(path, content)
+    with pytest.warns(RuntimeWarning, match=rf"cubin of the numba backend {path} is not used"):
+        assert cubin.compiled(small()[0], CAPABILITY).code == b"targets"
+    assert cubin.compiled(small()[0], CAPABILITY).code == b"targets"
+    assert pretended == ["targets"] * 2
+
+
+@pytest.mark.usefixtures("nothing_warned_of")
+def test_a_cubin_that_anybody_can_write_is_not_run(pretended: list[str], folder: Path) -> None:
+    cubin.compiled(small()[0], CAPABILITY)
+    (path,) = folder.iterdir()
+    path.chmod(0o666)
+    with pytest.warns(RuntimeWarning, match="others may write to it"):
+        cubin.compiled(small()[0], CAPABILITY)
+    assert pretended == ["targets"] * 2 and path.stat().st_mode & 0o022 == 0
+
+
+@pytest.mark.usefixtures("nothing_warned_of")
+def test_a_folder_that_cannot_be_made(pretended: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning for all kernels."""
+    monkeypatch.setenv(cubin.VARIABLE, "/proc/none")
+    kernels = small()
+    with pytest.warns(RuntimeWarning, match="/proc/none/.* is not kept") as warned:
+        compile_all(kernels, CAPABILITY)
+    assert len(warned) == 1
+    assert [kernel.code(CAPABILITY).code for kernel in kernels] == [b"targets", b"mean_rows"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,7 @@ TILE = Tile(128, 128, 32, stages=2)
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_warned_of: None) -> Iterator[Path]:
     folder = tmp_path / "launch"
     folder.mkdir()
     monkeypatch.setenv("CCE_TUNE_CACHE", str(folder))
@@ -132,6 +134,13 @@ def good(folder: Path) -> dict[str, Any]:
     return json.loads(tunecache.store(folder, key(), {"forward": TILE}, {}).read_text())
 
 
+def sealed(content: Any) -> Any:
+    """As one who knows how could write it by hand."""
+    if not isinstance(content, dict):
+        return content
+    return {**content, "digest": tunecache._digest(content)}
+
+
 DAMAGE: dict[str, Any] = {
     "no object": lambda content: [content],
     "another format": lambda content: {**content, "format": "recipe 1"},
@@ -153,7 +162,8 @@ DAMAGE: dict[str, Any] = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_foreign_files_are_passed_over(damage: Any, folder: Path) -> None:
     """With one warning; what is well beside them is read."""
-    (folder / "0.json").write_text(json.dumps(damage(good(folder))))
+    (folder / "0.json").write_text(json.dumps(sealed(damage(good(folder)))))
+    (folder / "1.json").write_text("{")
     with pytest.warns(RuntimeWarning, match=r"0\.json is not a launch configuration") as warned:
         assert choice.choose(PROBLEM, SPEC, DEVICE, False).tuned
     assert not choice.choose(replace(PROBLEM, n=2000), SPEC, DEVICE, False).tuned
@@ -166,6 +176,56 @@ def test_corrupt_files_are_passed_over(content: bytes, folder: Path) -> None:
     good(folder)
     with pytest.warns(RuntimeWarning, match=r"0\.json is not a launch configuration"):
         assert choice.choose(PROBLEM, SPEC, DEVICE, False).tuned
+
+
+def test_a_file_changed_by_hand_is_passed_over(folder: Path) -> None:
+    content = good(folder)
+    (path,) = folder.iterdir()
+    content["tiles"]["forward"]["stages"] = 3
+    path.write_text(json.dumps(content))
+    with pytest.warns(RuntimeWarning, match="it was changed: its digest"):
+        assert tunecache.entries(folder) == {}
+
+
+def test_layout_does_not_count(folder: Path) -> None:
+    """What is copied by way of another tool says the same."""
+    content = good(folder)
+    (path,) = folder.iterdir()
+    path.write_text(json.dumps(content, sort_keys=True))
+    assert tunecache.entries(folder) == {key(): {"forward": TILE}}
+
+
+def test_results_of_former_releases(folder: Path) -> None:
+    """They would not be used anyway, and do no harm."""
+    (folder / "0.json").write_text(json.dumps({**good(folder), "format": "cce launch configuration 1"}))
+    assert list(tunecache.entries(folder)) == [key()]
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def writable_by_all(path: Path) -> None:
+    path.touch()
+    path.chmod(0o666)
+
+
+@pytest.mark.parametrize("place", [fifo, endless, writable_by_all, Path.mkdir])
+def test_only_regular_files_of_ours_are_read(place: Any, folder: Path) -> None:
+    """Reading the others would not end, or would trust anybody."""
+    place(folder / "0.json")
+    good(folder)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(10)
+    with pytest.warns(RuntimeWarning, match=r"0\.json") as warned:
+        assert list(tunecache.entries(folder)) == [key()]
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    assert len(warned) == 1
 
 
 def test_other_files_are_not_looked_at(folder: Path) -> None:
@@ -214,15 +274,23 @@ def test_nothing_half_written_is_left(folder: Path, monkeypatch: pytest.MonkeyPa
     good(folder)
     before = sorted(folder.iterdir())
 
-    def full(self: Path, text: str, encoding: str) -> int:
-        self.write_bytes(text[:10].encode())
+    def full(self: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(ValueError, match=r"CCE_TUNE_CACHE: got .*launch', expected .* \(No space"):
         tunecache.store(folder, key(), {"forward": replace(TILE, stages=4)}, {})
+    with pytest.raises(ValueError, match=r"CCE_TUNE_CACHE: got .*launch', expected .* \(No space"):
+        tunecache.writable()
     assert sorted(folder.iterdir()) == before
     assert tunecache.entries(folder) == {key(): {"forward": TILE}}
+
+
+def test_a_folder_that_anybody_may_write_to(folder: Path) -> None:
+    """Nothing of it would be used: the tuner says so before it works."""
+    folder.chmod(0o777)
+    with pytest.raises(ValueError, match=r"CCE_TUNE_CACHE: got .*launch', expected .*others may write"):
+        tunecache.writable()
 
 
 def write(folder: Path, writer: int, files: int) -> None:

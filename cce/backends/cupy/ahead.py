@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import c_int, c_longlong, c_void_p
 
-from cce.backends.cupy.launch import Arguments
+from cce.backends.cupy.launch import Arguments, strided
 from cce.backends.gpu.library import Ahead
 
 
@@ -22,6 +22,6 @@ class AheadArguments(Arguments):
             return cls()
         size, width = ahead.c.element_size(), ahead.out.shape[1]
         return cls(
-            from_=ahead.c, order=ahead.order, to=ahead.out, pitch=ahead.c.stride(0) * size // 16, rows=len(ahead.out),
-            pieces=width * size // 16,
+            from_=strided(ahead.c), order=ahead.order, to=ahead.out, pitch=ahead.c.stride(0) * size // 16,
+            rows=len(ahead.out), pieces=width * size // 16,
         )  # fmt: skip

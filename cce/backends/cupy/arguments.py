@@ -6,7 +6,7 @@ from ctypes import c_float, c_int, c_longlong, c_void_p
 
 from torch import Tensor
 
-from cce.backends.cupy.launch import Arguments
+from cce.backends.cupy.launch import Arguments, strided
 from cce.backends.gpu import kernels
 
 
@@ -18,7 +18,7 @@ class Matrix(Arguments):
     @classmethod
     def of(cls, x: Tensor) -> Matrix:
         size = x.element_size()
-        return cls(data=x, pitch=x.stride(0) * size, bytes=x.shape[1] * size)
+        return cls(data=strided(x), pitch=x.stride(0) * size, bytes=x.shape[1] * size)
 
 
 class Formula(Arguments):
@@ -44,7 +44,7 @@ class Splits(Arguments):
 class Tiles(Arguments):
     """``Tiles`` of statistics.cuh."""
 
-    _fields_ = tuple((name, c_void_p) for name in ("lse", "max", "entropy"))
+    _fields_ = tuple((name, c_void_p) for name in ("max", "log_sum", "entropy"))
 
     @classmethod
     def of(cls, tiles: kernels.Tiles | None) -> Tiles:
@@ -55,7 +55,7 @@ class Rows(Arguments):
     """``Rows`` of gradient.cuh."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("lse", "a", "g", "entropy", "h", "s", "targets")), ("K", c_int)
+        *((name, c_void_p) for name in ("lse", "lse_low", "a", "g", "entropy", "h", "s", "targets")), ("K", c_int)
     )  # fmt: skip
 
     @classmethod

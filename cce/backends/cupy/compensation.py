@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy.gpu import Gpu
-from cce.backends.cupy.launch import Arguments, Launch
+from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.variants import DTYPES
 from cce.backends.gpu.kernels import Rows
@@ -54,8 +54,9 @@ def mean_rows(spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
     size = c.element_size()
     pieces = c.shape[1] * size // 16
     arguments = MeanArguments(
-        c=c, pitch=c.stride(0) * size, order=order, out=out, V=len(c), pieces=pieces, block_v=spec.block_v, first=0
-    )
+        c=strided(c), pitch=c.stride(0) * size, order=order, out=out, V=len(c), pieces=pieces, block_v=spec.block_v,
+        first=0,
+    )  # fmt: skip
     grid = (len(out), -(-pieces // _MEAN_THREADS))
     Launch(mean_variant(Gpu.current(), c.dtype), grid, _MEAN_THREADS, arguments)()
 
@@ -74,7 +75,7 @@ def dead_mass(
     assert maps.tile_mass is not None
     entropy = maps.tile_entropy if rows.h is not None else None
     arguments = MassArguments(
-        tile_mass=maps.tile_mass, tile_entropy=entropy, pitch_mass=maps.tile_mass.stride(0),
+        tile_mass=strided(maps.tile_mass), tile_entropy=strided(entropy), pitch_mass=maps.tile_mass.stride(0),
         pitch_entropy=0 if entropy is None else entropy.stride(0), live=live, row_order=row_order, lse=rows.lse,
         entropy=rows.entropy, a=rows.a, h=rows.h, out=out, softcap=problem.softcap or 0.0, N=problem.n, V=problem.v,
         B=live.shape[1], block_n=spec.block_n, block_v=spec.block_v, first=first,

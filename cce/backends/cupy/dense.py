@@ -25,4 +25,5 @@ def set_window(arguments: Any, dense: Dense, c: Tensor, first: int, dz: Tensor, 
 
 def _from(x: Tensor | None, first: int) -> int | None:
     """Address of an element of a contiguous vector of float32."""
-    return None if x is None else x.data_ptr() + first * ctypes.sizeof(ctypes.c_float)
+    start = address(x)
+    return None if start is None else start + first * ctypes.sizeof(ctypes.c_float)

@@ -53,12 +53,25 @@ class Launch:
 
 
 def address(x: Tensor | None) -> int | None:
-    """Of a tensor's first element, as a field of ``arguments`` takes it."""
+    """Of a tensor's first element, as a field of ``arguments`` takes it; the kernel reads the others as they follow.
+
+    Raises:
+        ValueError: they do not: the kernel would read something else, and beyond its end.
+    """
+    if x is None:
+        return None
+    if not x.is_contiguous():
+        raise ValueError(f"a kernel's argument: got shape {tuple(x.shape)}, strides {x.stride()}, expected contiguous")
+    return x.data_ptr()
+
+
+def strided(x: Tensor | None) -> int | None:
+    """The same of a tensor whose strides the kernel is told in other fields."""
     return None if x is None else x.data_ptr()
 
 
 class Arguments(ctypes.Structure):
-    """The struct of one kernel's arguments; fields are given by name, and tensors stand for their addresses."""
+    """The struct of one kernel's arguments; fields are given by name, contiguous tensors stand for their addresses."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**{name: address(x) if isinstance(x, Tensor) else x for name, x in fields.items()})

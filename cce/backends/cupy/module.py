@@ -1,26 +1,27 @@
 """From a source to a kernel that can be launched: NVRTC, CuPy's cache folder, the driver.
 
 CuPy compiles for the architecture of the GPU; ``wgmma`` exists on sm_90a only, which it has no option for. So NVRTC is
-called here, with the result in CuPy's own folder, and ``cupy.RawModule`` loads it.
+called here, with the result in CuPy's own folder, and CuPy's modules load it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import threading
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cce.backends.cupy.sources import source
+from cce.files import Cache
 
 _lock = threading.Lock()
 _loaded: dict[tuple[int, Variant], int] = {}
+_modules: dict[tuple[int, str, tuple[str, ...]], Any] = {}
+_CACHE = Cache("cubin of the cupy backend")
 
 
 @dataclass(frozen=True)
@@ -61,34 +62,50 @@ def function(variant: Variant) -> int:
     return found
 
 
-@cache
-def _raw_module(path: str) -> Any:
-    import cupy
-
-    return cupy.RawModule(path=path)
-
-
 def _load(variant: Variant) -> int:
-    kernel = _raw_module(str(_cubin(variant))).get_function(variant.name)
+    from cupy.cuda import driver
+
+    kernel = _module(variant).get_function(variant.name)
     if variant.shared > 0:
-        kernel.max_dynamic_shared_size_bytes = variant.shared
-    return int(kernel.kernel.ptr)
+        driver.funcSetAttribute(kernel.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, variant.shared)
+    return int(kernel.ptr)
 
 
-def _cubin(variant: Variant) -> Path:
-    """The file with the compiled module: found, or made."""
+def _module(variant: Variant) -> Any:
+    """The module that the kernel is in, on the current device; kept, as its kernels live no longer than it does."""
+    from cupy.cuda.function import Module
+
+    key = (torch.cuda.current_device(), variant.file, variant.options)
+    if key not in _modules:
+        module = Module()
+        # From memory: the driver would open a file anew, which may be another by then, or could not be written.
+        module.load(_cubin(variant))
+        _modules[key] = module
+    return _modules[key]
+
+
+def _cubin(variant: Variant) -> bytes:
+    """The compiled module: found, or made."""
     from cupy.cuda import nvrtc
 
     text = source(variant.file)
     key = repr((nvrtc.getVersion(), variant.options, text))
-    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-    path = folder / f"cce_{hashlib.sha256(key.encode()).hexdigest()}.cubin"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:  # others may be writing the same
-            file.write(compile_source(text, variant))
-        os.replace(file.name, path)
-    return path
+    folder = _folder()
+    path = None if folder is None else folder / f"cce_{hashlib.sha256(key.encode()).hexdigest()}.sealed.cubin"
+    found = None if path is None else _CACHE.get(path)
+    if found is None:
+        found = compile_source(text, variant)
+        if path is not None:
+            _CACHE.put(path, found)
+    return found
+
+
+def _folder() -> Path | None:
+    """CuPy's own; None for a user without a home."""
+    try:
+        return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    except RuntimeError:
+        return None
 
 
 def compile_source(text: str, variant: Variant) -> bytes:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy.gpu import Gpu
+from cce.backends.cupy.launch import address
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.repeat import Repeated
 from cce.backends.cupy.variants import (
@@ -29,7 +30,7 @@ _WIDE = 1024  # threads of the kernels of small.cu
 _ROWS_JOINED, _ROWS_SCALED = 32, 8  # of a block of threads
 #: Arguments of the kernels: q an address or a count, i an int, f a float; the formula is two floats.
 LAYOUTS = {
-    "prepare": "6q", "join": "8q", "value": "6q", "scale": "13q", "multiply": "5q", "targets": "9q2f2iq",
+    "prepare": "6q", "join": "10q", "value": "4q", "scale": "14q", "multiply": "5q", "targets": "9q2f2iq",
     "store": "2qi4x2qi4xqqqqq2f2i",
 }  # fmt: skip
 
@@ -56,8 +57,8 @@ class PortableOnePass(OnePassKernels):
         )
         count = targets.numel()
         blocks = 1 if weights is not None else max(1, min(64, cdiv(count, _WIDE)))
-        to = 0 if weights is None else weights.data_ptr()
-        launch(blocks, 1, targets.data_ptr(), out.data_ptr(), to, count, v, ignore_index)
+        to = address(weights) or 0
+        launch(blocks, 1, address(targets), out.data_ptr(), to, count, v, ignore_index)
 
     def target_logits(
         self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor, used_e: Tensor | None
@@ -70,8 +71,8 @@ class PortableOnePass(OnePassKernels):
             variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula, used_e is not None)
             launch = self._launch(key, "targets", variant, TARGET_THREADS)
         launch(
-            n * k, 1, e.data_ptr(), c.data_ptr(), *e.stride(), *c.stride(), 0 if bias is None else bias.data_ptr(),
-            targets.data_ptr(), out.data_ptr(), scale, 0.0, e.shape[1], k, 0 if used_e is None else used_e.data_ptr(),
+            n * k, 1, e.data_ptr(), c.data_ptr(), *e.stride(), *c.stride(), address(bias) or 0,
+            address(targets), out.data_ptr(), scale, 0.0, e.shape[1], k, address(used_e) or 0,
         )  # fmt: skip
 
     def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
@@ -82,36 +83,52 @@ class PortableOnePass(OnePassKernels):
         )
         launch(
             cdiv(n, TILE_N) * cdiv(v, TILE_V), 1, e.data_ptr(), e.stride(0) * size, d * size, c.data_ptr(),
-            c.stride(0) * size, d * size, 0 if bias is None else bias.data_ptr(), q.data_ptr(), q.stride(0),
+            c.stride(0) * size, d * size, address(bias) or 0, q.data_ptr(), q.stride(0),
             tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, 0.0, n, v,
         )  # fmt: skip
 
-    def join(self, tile_max: Tensor, tile_sum: Tensor, target_logits: Tensor, targets: Tensor, lse: Tensor) -> None:
+    def join(
+        self,
+        tile_max: Tensor,
+        tile_sum: Tensor,
+        target_logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        nll: Tensor,
+    ) -> None:
         n, k = targets.shape
         key = ("join", targets.get_device())
         launch = self._kernels.get(key) or self._launch(key, "join", small_variant(Gpu.current(), "join"), _WIDE)
         launch(
             cdiv(n, _ROWS_JOINED), 1, tile_max.data_ptr(), tile_sum.data_ptr(), target_logits.data_ptr(),
-            targets.data_ptr(), lse.data_ptr(), n, k, len(tile_max),
+            address(targets), lse.data_ptr(), lse_low.data_ptr(), nll.data_ptr(), n, k, len(tile_max),
         )  # fmt: skip
 
     def scale(
-        self, q: Tensor, tile_max: Tensor, lse: Tensor, target_logits: Tensor, targets: Tensor, a: Tensor, g: Tensor
+        self,
+        q: Tensor,
+        tile_max: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        nll: Tensor,
+        targets: Tensor,
+        a: Tensor,
+        g: Tensor,
     ) -> None:
         (n, v), dtype, size = q.shape, q.dtype, q.element_size()
         key = ("scale", dtype, q.get_device())
         launch = self._kernels.get(key) or self._launch(key, "scale", scale_variant(Gpu.current(), dtype), THREADS)
         launch(
             cdiv(v, THREADS * (16 // size)), cdiv(n, _ROWS_SCALED), q.data_ptr(), tile_max.data_ptr(), lse.data_ptr(),
-            target_logits.data_ptr(), targets.data_ptr(), a.data_ptr(), g.data_ptr(), n, v, g.shape[1], q.stride(0),
-            self.columns(dtype), a.stride(0),
+            lse_low.data_ptr(), nll.data_ptr(), address(targets), a.data_ptr(), address(g), n, v, g.shape[1],
+            q.stride(0), self.columns(dtype), a.stride(0),
         )  # fmt: skip
 
-    def value(self, weights: Tensor, lse: Tensor, target_logits: Tensor, out: Tensor) -> None:
+    def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
         key = ("value", weights.get_device())
         launch = self._kernels.get(key) or self._launch(key, "value", small_variant(Gpu.current(), "value"), _WIDE)
-        n, k = weights.shape
-        launch(1, 1, weights.data_ptr(), lse.data_ptr(), target_logits.data_ptr(), out.data_ptr(), n * k, k)
+        launch(1, 1, address(weights), address(nll), out.data_ptr(), weights.numel())
 
     def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
         other = x.dtype if y is None else y.dtype
@@ -119,6 +136,6 @@ class PortableOnePass(OnePassKernels):
         launch = self._kernels.get(key) or self._launch(
             key, "multiply", multiply_variant(Gpu.current(), x.dtype, other), THREADS
         )
-        first, (to, second) = x.numel(), (0, 0) if y is None else (y.data_ptr(), y.numel())
+        first, (to, second) = x.numel(), (0, 0) if y is None else (address(y), y.numel())
         blocks = max(1, min(1024, cdiv(max(first, second), 8 * THREADS)))
-        launch(blocks, 1, x.data_ptr(), to, factor.data_ptr(), first, second)
+        launch(blocks, 1, address(x), to, factor.data_ptr(), first, second)

@@ -12,7 +12,7 @@ from cce.backends.cupy import compensation, worklist
 from cce.backends.cupy import rows as row_kernels
 from cce.backends.cupy.dense import set_window, tensors_of
 from cce.backends.cupy.gpu import Gpu
-from cce.backends.cupy.launch import Launch
+from cce.backends.cupy.launch import Launch, strided
 from cce.backends.cupy.onepass import PortableOnePass
 from cce.backends.cupy.variants import (
     TARGET_THREADS,
@@ -54,8 +54,9 @@ class PortableKernels(Kernels):
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
         n, k = targets.shape
         arguments = structs.TargetsArguments(
-            e=e, c=c, stride_en=e.stride(0), stride_ed=e.stride(1), stride_cv=c.stride(0), stride_cd=c.stride(1),
-            bias=formula.bias, targets=targets, out=out, formula=structs.Formula.of(formula), D=e.shape[1], K=k,
+            e=strided(e), c=strided(c), stride_en=e.stride(0), stride_ed=e.stride(1), stride_cv=c.stride(0),
+            stride_cd=c.stride(1), bias=formula.bias, targets=targets, out=out, formula=structs.Formula.of(formula),
+            D=e.shape[1], K=k,
         )  # fmt: skip
         variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula)
         Launch(variant, n * k, TARGET_THREADS, arguments)()
@@ -125,13 +126,22 @@ class PortableKernels(Kernels):
         compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
         return True
 
-    def joined_lse(self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
-        return row_kernels.joined_lse(splits, target_logits, targets, in_use)
+    def joined(
+        self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return row_kernels.joined(splits, target_logits, targets, in_use)
 
     def fill_maps(
-        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
+        self,
+        problem: Problem,
+        spec: Spec,
+        lse: Tensor,
+        lse_low: Tensor,
+        in_use: Tensor,
+        tiles: Tiles,
+        maps: Maps[Tensor],
     ) -> bool:
-        row_kernels.fill_maps(spec, lse, in_use, tiles, maps)
+        row_kernels.fill_maps(spec, lse, lse_low, in_use, tiles, maps)
         return True
 
     def work_list(

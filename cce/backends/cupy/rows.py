@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy.gpu import Gpu
-from cce.backends.cupy.launch import Arguments, Launch
+from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.variants import DTYPES
 from cce.backends.gpu.kernels import Splits, Tiles
@@ -42,9 +42,11 @@ class FillArguments(Arguments):
     """Of fill_kernel."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("tile_lse", "tile_max", "tile_entropy", "lse", "in_use", "mass", "entropy")),
+        *((name, c_void_p) for name in (
+            "tile_max", "tile_log_sum", "tile_entropy", "lse", "lse_low", "in_use", "mass", "entropy",
+        )),
         ("pitch_mass", c_longlong), ("pitch_entropy", c_longlong), ("log_threshold", c_float), ("least", c_float),
-        ("N", c_int), ("T", c_int),
+        *((name, c_int) for name in ("by_maximum", "N", "T")),
     )  # fmt: skip
 
 
@@ -52,7 +54,7 @@ class JoinArguments(Arguments):
     """Of join_kernel."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("max", "sum", "target_logits", "targets", "in_use", "lse")),
+        *((name, c_void_p) for name in ("max", "sum", "target_logits", "targets", "in_use", "lse", "lse_low", "nll")),
         *((name, c_int) for name in ("N", "S", "K")),
     )  # fmt: skip
 
@@ -67,7 +69,7 @@ def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) 
     """See :meth:`cce.backends.gpu.kernels.Kernels.gather_rows`."""
     size = e.element_size()
     arguments = GatherArguments(
-        e=e, row_order=row_order, keep=keep, out=out, pitch=e.stride(0) * size // ALIGNMENT, N=len(out),
+        e=strided(e), row_order=row_order, keep=keep, out=out, pitch=e.stride(0) * size // ALIGNMENT, N=len(out),
         pieces=e.shape[1] * size // ALIGNMENT,
     )  # fmt: skip
     Launch(rows_variant(Gpu.current(), "gather"), len(out), _THREADS, arguments)()
@@ -76,34 +78,35 @@ def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) 
 def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
     """See :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows`."""
     arguments = ScatterArguments(
-        total=total, norm=norm, row_order=row_order, out=out, pitch=total.stride(0), N=len(out), D=out.shape[1]
+        total=strided(total), norm=norm, row_order=row_order, out=out, pitch=total.stride(0), N=len(out), D=out.shape[1]
     )
     Launch(rows_variant(Gpu.current(), "scatter", out.dtype), len(out), _THREADS, arguments)()
 
 
-def joined_lse(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> Tensor:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.joined_lse`."""
+def joined(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See :meth:`cce.backends.gpu.kernels.Kernels.joined`."""
     number, n = splits.max.shape
-    lse = torch.empty_like(splits.max[0])
-    targets, in_use = targets.contiguous(), in_use.contiguous()
+    lse, lse_low = torch.empty_like(splits.max[0]), torch.empty_like(splits.max[0])
+    nll, targets, in_use = torch.empty_like(target_logits), targets.contiguous(), in_use.contiguous()
     arguments = JoinArguments(
-        max=splits.max, sum=splits.sum, target_logits=target_logits, targets=targets, in_use=in_use, lse=lse, N=n,
-        S=number, K=targets.shape[1],
+        max=splits.max, sum=splits.sum, target_logits=target_logits, targets=targets, in_use=in_use, lse=lse,
+        lse_low=lse_low, nll=nll, N=n, S=number, K=targets.shape[1],
     )  # fmt: skip
     Launch(rows_variant(Gpu.current(), "join"), cdiv(n, _JOIN_THREADS), _JOIN_THREADS, arguments)()
-    return lse
+    return lse, lse_low, nll
 
 
-def fill_maps(spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:
+def fill_maps(spec: Spec, lse: Tensor, lse_low: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:
     """See :meth:`cce.backends.gpu.kernels.Kernels.fill_maps`."""
     mass, entropy = maps.tile_mass, maps.tile_entropy
     assert mass is not None and spec.threshold is not None
     number, n = mass.shape
-    in_use, lse = in_use.contiguous(), lse.contiguous()
+    in_use, lse, lse_low = in_use.contiguous(), lse.contiguous(), lse_low.contiguous()
     arguments = FillArguments(
-        tile_lse=tiles.lse, tile_max=tiles.max, tile_entropy=tiles.entropy, lse=lse, in_use=in_use, mass=mass,
-        entropy=entropy, pitch_mass=mass.stride(0), pitch_entropy=0 if entropy is None else entropy.stride(0),
-        log_threshold=math.log(spec.threshold), least=LEAST_HIT, N=n, T=number,
+        tile_max=tiles.max, tile_log_sum=tiles.log_sum, tile_entropy=tiles.entropy, lse=lse, lse_low=lse_low,
+        in_use=in_use, mass=strided(mass), entropy=strided(entropy), pitch_mass=mass.stride(0),
+        pitch_entropy=0 if entropy is None else entropy.stride(0), log_threshold=math.log(spec.threshold),
+        least=LEAST_HIT, by_maximum=spec.filter == "element", N=n, T=number,
     )  # fmt: skip
     variant = rows_variant(Gpu.current(), "fill", half=mass.dtype == torch.float16)
     Launch(variant, (cdiv(n, _FILL_THREADS), cdiv(number, _FILL_TILES)), _FILL_THREADS, arguments)()

@@ -16,7 +16,7 @@ from cce.backends.cupy import arguments as structs
 from cce.backends.cupy.ahead import AheadArguments
 from cce.backends.cupy.dense import set_window, tensors_of
 from cce.backends.cupy.gpu import Gpu
-from cce.backends.cupy.launch import Arguments, Launch
+from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.portable import PortableKernels, rows_of_places
 from cce.backends.cupy.sm90_onepass import Sm90OnePass
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
@@ -153,7 +153,7 @@ class Sm90Kernels(PortableKernels):
         }  # fmt: skip
         if tiles is not None:
             macros |= {
-                "MAPS": True, "ELEMENT": tiles.max is not None, "TILE_ENTROPY": tiles.entropy is not None,
+                "MAPS": True, "TILE_ENTROPY": tiles.entropy is not None,
                 "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
             }  # fmt: skip
         variant = variant_of("statistics", cluster, e.dtype, formula, macros, splits.weighted is not None)
@@ -204,7 +204,7 @@ def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
         plan=PlanArguments(
             **{name: getattr(plan, name) for name in _TABLES}, max_items=plan.item_block.shape[1], T=tiles, B=blocks
         ),
-        rows=structs.Rows.of(live.rows), order=live.order, row_of=row_of, c_rows=live.c,
+        rows=structs.Rows.of(live.rows), order=live.order, row_of=row_of, c_rows=strided(live.c),
         c_pieces=live.c.stride(0) * live.c.element_size() // 16, bias=live.formula.bias, dz=live.dz, de=live.de,
         dc=live.dc, mass_e=live.mass_e, norm=live.norm, counters=counters, formula=structs.Formula.of(live.formula),
         N=problem.n, V=problem.v, D=live.e.shape[1], width=0 if live.dc is None else live.dc.shape[1], first_chunk=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cce.backends.cupy.launch import address
 from cce.backends.cupy.onepass import PortableOnePass
 from cce.backends.cupy.repeat import Repeated
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
@@ -35,6 +36,6 @@ class Sm90OnePass(PortableOnePass):
             launch = self._kernels[key] = Repeated(variant, THREADS, STORE_LAYOUT)
         launch(
             grid_of(cdiv(n, cluster * TILE_N) * cdiv(v, TILE_V), cluster), 1, box_bytes(e, TILE_N),
-            box_bytes(c, TILE_V // cluster), 0 if bias is None else bias.data_ptr(), q.data_ptr(), q.stride(0),
+            box_bytes(c, TILE_V // cluster), address(bias) or 0, q.data_ptr(), q.stride(0),
             tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, 0.0, n, v, d,
         )  # fmt: skip

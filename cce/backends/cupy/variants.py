@@ -24,7 +24,7 @@ def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula, 
 
 def small_variant(gpu: Gpu, name: str, targets: torch.dtype = torch.int64) -> Variant:
     """Of a kernel of small.cu; prepare takes targets of this dtype."""
-    macros = {"TARGET_BYTES": targets.itemsize, "UNSIGNED": targets == torch.uint8}
+    macros = {"TARGET_BYTES": targets.itemsize, "UNSIGNED": not targets.is_signed}
     return _variant(gpu, "small", macros if name == "prepare" else {}, kernel=name)
 
 
@@ -54,7 +54,7 @@ def statistics_variant(
     }  # fmt: skip
     if tiles is not None:
         macros |= {
-            "MAPS": 1, "ELEMENT": tiles.max is not None, "TILE_ENTROPY": tiles.entropy is not None,
+            "MAPS": 1, "TILE_ENTROPY": tiles.entropy is not None,
             "ONLINE": spec.lse_accumulation == "online", "BLOCK_V": spec.block_v or 0,
         }  # fmt: skip
     return _of_tiles(gpu, "statistics", macros, TILE_N, columns)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy.gpu import Gpu
-from cce.backends.cupy.launch import Arguments, Launch
+from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.module import Variant
 from cce.backends.gpu.kernels import Rows
 from cce.backends.gpu.plan import Plan, shapes
@@ -82,7 +82,7 @@ def work_list(
     given = (upstream.a.contiguous(), upstream.g.contiguous(), None if upstream.h is None else upstream.h.contiguous())
     in_use, hits = used_rows(inputs).contiguous(), ints(words, n)
     arguments = WorkArguments(
-        tile_mass=mass, pitch_mass=mass.stride(0), a=given[0], g=given[1], h=given[2], places=rows.targets,
+        tile_mass=strided(mass), pitch_mass=mass.stride(0), a=given[0], g=given[1], h=given[2], places=rows.targets,
         in_use=in_use, hits=hits, counts=counts, keep=work.keep, row_order=work.row_order, row_of=work.row_of,
         live=work.live, N=n, T=tiles, K=problem.k, B=blocks, block_n=spec.block_n, block_v=spec.block_v,
         by_count=by_count,

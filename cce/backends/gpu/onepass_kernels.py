@@ -83,8 +83,8 @@ class OnePassKernels(ABC):
     ) -> None:
         """q becomes dz = a p - sum_k g_k [j = target_k], p = q exp((m - lse) - lse_low), in the products' dtype.
 
-        At a target p is exp(-nll). A row without a target gets zeros, whatever it holds; so does one whose a is 0, if
-        it is finite. A tile whose m is -inf has p = 0, but NaN where the row's lse is -inf or inf.
+        At a target p is exp(-nll). A row without a target gets zeros, whatever it holds; so does one whose a and g are
+        all 0, if it is finite. A tile whose m is -inf has p = 0, but NaN where the row's lse is -inf or inf.
 
         Args:
             q: (N, V) as :meth:`store` left it; a: (N,) any stride; g: (N, K). Multiplied by the scale.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +20,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from cce.backends.gpu.folders import folder_of
+from cce.files import Cache
 
 if TYPE_CHECKING:
     from cce.backends.numba.launch import Kernel
 
 VARIABLE = "CCE_NUMBA_CACHE"
+_CACHE = Cache("cubin of the numba backend")
 #: How an argument lies in memory, each in 8 bytes.
 _FORMATS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
 _SOURCES = ("cubin.py", "device.py", "intrinsics.py", "matrix.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
@@ -45,14 +46,15 @@ class Code:
 def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
     """From the folder of cubins, or newly compiled."""
     path = _path(kernel, capability)
-    if path is not None and path.exists():
-        head, cubin = path.read_bytes().split(b"\n", 1)
+    kept = None if path is None else _CACHE.get(path)
+    if kept is not None:
+        head, cubin = kept.split(b"\n", 1)
         entry, layout = head.decode().split(" ")
         return Code(entry, layout, cubin)
     ptx = ptx_of(kernel, capability)
     found = replace(ptx, code=assemble(ptx.code, capability))
     if path is not None:
-        _write(path, f"{found.entry} {found.format}\n".encode() + found.code)
+        _CACHE.put(path, f"{found.entry} {found.format}\n".encode() + found.code)
     return found
 
 
@@ -130,14 +132,3 @@ def _sources() -> str:
     here = Path(__file__).parent
     texts = [path.read_bytes() for pattern in _SOURCES for path in sorted(here.glob(pattern))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Under another name first, so that nobody reads half a file; a folder that cannot be written is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        other = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-        other.write_bytes(content)
-        other.replace(path)
-    except OSError:
-        return

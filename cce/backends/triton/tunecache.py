@@ -1,7 +1,7 @@
 """Tuned launch configurations on disk: a folder, in it one JSON file for each problem on each kind of GPU.
 
-A file is written under another name and moved to its place, so that nobody ever reads half of one; with a file for each
-problem, processes that tune different ones do not undo each other's work. All are read once a process, at first use.
+With a file for each problem, processes that tune different ones do not undo each other's work. All are read once a
+process, at first use. Unlike other caches' files these are for people, too: JSON, whose digest is a field of its own.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
@@ -19,13 +17,16 @@ from typing import Any
 
 import torch
 
+from cce import files
 from cce.backends.gpu.folders import folder_of
 from cce.backends.gpu.sizes import power_of_two
 from cce.backends.triton.launch import TILES, Device, Tile
 from cce.problem import Problem
 from cce.spec import Spec
 
-FORMAT = "cce launch configuration 1"
+FORMAT = "cce launch configuration 2"
+_FORMER = ("cce launch configuration 1",)  # of releases whose results would not be used anyway
+_CACHE = "launch configurations"
 VARIABLE = "CCE_TUNE_CACHE"
 
 
@@ -85,11 +86,16 @@ def entries(where: Path | None) -> dict[str, dict[str, Tile]]:
     found = {}
     for path in _files(where):
         try:
-            key, tiles = _read(path)
+            content = json.loads(files.read(path).decode())
+            if isinstance(content, dict) and content.get("format") in _FORMER:
+                continue
+            key, tiles = _read(content)
         except FileNotFoundError:  # deleted since
             continue
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            _warn(f"{path} is not a launch configuration ({type(error).__name__}: {error}), and is ignored")
+        except OSError as error:
+            _warn(f"{path} cannot be read ({files.reason(error)}), and is ignored")
+        except (files.Unusable, ValueError, TypeError, KeyError, RecursionError) as error:
+            _warn(f"{path} is not a launch configuration ({files.reason(error)}), and is ignored")
         else:
             found[key] = tiles
     return found
@@ -103,36 +109,45 @@ def _files(where: Path | None) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        _warn(f"{where} cannot be read ({error.strerror}): no tuned launch configuration is used")
+        _warn(f"{where} cannot be read ({files.reason(error)}): no tuned launch configuration is used")
         return []
 
 
-def _read(path: Path) -> tuple[str, dict[str, Tile]]:
-    content = json.loads(path.read_text("utf-8"))
+def _read(content: Any) -> tuple[str, dict[str, Tile]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"expected an object whose format is {FORMAT!r}")
+    if content.get("digest") != _digest(content):
+        raise files.Unusable("it was changed: its digest is not that of its content")
     key, tiles = content["key"], content["tiles"]
     if not isinstance(key, dict) or not isinstance(tiles, dict) or not tiles or not set(tiles) <= set(TILES):
         raise ValueError(f"expected a key, and tiles out of {', '.join(TILES)}")
     return _canonical(key), {name: Tile(**fields) for name, fields in tiles.items()}
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of all fields but its own."""
+    text = _canonical({name: value for name, value in content.items() if name != "digest"})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def store(where: Path, key: str, tiles: Mapping[str, Tile], notes: Mapping[str, Any]) -> Path:
-    """Writes the file of ``key``, in place of one that was there; ``notes`` are for people, and are not read."""
+    """Writes the file of ``key``, in place of one that was there; ``notes`` are for people, and are not read.
+
+    Raises:
+        ValueError: it cannot be written. Nothing is left behind then.
+    """
     content = {
         "format": FORMAT,
         "key": json.loads(key),
         "tiles": {name: asdict(tile) for name, tile in tiles.items()},
-        "notes": dict(notes),
+        "notes": json.loads(json.dumps(dict(notes))),  # as they will be read: the names in their order
     }
+    content["digest"] = _digest(content)
     path = where / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    # A name of its own for every writer, and not one that ends in .json.
-    partial = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        files.write(path, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise _not_writable(where, error) from error
     return path
 
 
@@ -145,14 +160,16 @@ def writable() -> Path:
     where = folder()
     if where is None:
         raise ValueError(f"{VARIABLE}: got {os.environ.get(VARIABLE)!r}, expected a folder to keep the result in")
-    probe = where / f"{os.getpid()}-{secrets.token_hex(4)}.partial"
     try:
-        where.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{VARIABLE}: got {str(where)!r}, expected a folder to write to ({error.strerror})") from error
+        files.check_writable(where)
+    except (OSError, files.Unusable) as error:
+        raise _not_writable(where, error) from error
     return where
+
+
+def _not_writable(where: Path, error: Exception) -> ValueError:
+    why = files.reason(error)
+    return ValueError(f"{VARIABLE}: got {str(where)!r}, expected a folder to write to ({why})")
 
 
 def _canonical(key: Mapping[str, Any]) -> str:
@@ -160,4 +177,4 @@ def _canonical(key: Mapping[str, Any]) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"cce: {message}", RuntimeWarning, stacklevel=4)
+    files.warn_once(_CACHE, message)

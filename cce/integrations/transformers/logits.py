@@ -9,6 +9,7 @@ operation without a rule needs the elements; it raises an error that names the m
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
@@ -231,10 +232,13 @@ def _cross_entropy(
             options[name] = value
     x.call.losses += 1
     device = x.device.type
-    with torch.autocast(device, enabled=False):  # what it casts was cast when the head was called
+    # Not every device has it: meta has not.
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # What it casts was cast when the head was called.
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
         found = x.product.loss(target, ignore_index=ignore_index, reduction=reduction, **options)
     # As F.cross_entropy's, which autocast computes in float32.
-    return found.to(torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(device) else x.dtype)
+    return found.to(torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype)
 
 
 def _check_present(x: Logits) -> None:

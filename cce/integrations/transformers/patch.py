@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
-
-from cce.integrations.transformers.heads import find_head, is_replaced, without_logits
-from cce.integrations.transformers.logits import Call, Logits
+from cce.integrations.transformers.forward import bind, patch_class, patch_of, restore
+from cce.integrations.transformers.heads import find_head
+from cce.integrations.transformers.others import check_loss, described
 from cce.integrations.transformers.targets import Target, check_options, check_weight, find_target, name_of
+from cce.integrations.transformers.watch import MARK, Watch, is_inside
 
-_MARK = "_cce_patch"
 Model = TypeVar("Model")
-
-
-@dataclass
-class _Patch:
-    """What is behind a patched forward.
-
-    Attributes:
-        original: the forward it calls, a function whose first argument is the model.
-        own: whether the class (the instance) had a forward of its own, which unpatch puts back.
-        replaced: that forward.
-        options: of ``cce.loss``.
-        warned: a training step without labels has been met.
-        active: False after unpatch, for those who kept the forward of a class.
-    """
-
-    original: Callable[..., Any]
-    own: bool
-    replaced: Any
-    options: dict[str, Any] = field(default_factory=dict)
-    warned: bool = False
-    active: bool = True
 
 
 def patch(model: Model, **options: Any) -> Model:
@@ -64,6 +36,7 @@ def patch(model: Model, **options: Any) -> Model:
 
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025, section 4.
 
+    >>> import torch
     >>> patch(torch.nn.Linear(2, 3))
     Traceback (most recent call last):
     ...
@@ -73,16 +46,12 @@ def patch(model: Model, **options: Any) -> Model:
     target = find_target(model)
     _check_unpatched(target)
     check_weight(options.get("weight"), None if isinstance(target, type) else find_head(target))
-    forward = target.forward
-    signature = inspect.signature(forward)
-    if "labels" not in signature.parameters:
-        raise ValueError(
-            f"model: {name_of(target)}.forward has no argument labels, expected a model that computes a loss"
-        )
-    own = "forward" in vars(target)
-    patched = _Patch(_unbound(target, forward), own, vars(target).get("forward"), dict(options))
-    wrapper = _wrap(patched, forward, signature)
-    _set(target, wrapper if isinstance(target, type) else MethodType(wrapper, target))
+    check_loss()
+    if isinstance(target, type):
+        patch_class(target, dict(options))
+    else:
+        bind(target, dict(options), watch := Watch())
+        watch.attach(target)
     return model
 
 
@@ -99,128 +68,47 @@ def unpatch(model: Model) -> Model:
         TypeError: not a model of transformers.
         ValueError: it is not patched, or another library has wrapped the patched forward since.
 
+    >>> import torch
     >>> unpatch(torch.nn.Linear(2, 3))
     Traceback (most recent call last):
     ...
     TypeError: model: got an instance of Linear, expected a transformers.PreTrainedModel or a class of them
     """
     target = find_target(model)
-    patched = _patch_of(vars(target).get("forward"))
-    if patched is None:
-        if not isinstance(target, type) and _patch_of(type(target).forward) is not None:
+    forward = vars(target).get(MARK)
+    if forward is None:
+        if not isinstance(target, type) and patch_of(type(target).forward) is not None:
             raise ValueError(f"model: {name_of(target)} is patched as a class, expected unpatch({name_of(target)})")
-        if any(_patch_of(f) for f in _wrapped(vars(target).get("forward"))):
-            raise ValueError(
-                f"model: the forward of {name_of(target)} was wrapped after patch, expected the patched one; undo that "
-                "first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
-            )
         raise ValueError(f"model: {name_of(target)} is not patched, expected one that is")
-    patched.active = not isinstance(target, type)
-    if patched.own:
-        _set(target, patched.replaced)
-    else:
-        delattr(target, "forward")
+    _check_in_place(target, forward)
+    if not isinstance(target, type):
+        forward.watch.remove()
+    restore(target, getattr(forward, MARK))
     return model
 
 
-def _set(target: Target, forward: Any) -> None:
-    """Past ``nn.Module.__setattr__``, which is for parameters and modules."""
-    if isinstance(target, type):
-        target.forward = forward
-    else:
-        target.__dict__["forward"] = forward
-
-
-def _patch_of(forward: Any) -> _Patch | None:
-    """What is behind ``forward`` if it is a patched one itself."""
-    found: _Patch | None = getattr(getattr(forward, "__func__", forward), _MARK, None)
-    return found
-
-
-def _unbound(target: Target, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` as a function of the model and its arguments."""
-    if isinstance(target, type):
-        return forward
-    if getattr(forward, "__self__", None) is target:
-        found: Callable[..., Any] = forward.__func__  # type: ignore[attr-defined]
-        return found
-    return lambda _, *args, **kwargs: forward(*args, **kwargs)
-
-
-def _wrap(patched: _Patch, forward: Callable[..., Any], signature: inspect.Signature) -> Callable[..., Any]:
-    """A forward with the name, the documentation and the signature of ``forward``: Trainer reads the latter."""
-    original = patched.original
-    names = [name for name in signature.parameters if name != "self"]
-    position = names.index("labels")
-
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not patched.active or not (self.training and torch.is_grad_enabled()):
-            return original(self, *args, **kwargs)
-        if (args[position] if len(args) > position else kwargs.get("labels")) is None:
-            _warn_once(patched, type(self).__name__)
-            return original(self, *args, **kwargs)
-        return _train(self, patched, args, kwargs)
-
-    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-        setattr(wrapper, name, getattr(forward, name, getattr(wrapper, name)))
-    # Not functools.wraps: accelerate's unwrap_model follows __wrapped__ to the end, and would unpatch the model.
-    parameters = [p for p in signature.parameters.values() if p.name != "self"]
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    wrapper.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]
-    setattr(wrapper, _MARK, patched)
-    return wrapper
-
-
-@torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
-def _train(model: nn.Module, patched: _Patch, args: Any, kwargs: Any) -> Any:
-    """The forward without logits; torch.compile passes it by and compiles what it calls, up to the head."""
-    head = find_head(model)
-    if is_replaced(head):  # by a patched forward whose super().forward this is
-        return patched.original(model, *args, **kwargs)
-    call = Call(type(model).__name__, patched.options)
-    with without_logits(head, call):
-        output = patched.original(model, *args, **kwargs)
-    return _finished(output, call)
-
-
-def _finished(output: Any, call: Call) -> Any:
-    """``output`` with None where the stand-in was."""
-    if not call.losses:
-        raise ValueError(
-            f"model: {call.owner} got labels but computed no loss from its head's logits by "
-            "torch.nn.functional.cross_entropy, expected a causal language model's loss"
-        )
-    if isinstance(output, tuple):
-        return tuple(None if isinstance(x, Logits) else x for x in output)
-    # A new one: a ModelOutput's items and attributes are set when it is made.
-    return type(output)(**{key: None if isinstance(x, Logits) else x for key, x in output.items()})
-
-
-def _warn_once(patched: _Patch, owner: str) -> None:
-    if patched.warned:
+def _check_in_place(target: Target, patched: Any) -> None:
+    """Nothing else may lie over the patched forward: it would stay, or be lost."""
+    found = vars(target).get("forward")
+    if found is None or patch_of(found) is getattr(patched, MARK):
         return
-    patched.warned = True
-    warnings.warn(
-        f"{owner} is patched by cce, but was called in training without labels, so it computes its logits. Trainer "
-        "takes the labels away with compute_loss_func, and with label_smoothing_factor: use "
-        "patch(model, label_smoothing=...) instead of that.",
-        stacklevel=3,
+    if is_inside(patched, found):
+        raise ValueError(
+            f"model: the forward of {name_of(target)} was wrapped after patch, expected the patched one; undo that "
+            "first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+        )
+    remedy = "set that back" if isinstance(target, type) else "undo that first; `del model.forward` leaves the class's"
+    raise ValueError(
+        f"model: the forward of {name_of(target)} was replaced after patch, by {described(found)}, expected the "
+        f"patched one; {remedy}"
     )
 
 
 def _check_unpatched(target: Target) -> None:
-    patched = next((p for f in _wrapped(vars(target).get("forward")) if (p := _patch_of(f))), None)
-    of_class = None if isinstance(target, type) else _patch_of(type(target).forward)
-    if patched or of_class:
-        options = (patched or of_class).options  # type: ignore[union-attr]
-        where = "" if patched else " as a class"
+    own, of_class = vars(target).get(MARK), None if isinstance(target, type) else patch_of(type(target).forward)
+    patched = getattr(own, MARK, of_class)
+    if patched is not None:
+        where = " as a class" if own is None else ""
         raise ValueError(
-            f"model: {name_of(target)} is patched already{where}, with options {options}; unpatch it first"
+            f"model: {name_of(target)} is patched already{where}, with options {patched.options}; unpatch it first"
         )
-
-
-def _wrapped(forward: Any) -> Iterator[Any]:
-    """``forward`` and the functions inside it."""
-    while forward is not None:
-        yield forward
-        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)

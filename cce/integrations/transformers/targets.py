@@ -68,6 +68,15 @@ def name_of(target: Target) -> str:
     return target.__name__ if isinstance(target, type) else type(target).__name__
 
 
+def check_version() -> None:
+    """Of transformers.
+
+    Raises:
+        ImportError: it is not installed, or older than 5.
+    """
+    _pretrained_model()
+
+
 def _pretrained_model() -> type[nn.Module]:
     """transformers' base class; imported when the first model comes, which has imported it already."""
     try:

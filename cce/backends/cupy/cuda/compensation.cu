@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(256) dead_mass_kernel(const __grid_
         float total = 0;
         if (!p.live[static_cast<long long>(t) * p.B + i / p.block_n]) {
             const long long row = p.row_order[i];
-            const float mass = fmaxf(of_map(p.tile_mass, t * p.pitch_mass + row), 0.0f);
+            const float given = of_map(p.tile_mass, t * p.pitch_mass + row), mass = given < 0 ? 0.0f : given;  // NaN stays
             const float log_mass = log2_of(mass) * LN2;
             float weight = p.a[row];
             if constexpr (ENTROPY) {

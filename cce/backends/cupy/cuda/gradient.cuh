@@ -4,22 +4,22 @@
 
 // Per row of the problem, in its own order; a, g, h and s have been multiplied by the scale.
 struct Rows {
-    const float *lse, *a, *g, *entropy, *h, *s;
+    const float *lse, *lse_low, *a, *g, *entropy, *h, *s;
     const int* targets;  // (N, K) places
     int K;
 };
 
 // What the epilogue needs of a row; read before the product, which hides the wait.
 struct RowValues {
-    float lse, a, h, centre, g, s;
+    float lse, low, a, h, centre, g, s;
     int target, row;
 };
 
 __device__ __forceinline__ RowValues row_values(const Rows& rows, int row) {
-    RowValues values = {finite(rows.lse[row]), rows.a[row], 0, 0, 0, 0, -1, row};
+    RowValues values = {rows.lse[row], rows.lse_low[row], rows.a[row], 0, 0, 0, 0, -1, row};
     if constexpr (ENTROPY) {
         values.h = rows.h[row];
-        values.centre = values.lse - rows.entropy[row];
+        values.centre = values.low - rows.entropy[row];
     }
     if constexpr (WEIGHTED) values.s = rows.s[row];
     if constexpr (!SEVERAL_TARGETS) {
@@ -29,22 +29,21 @@ __device__ __forceinline__ RowValues row_values(const Rows& rows, int row) {
     return values;
 }
 
-// z -= g where the column is the target's and its logit is not among the ``masked``; ``column`` counts from the first of
-// the JB accumulators from j0.
+// dz -= g where the column is the target's; ``column`` counts from the first of the JB accumulators from j0.
 template <int J, int JB>
-__device__ __forceinline__ void subtract_at(
-    float (&dz)[J][4], int j0, int x, int column, float g, unsigned long long masked) {
+__device__ __forceinline__ void subtract_at(float (&dz)[J][4], int j0, int x, int column, float g) {
     if (column < 0 || column >= 8 * JB) return;
 #pragma unroll
     for (int j = 0; j < JB; ++j) {
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
-            if (8 * j + lane_column(y) == column && !(masked >> (2 * j + y) & 1)) dz[j0 + j][2 * x + y] -= g;
+            if (8 * j + lane_column(y) == column) dz[j0 + j][2 * x + y] -= g;
         }
     }
 }
 
-// z becomes dx = softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), p = exp(z - lse); 0 where z = -inf.
+// z becomes dx = softcap'(z) (p (a + h ((lse - z) + (lse_low - H))) - sum_k g_k [j = target_k] + s u_j), with
+// p = exp((z - lse) - lse_low): NaN where lse is not finite, since lse_low is NaN then.
 // Of the JB accumulators from j0, columns that follow one another from ``place`` in the vocabulary, and of row x.
 // ``weight``: u of these columns, in shared memory.
 template <int J, int JB>
@@ -53,17 +52,15 @@ __device__ __forceinline__ void gradient_of_row(
     const Formula& formula) {
     float ratio[SOFTCAP ? JB : 1][2];
     const float inverse = SOFTCAP ? 1 / formula.softcap : 0.0f;
-    unsigned long long masked = 0;  // columns with z = -inf, which a bias makes, and no softcap leaves
 #pragma unroll
     for (int j = 0; j < JB; ++j) {
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
             float& value = z[j0 + j][2 * x + y];
-            const float p = exp2_of(value * LOG2E - values.lse * LOG2E);
-            if constexpr (BIAS && !SOFTCAP) masked |= static_cast<unsigned long long>(value == NEG_INF) << (2 * j + y);
+            const float below = __fsub_rn(value, values.lse), p = exp_of(below, values.low);
             if constexpr (SOFTCAP) ratio[j][y] = value * inverse;
             if constexpr (ENTROPY) {
-                value = p * (values.a + values.h * (values.centre - fmaxf(value, -1e30f)));  // p is 0 where z = -inf
+                value = p * (values.a + values.h * (values.centre - fmaxf(below, -1e4f)));  // p is 0 where z is lower
             } else {
                 value = p * values.a;
             }
@@ -71,19 +68,20 @@ __device__ __forceinline__ void gradient_of_row(
         }
     }
     if constexpr (!SEVERAL_TARGETS) {
-        if (values.target >= 0) subtract_at<J, JB>(z, j0, x, values.target - place, values.g, masked);
+        if (values.target >= 0) subtract_at<J, JB>(z, j0, x, values.target - place, values.g);
     } else {
         for (int k = 0; k < rows.K; ++k) {
             const long long where = static_cast<long long>(values.row) * rows.K + k;
             const int target = rows.targets[where];
-            if (target >= 0) subtract_at<J, JB>(z, j0, x, target - place, rows.g[where], masked);
+            if (target >= 0) subtract_at<J, JB>(z, j0, x, target - place, rows.g[where]);
         }
     }
     if constexpr (SOFTCAP) {
 #pragma unroll
         for (int j = 0; j < JB; ++j) {
 #pragma unroll
-            for (int y = 0; y < 2; ++y) z[j0 + j][2 * x + y] *= 1 - ratio[j][y] * ratio[j][y];
+            // 0 of a masked entry, whose ratio is -inf.
+            for (int y = 0; y < 2; ++y) z[j0 + j][2 * x + y] *= fmaxf(1 - ratio[j][y] * ratio[j][y], 0.0f);
         }
     }
 }

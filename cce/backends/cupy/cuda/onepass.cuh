@@ -17,7 +17,7 @@ struct TileSums {
 };
 
 // z becomes q, of the lane's two rows; their m and sum q are stored. ``where``: tile * N + row of x = 0; ``inside``: that
-// the row is there. A NaN among the logits makes the sum one.
+// the row is there. A NaN among the logits makes both one; an infinite one the sum, and its own q.
 template <int J>
 __device__ __forceinline__ void keep_tile(
     float (&z)[J][4], const TileSums& tiles, long long where, const bool (&inside)[2]) {
@@ -27,20 +27,20 @@ __device__ __forceinline__ void keep_tile(
 #pragma unroll
         for (int j = 0; j < J; ++j) m = fmaxf(m, fmaxf(z[j][2 * x], z[j][2 * x + 1]));
         m = quad_max(m);
-        const float base = finite(m) * LOG2E;
+        const float base = m == NEG_INF ? 0.0f : m;
         float s[2] = {0, 0};
 #pragma unroll
         for (int j = 0; j < J; ++j) {
 #pragma unroll
             for (int y = 0; y < 2; ++y) {
                 float& value = z[j][2 * x + y];
-                value = exp2_of(value * LOG2E - base);
+                value = exp_of(value, base);
                 s[y] += value;
             }
         }
         const float total = quad_sum(s[0] + s[1]);
         if (inside[x] && lane_of_warp() % 4 == 0) {
-            tiles.max[where + 8 * x] = m;
+            tiles.max[where + 8 * x] = m == INF ? m : maximum_of(m, total);
             tiles.sum[where + 8 * x] = total;
         }
     }

@@ -2,7 +2,9 @@
 //
 // Conventions of all kernels (docs/algorithm.md has the algorithm, cce/reference/tiled.py its plain text):
 // - sizes N V D T, blocks BLOCK_N BLOCK_V; TILE_N TILE_V: what one product covers; a window's columns are V here.
-// - exponentials are powers of two: exp(z - m) = exp2(LOG2E z - LOG2E m), one multiply-add and one ex2.
+// - exponentials are powers of two of differences: exp(z - m) = exp2(LOG2E (z - m)). The difference comes first, and no
+//   multiply-add of LOG2E z with LOG2E m stands for it: both may be large, and only what they differ by counts.
+// - a maximum is fmaxf's, which leaves NaN out; a sum of exponentials about it does not.
 // - a row or an entry beyond the last is read as the last, so that no load needs a mask; what it gave is not stored.
 #pragma once
 
@@ -37,12 +39,9 @@
 #ifndef PREDICTION
 #define PREDICTION 0
 #endif
-// MAPS: statistics of every BLOCK_V places are stored, too; ELEMENT: their maximum, TILE_ENTROPY: their entropy.
+// MAPS: statistics of every BLOCK_V places are stored, too; TILE_ENTROPY: their entropy.
 #ifndef MAPS
 #define MAPS 0
-#endif
-#ifndef ELEMENT
-#define ELEMENT 0
 #endif
 #ifndef TILE_ENTROPY
 #define TILE_ENTROPY 0
@@ -74,4 +73,6 @@ typedef half_word element;
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-#define NEG_INF (-__int_as_float(0x7f800000))
+#define INF __int_as_float(0x7f800000)
+#define NEG_INF (-INF)
+#define NOT_A_NUMBER __int_as_float(0x7fffffff)

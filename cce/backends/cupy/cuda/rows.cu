@@ -3,6 +3,7 @@
 // DTYPE: of the rows of dE that are stored. MAP_HALF: the map is float16, else float32.
 #include "gradient.cuh"
 #include "maps.cuh"
+#include "pair.cuh"
 
 struct GatherArguments {
     const uint4* e;  // (any, pieces) of 16 bytes
@@ -65,11 +66,11 @@ struct JoinArguments {
     const float* target_logits;  // (N, K)
     const long long* targets;    // (N, K), -1 for none
     const unsigned char* in_use;
-    float* lse;
+    float *lse, *lse_low, *nll;  // (N,), (N,), (N, K)
     int N, S, K;
 };
 
-// lse = the log-sum-exp of the splits, joined in ascending order; at least each target's logit.
+// The splits' log-sum-exp, joined in ascending order, and each target's nll; 0 of rows that do not count.
 extern "C" __global__ void __launch_bounds__(64) join_kernel(const __grid_constant__ JoinArguments p) {
     const int i = blockIdx.x * 64 + threadIdx.x;
     if (i >= p.N) return;
@@ -81,47 +82,47 @@ extern "C" __global__ void __launch_bounds__(64) join_kernel(const __grid_consta
         odd = odd || m != m;
         most = fmaxf(most, m);
     }
-    const float shift = finite(most);
+    const float base = finite(most);
     float sum = 0;
 #pragma unroll 8
     for (int s = 0; s < p.S; ++s) {
         const long long where = static_cast<long long>(s) * p.N + i;
-        sum += expf(__ldg(p.max + where) - shift) * __ldg(p.sum + where);
+        sum += rebased(__ldg(p.max + where), base) * __ldg(p.sum + where);
     }
-    float lse = shift + logf(sum);
-    for (int k = 0; k < p.K; ++k) {
-        const long long where = static_cast<long long>(i) * p.K + k;
-        // Not a maximum of the two: a sum that is NaN stays so.
-        if (p.targets[where] >= 0 && !(p.target_logits[where] <= lse) && lse == lse) lse = p.target_logits[where];
-    }
-    if (odd) lse = __int_as_float(0x7fffffff);
-    p.lse[i] = p.in_use[i] ? lse : 0.0f;
+    const long long first = static_cast<long long>(i) * p.K;
+    const Pair found = join_targets(
+        odd ? NOT_A_NUMBER : most, sum, p.target_logits + first, p.targets + first, p.K, p.nll + first);
+    const bool counts = p.in_use[i];
+    p.lse[i] = counts ? found.lse : 0.0f;
+    p.lse_low[i] = counts ? found.low : 0.0f;
+    for (int k = 0; !counts && k < p.K; ++k) p.nll[first + k] = 0;
 }
 
 struct FillArguments {
-    const float *tile_lse, *tile_max, *tile_entropy;  // (any, N); maximum and entropy or null
-    const float* lse;                                 // (N,)
-    const unsigned char* in_use;                      // (N,)
-    void *mass, *entropy;                             // (T, N), pitches
+    const float *tile_max, *tile_log_sum, *tile_entropy;  // (any, N); entropy or null
+    const float *lse, *lse_low;                           // (N,)
+    const unsigned char* in_use;                          // (N,)
+    void *mass, *entropy;                                 // (T, N), pitches
     long long pitch_mass, pitch_entropy;
     float log_threshold, least;
-    int N, T;
+    int by_maximum, N, T;
 };
 
-// mass = exp(tile_lse - lse), negated and at least ``least`` where the filter's quantity exceeds the threshold; 0 of
-// rows that do not count. A thread has sixteen tiles of a row.
+// mass = exp((max - lse) + (log_sum - lse_low)), negated and at least ``least`` unless the filter's quantity, by_maximum
+// (max - lse) - lse_low, else the mass's logarithm, is at most the threshold: if it is NaN, too. 0 of rows that do not
+// count. A thread has sixteen tiles of a row.
 extern "C" __global__ void __launch_bounds__(256) fill_kernel(const __grid_constant__ FillArguments p) {
     constexpr int TILES = 16;
     const int i = blockIdx.x * 256 + threadIdx.x, t0 = blockIdx.y * TILES;
     if (i >= p.N) return;
     const bool counts = p.in_use[i];
-    const float lse = p.lse[i], bound = lse + p.log_threshold, shift = finite(lse);
-    const float* const quantity = p.tile_max ? p.tile_max : p.tile_lse;
+    const float lse = p.lse[i], low = p.lse_low[i];
 #pragma unroll 8
     for (int t = t0; t < min(t0 + TILES, p.T); ++t) {
         const long long from = static_cast<long long>(t) * p.N + i;
-        float mass = expf(p.tile_lse[from] - shift);
-        if (quantity[from] > bound) mass = -fmaxf(mass, p.least);
+        const float below = p.tile_max[from] - lse, log_mass = below + (p.tile_log_sum[from] - low);
+        float mass = expf(log_mass);
+        if (!((p.by_maximum ? below - low : log_mass) <= p.log_threshold)) mass = -fmaxf(mass, p.least);
         to_map(p.mass, t * p.pitch_mass + i, counts ? mass : 0.0f);
         if (p.entropy) to_map(p.entropy, t * p.pitch_entropy + i, counts ? p.tile_entropy[from] : 0.0f);
     }

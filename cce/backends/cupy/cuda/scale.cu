@@ -1,10 +1,11 @@
-// q becomes the gradient of the logits, in place (onepass.cuh): dz = a p - sum_k g_k [j = target_k], p = q exp(m - lse).
+// q becomes the gradient of the logits, in place (onepass.cuh): dz = a p - sum_k g_k [j = target_k], with
+// p = q exp((m - lse) - lse_low).
 #include "gradient.cuh"
 
 struct ScaleArguments {
     char* q;                            // (N, V), pitch; becomes dz, of the products' dtype
     const float* tile_max;              // (T, N)
-    const float *lse, *target_logits;   // (N,), (N, K)
+    const float *lse, *lse_low, *nll;   // (N,), (N,), (N, K)
     const long long* targets;           // (N, K)
     const float *a, *g;                 // (N,) from ``stride_a`` to the next, (N, K); multiplied by the scale
     long long N, V, K, pitch, tile, stride_a;  // tile: columns of one of tile_max
@@ -19,8 +20,8 @@ __device__ __forceinline__ float from_half(unsigned word) {
     return value;
 }
 
-// A thread has EACH columns of ROWS rows. A row without a target, or whose a is 0, may hold NaN and gets zeros. At a target
-// p is made from the target's own logit, from which the loss is made; where that is -inf, the gradient is 0.
+// A thread has EACH columns of ROWS rows. A row without a target may hold NaN and gets zeros. At a target p is exp(-nll),
+// made of the logit that the loss is made of. In a row whose lse is not finite lse_low is NaN, and so is p.
 extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_constant__ ScaleArguments p) {
     const long long column = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * EACH;
     if (column >= p.V) return;
@@ -36,9 +37,8 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
     for (int r = 0; r < ROWS; ++r) {
         const long long row = row0 + r;
         if (row >= p.N) break;
-        const float lse = p.lse[row], a = p.a[row * p.stride_a];
-        // In a masked tile q is 0, and exp(0 - lse) may be infinite.
-        const float m = tile_max[row], factor = m == NEG_INF ? 0.0f : exp2_of((finite(m) - lse) * LOG2E) * a;
+        const float a = p.a[row * p.stride_a];
+        const float factor = exp_of(__fsub_rn(tile_max[row], p.lse[row]), p.lse_low[row]) * a;
         const unsigned word[4] = {words[r].x, words[r].y, words[r].z, words[r].w};
         float x[EACH];
 #pragma unroll
@@ -50,26 +50,28 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
 #endif
         }
         bool used = false;
+#pragma unroll 1
         for (long long k = 0; k < p.K; ++k) {
             const long long target = p.targets[row * p.K + k], at = target - column;
             used |= target >= 0;
             if (target < 0 || at < 0 || at >= EACH) continue;
-            const float own = exp2_of((p.target_logits[row * p.K + k] - lse) * LOG2E) * a;
+            const float own = exp_of(0, p.nll[row * p.K + k]) * a;
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
                 if (i == at) x[i] = own;
             }
         }
+#pragma unroll 1
         for (long long k = 0; k < p.K; ++k) {
             const long long target = p.targets[row * p.K + k], at = target - column;
-            if (target < 0 || at < 0 || at >= EACH || p.target_logits[row * p.K + k] == NEG_INF) continue;
+            if (target < 0 || at < 0 || at >= EACH) continue;
             const float g = p.g[row * p.K + k];
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
                 if (i == at) x[i] -= g;
             }
         }
-        if (!used || a == 0) {
+        if (!used) {
 #pragma unroll
             for (int i = 0; i < EACH; ++i) x[i] = 0;
         }

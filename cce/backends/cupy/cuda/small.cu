@@ -1,7 +1,7 @@
 // Work on one number a target or a row: as operations of the library, their launches would take longer than all else.
 //
 // Arguments are numbers of 8 bytes, in the order in which onepass.py gives them.
-#include "formula.cuh"
+#include "pair.cuh"
 
 // What the targets are given as.
 #ifndef TARGET_BYTES
@@ -11,15 +11,22 @@
 #define UNSIGNED 0
 #endif
 #if TARGET_BYTES == 8
-typedef long long integer;
+typedef long long signed_integer;
+typedef unsigned long long unsigned_integer;
 #elif TARGET_BYTES == 4
-typedef int integer;
+typedef int signed_integer;
+typedef unsigned unsigned_integer;
 #elif TARGET_BYTES == 2
-typedef short integer;
-#elif UNSIGNED
-typedef unsigned char integer;
+typedef short signed_integer;
+typedef unsigned short unsigned_integer;
 #else
-typedef signed char integer;
+typedef signed char signed_integer;
+typedef unsigned char unsigned_integer;
+#endif
+#if UNSIGNED
+typedef unsigned_integer integer;
+#else
+typedef signed_integer integer;
 #endif
 
 // Of the CUDA runtime, as assert() calls it.
@@ -68,22 +75,22 @@ struct JoinArguments {
     const float *tile_max, *tile_sum;  // (T, N)
     const float* target_logits;        // (N, K)
     const long long* targets;          // (N, K)
-    float* lse;                        // (N,)
+    float *lse, *lse_low, *nll;        // (N,), (N,), (N, K)
     long long N, K, T;
 };
 
-// lse of 32 rows from their tiles, in a fixed order: a warp has every 32nd tile, the first warp joins them. At least each
-// target's logit, which another kernel made: no loss is negative. 0 where a row has no target.
+// The log-sum-exp of 32 rows from their tiles, in a fixed order, and each target's nll: a warp has every 32nd tile, the
+// first warp joins them. 0 where a row has no target.
 extern "C" __global__ void __launch_bounds__(1024) join_kernel(const __grid_constant__ JoinArguments p) {
     __shared__ float maxima[WARPS][32], sums[WARPS][32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const long long row = blockIdx.x * 32ll + lane, read = row < p.N ? row : p.N - 1;
-    float m = NEG_INF, s = 0;
+    float m = NEG_INF, s = 0;  // of tiles with a NaN or an infinite maximum s is NaN
 #pragma unroll 4
     for (long long t = warp; t < p.T; t += WARPS) {
         const float tile_m = p.tile_max[t * p.N + read], tile_s = p.tile_sum[t * p.N + read];
         const float m_new = fmaxf(m, tile_m), base = finite(m_new);
-        s = s * exp2_of((m - base) * LOG2E) + tile_s * exp2_of((tile_m - base) * LOG2E);
+        s = s * rebased(m, base) + tile_s * rebased(tile_m, base);
         m = m_new;
     }
     maxima[warp][lane] = m;
@@ -93,28 +100,26 @@ extern "C" __global__ void __launch_bounds__(1024) join_kernel(const __grid_cons
     for (int w = 1; w < WARPS; ++w) m = fmaxf(m, maxima[w][lane]);
     const float base = finite(m);
     s = 0;
-    for (int w = 0; w < WARPS; ++w) s += sums[w][lane] * exp2_of((maxima[w][lane] - base) * LOG2E);
-    float lse = base + log2_of(s) * LN2;
+    for (int w = 0; w < WARPS; ++w) s += sums[w][lane] * rebased(maxima[w][lane], base);
+    const long long first = row * p.K;
+    const Pair found = join_targets(
+        m == INF ? m : maximum_of(m, s), s, p.target_logits + first, p.targets + first, p.K, p.nll + first);
     bool used = false;
-    for (long long k = row * p.K; k < (row + 1) * p.K; ++k) {
-        if (p.targets[k] < 0) continue;
-        used = true;
-        if (p.target_logits[k] > lse) lse = p.target_logits[k];
-    }
-    p.lse[row] = used ? lse : 0.0f;
+    for (long long k = first; k < first + p.K; ++k) used |= p.targets[k] >= 0;
+    p.lse[row] = used ? found.lse : 0.0f;
+    p.lse_low[row] = used ? found.low : 0.0f;
 }
 
 struct ValueArguments {
-    const float *weights, *lse, *target_logits;  // (N, K), (N,), (N, K)
+    const float *weights, *nll;  // (N, K)
     float* value;
-    long long count, K;
+    long long count;
 };
 
-// sum_ik weights_ik (lse_i - target_logits_ik). One block.
+// sum_ik weights_ik nll_ik. One block.
 extern "C" __global__ void __launch_bounds__(1024) value_kernel(const __grid_constant__ ValueArguments p) {
     float total = 0;
-    for (long long i = threadIdx.x; i < p.count; i += blockDim.x)
-        total += p.weights[i] * (p.lse[i / p.K] - p.target_logits[i]);
+    for (long long i = threadIdx.x; i < p.count; i += blockDim.x) total += p.weights[i] * p.nll[i];
     total = block_sum(total);
     if (threadIdx.x == 0) *p.value = total;
 }

@@ -45,10 +45,8 @@ statistics_kernel(const __grid_constant__ StatisticsArguments p) {
         float z[J][4];
         logit_tile(z, p.e, read, p.c, entries);
         cap(z, tile_bias(), p.formula);
-        // The ragged last tile: its columns beyond V are masked after the softcap, which would undo it.
-        if (v0 + TILE_V > p.V) mask(z, p.V - v0, NEG_INF);
-        // Epilogue: m, s and what else was asked for.
-        add_tile(z, rows, tile_weight(), p.first + v0, row0 + warp_row(), p.N, p.tiles);
+        // Epilogue: m, s and what else was asked for. The ragged last tile masks its columns beyond V.
+        add_tile(z, p.V - v0, rows, tile_weight(), p.first + v0, row0 + warp_row(), p.N, p.tiles);
     }
 
     // Store: one number a row and split.

@@ -17,9 +17,9 @@ struct Splits {
     int* best;
 };
 
-// (T', N) each.
+// (T', N) each; a block's log-sum-exp is max + log_sum.
 struct Tiles {
-    float *lse, *max, *entropy;
+    float *max, *log_sum, *entropy;
 };
 
 // What the split begins with: nothing, or with ``carry`` what it has found in earlier windows. ``where``: split * N + row.
@@ -29,16 +29,16 @@ __device__ __forceinline__ RowStatistics begin(const Splits& splits, long long w
     row.m = splits.max[where];
     if constexpr (PREDICTION) row.best = splits.best[where];
     if (lane_of_warp() % 4 == 0) {  // sums are those of the lanes together
-        row.s = splits.sum[where];
+        row.s = row.m == INF ? INF : splits.sum[where];
         if constexpr (ENTROPY) row.gap = splits.gap[where];
         if constexpr (WEIGHTED) row.weighted = splits.weighted[where];
     }
     return row;
 }
 
-// sum exp(z - shift) and the gap of another m: for the maximum ``safe`` = shift + what ``factor`` is the exponential of.
+// Sum and gap about another maximum.
 __device__ __forceinline__ void rescale(RowStatistics& row, float safe) {
-    const float factor = exp2_of((row.m - safe) * LOG2E);  // 0 for the first tile, where m = -inf
+    const float factor = rebased(row.m, safe);  // 0 for the first tile, where m = -inf
     if constexpr (ENTROPY) row.gap = row.s > 0 ? (row.gap + row.s * (safe - row.m)) * factor : 0.0f;
     row.s *= factor;
 }
@@ -54,18 +54,17 @@ __device__ __forceinline__ void add_block(
     if constexpr (MAPS) tile_m = quad_max(tile_m);
     const float m_new = fmaxf(row.m, tile_m);
     const float safe = finite(m_new);
-    const float shift = ONLINE || !MAPS || tile_m == NEG_INF ? safe : tile_m;
+    const float shift = ONLINE || !MAPS || is_infinite(tile_m) ? safe : tile_m;
 
-    // p = exp(z - shift); s = sum p; gap = sum p (shift - z), every term of which is at least 0.
+    // p = exp(z - shift); s = sum p; gap = sum p (shift - z), every term of which is at least 0, and 0 where p is.
     float tile_s = 0, tile_gap = 0;
 #pragma unroll
     for (int j = j0; j < j0 + JB; ++j) {
 #pragma unroll
         for (int y = 0; y < 2; ++y) {
-            const float value = z[j][2 * x + y];
-            const float p = exp2_of(value * LOG2E - shift * LOG2E);
+            const float value = z[j][2 * x + y], p = exp_of(value, shift);
             tile_s += p;
-            if constexpr (ENTROPY) tile_gap += p > 0 ? p * (shift - value) : 0.0f;
+            if constexpr (ENTROPY) tile_gap -= p * fmaxf(__fsub_rn(value, shift), -1e4f);
         }
     }
     if constexpr (PREDICTION) {
@@ -85,24 +84,45 @@ __device__ __forceinline__ void add_block(
         const float all_gap = TILE_ENTROPY ? quad_sum(tile_gap) : 0.0f;
         if (inside && lane_of_warp() % 4 == 0) {
             const float log_s = log2_of(all_s) * LN2;
-            tiles.lse[where] = shift + log_s;
-            if constexpr (ELEMENT) tiles.max[where] = tile_m;
-            if constexpr (TILE_ENTROPY) tiles.entropy[where] = all_s > 0 ? log_s + all_gap / all_s : 0.0f;
+            tiles.max[where] = maximum_of(tile_m, all_s);
+            tiles.log_sum[where] = tile_m == NEG_INF && all_s == 0 ? 0.0f : log_s + (shift - tile_m);
+            if constexpr (TILE_ENTROPY) tiles.entropy[where] = all_s == 0 ? 0.0f : log_s + all_gap / all_s;
         }
     }
     rescale(row, safe);
-    const float factor = exp2_of((shift - safe) * LOG2E);  // 1 where they are the same
+    const float factor = rebased(shift, safe);  // 1 where they are the same
     if constexpr (ENTROPY) row.gap += (tile_gap + tile_s * (safe - shift)) * factor;
     row.s += tile_s * factor;
     row.m = m_new;
 }
 
-// Epilogue of a tile: its statistics, stored in blocks of BLOCK_V if there are maps, added to those of the lane's two rows.
-// ``weight``: u of the warp's 8 J columns, in shared memory, 0 behind the last; ``place`` of the first column in the
-// vocabulary; ``row0``: the warp's first row.
+// weighted += u z of the warp's columns; 0 times -inf is NaN, as in PyTorch.
+template <int J>
+__device__ __forceinline__ void add_weighted(const float (&z)[J][4], RowStatistics (&rows)[2], const float* weight) {
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+#pragma unroll
+        for (int y = 0; y < 2; ++y) {
+            const float u = weight[8 * j + lane_column(y)];
+#pragma unroll
+            for (int x = 0; x < 2; ++x) rows[x].weighted += z[j][2 * x + y] * u;
+        }
+    }
+}
+
+// Epilogue of a tile of ``columns`` columns, all there are or fewer: its weighted sum, and its statistics, stored in blocks
+// of BLOCK_V if there are maps, added to those of the lane's two rows. ``weight``: u of the warp's 8 J columns, in shared
+// memory, 0 behind the last; ``place`` of the first column in the vocabulary; ``row0``: the warp's first row.
 template <int J>
 __device__ __forceinline__ void add_tile(
-    const float (&z)[J][4], RowStatistics (&rows)[2], const float* weight, int place, int row0, int N, const Tiles& tiles) {
+    float (&z)[J][4], int columns, RowStatistics (&rows)[2], const float* weight, int place, int row0, int N,
+    const Tiles& tiles) {
+    const bool is_ragged = columns < 8 * J;
+    if constexpr (WEIGHTED) {
+        if (is_ragged) mask(z, columns, 0.0f);  // what is behind the last column may be inf, and 0 times it NaN
+        add_weighted(z, rows, weight);
+    }
+    if (is_ragged) mask(z, columns, NEG_INF);
     constexpr int JB = MAPS ? BLOCK_V / 8 : J;
     static_assert(J % JB == 0, "a tile is whole blocks of the map");
 #pragma unroll
@@ -113,17 +133,6 @@ __device__ __forceinline__ void add_tile(
             const int first = place + 8 * j0;
             const long long where = MAPS ? static_cast<long long>(first / BLOCK_V) * N + row : 0;
             add_block<J, JB>(z, j0, x, first, rows[x], tiles, where, row < N);
-        }
-    }
-    if constexpr (WEIGHTED) {
-#pragma unroll
-        for (int j = 0; j < J; ++j) {
-#pragma unroll
-            for (int y = 0; y < 2; ++y) {
-                const float u = weight[8 * j + lane_column(y)];
-#pragma unroll
-                for (int x = 0; x < 2; ++x) rows[x].weighted += u == 0 ? 0.0f : z[j][2 * x + y] * u;
-            }
         }
     }
 }
@@ -139,10 +148,10 @@ __device__ __forceinline__ void join(RowStatistics& row) {
     if constexpr (WEIGHTED) row.weighted = quad_sum(row.weighted);
 }
 
-// Store: one number a row and split.
+// Store: one number a row and split. Here the sum about 0 has told an infinite maximum from NaN; that about inf is NaN.
 __device__ __forceinline__ void store(const RowStatistics& row, const Splits& splits, long long where) {
-    splits.max[where] = row.m;
-    splits.sum[where] = row.s;
+    splits.max[where] = maximum_of(row.m, row.s);
+    splits.sum[where] = row.m == INF ? NOT_A_NUMBER : row.s;
     if constexpr (ENTROPY) splits.gap[where] = row.gap;
     if constexpr (WEIGHTED) splits.weighted[where] = row.weighted;
     if constexpr (PREDICTION) splits.best[where] = row.best;

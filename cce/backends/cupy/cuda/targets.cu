@@ -62,14 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) targets_kernel(const __gri
             total = fmaf(x, load_number<C_TYPE>(p.c, target * p.stride_cv + d * p.stride_cd), total);
         }
         total = sum_of_block(total);
-        // As the tiles have it: z = softcap tanh(scale (x + bias) / softcap).
-        if constexpr (BIAS) total += p.bias[target];
-        if constexpr (SOFTCAP) {
-            const float y = exp2_of(total * (2 * p.formula.scale / p.formula.softcap * LOG2E));
-            total = p.formula.softcap - 2 * p.formula.softcap * reciprocal(1 + y);
-        } else if constexpr (SCALE) {
-            total *= p.formula.scale;
-        }
+        total = logit_of(total, BIAS ? p.bias[target] : 0.0f, p.formula);
     }
     if (threadIdx.x == 0) p.out[where] = total;
 }

@@ -19,21 +19,28 @@ struct WorkArguments {
     int N, T, K, B, block_n, block_v, by_count;
 };
 
-// A thread has 32 tiles of a row: hit by the filter's rule (the mass is negative) or by a target in them.
+// Whether a map's mass says that the row needs the block: it is negative, or NaN.
+__device__ __forceinline__ bool is_hit(float mass) { return !(mass >= 0); }
+
+// A thread has 32 tiles of a row: hit by the filter's rule or by a target in them. A gradient that is NaN or inf makes all
+// of a row's: whatever their mass, none of them may be left out.
 extern "C" __global__ void __launch_bounds__(256) hits_kernel(const __grid_constant__ WorkArguments p) {
     const int i = blockIdx.x * 256 + threadIdx.x, t0 = 32 * static_cast<int>(blockIdx.y);
     if (i >= p.N) return;
+    const float a = p.a[i], h = p.h ? p.h[i] : 0.0f;
+    const bool everywhere = !isfinite(a) || !isfinite(h);
     unsigned hits = 0;
     if (t0 + 32 <= p.T) {
 #pragma unroll
-        for (int j = 0; j < 32; ++j) hits |= static_cast<unsigned>(of_map(p.tile_mass, (t0 + j) * p.pitch_mass + i) < 0) << j;
+        for (int j = 0; j < 32; ++j) hits |= static_cast<unsigned>(is_hit(of_map(p.tile_mass, (t0 + j) * p.pitch_mass + i))) << j;
+        if (everywhere) hits = ~0u;
     } else {
         for (int j = 0; t0 + j < p.T; ++j) {
-            hits |= static_cast<unsigned>(of_map(p.tile_mass, (t0 + j) * p.pitch_mass + i) < 0) << j;
+            hits |= static_cast<unsigned>(everywhere || is_hit(of_map(p.tile_mass, (t0 + j) * p.pitch_mass + i))) << j;
         }
     }
     // A row nobody sends a gradient to (a masked token, say) has nothing to compute.
-    bool keep = p.a[i] != 0 || (p.h && p.h[i] != 0);
+    bool keep = a != 0 || h != 0;
     for (long long k = static_cast<long long>(i) * p.K; k < (i + 1ll) * p.K; ++k) {
         if (p.g[k] == 0) continue;
         keep = true;

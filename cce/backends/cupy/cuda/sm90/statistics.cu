@@ -80,9 +80,8 @@ __device__ __forceinline__ void compute(const Arguments& x) {
             if constexpr (BIAS) biases.put(bias);
             if constexpr (WEIGHTED) weights.put(weight);
             cap(z, bias, x.formula);
-            if ((t + 1) * TILE_V > x.V) mask(z, x.V - t * TILE_V, NEG_INF);
             // Epilogue.
-            add_tile(z, rows, weight, x.first + t * TILE_V, row0, x.N, x.tiles);
+            add_tile(z, x.V - t * TILE_V, rows, weight, x.first + t * TILE_V, row0, x.N, x.tiles);
         }
         // Store: one number a row and split.
         for (int i = 0; i < 2; ++i) {
