@@ -7,11 +7,11 @@ from functools import partial
 from inspect import unwrap
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cce import again, checks
 from cce import reduction as reductions
+from cce.backends.mean_logit import finest_dtype
 from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
 from cce.spec import Spec
 from cce.transforms import eager_if_transformed
@@ -274,11 +274,15 @@ def _total(flat: Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Te
 
 
 def _smoothing(flat: Flat, weight: Tensor | None) -> Tensor | None:
-    """(V,) weights of the smoothed target's logits, of this process's entries; None stands for 1 / V each."""
+    """(V,) weights of the smoothed target's logits, of this process's entries; None stands for 1 / V each.
+
+    As fine as the mean logit they make, or their sum would not be that which the log-sum-exp is multiplied by.
+    """
+    fine = finest_dtype(flat.c.device)
     if weight is not None:
-        u = weight.to(torch.promote_types(weight.dtype, flat.wide)) / flat.v
+        u = weight.to(fine) / flat.v
         return u if flat.part is None else u.narrow(0, flat.part.first, flat.c.shape[0])
-    return None if flat.part is None else flat.c.new_full((flat.c.shape[0],), 1 / flat.v, dtype=flat.wide)
+    return None if flat.part is None else flat.c.new_full((flat.c.shape[0],), 1 / flat.v, dtype=fine)
 
 
 def _nll(rows: Rows, coefficients: Tensor | None) -> Tensor:

@@ -124,19 +124,23 @@ class _WeightedLoss(torch.autograd.Function):
         if gradients is None:
             gradients = ctx.call.run(e, c, bias, targets, weights)[1:]
         with torch.no_grad():
-            ctx.call.backend.scale([x for x in gradients if x is not None], upstream)
-            _keep_ignored(ctx.call.backend, gradients[0], targets, upstream)
+            _scale(ctx.call.backend, gradients, upstream, targets)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = _Once.apply(upstream, e, c, bias, *gradients)  # type: ignore[no-untyped-call]
         found = (x if need else None for x, need in zip(gradients, ctx.needs_input_grad[:3], strict=True))
         return (*found, None, None, None)
 
 
-def _keep_ignored(backend: Backend, de: Tensor | None, targets: Tensor, factor: Tensor) -> None:
-    """Makes the gradients of rows without a target 0 again, should ``factor`` or a row of ``c`` be NaN or inf."""
-    # A backend that never saw those rows has multiplied nothing but the factor with them.
-    known = not backend.skips_ignored_rows and factor.device.type == "cpu"
-    if de is None or (known and bool(factor.isfinite())):
+def _scale(backend: Backend, gradients: list[Tensor | None], factor: Tensor, targets: Tensor) -> None:
+    """Multiplies the gradients by ``factor``; those of rows without a target stay 0, though it, or c, be NaN or inf."""
+    on_cpu = factor.device.type == "cpu"  # where values may be looked at
+    finite = on_cpu and bool(factor.isfinite())
+    if on_cpu and not finite and not bool((targets >= 0).any()):
+        return
+    backend.scale([x for x in gradients if x is not None], factor)
+    de = gradients[0]
+    # A backend that never sees those rows multiplies nothing but the factor with them.
+    if de is None or de.numel() == 0 or (finite and not backend.skips_ignored_rows):
         return
     ignored = targets < 0
     de.masked_fill_(ignored if targets.shape[1] == 1 else ignored.all(1, keepdim=True), 0)

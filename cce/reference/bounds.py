@@ -23,7 +23,7 @@ import math
 import numpy as np
 
 from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
-from cce.reference.dense import IEEE, embeddings, logit_weights, logits, masked_to_zero, softmax
+from cce.reference.dense import IEEE, embeddings, logit_weights, logits, masked_to_zero, softcap_derivative, softmax
 from cce.reference.gradient_bounds import Columns, gradient_bounds, with_tiles
 from cce.reference.roundoff import FEW, LAMBDA, Roundoff
 from cce.spec import Spec
@@ -110,9 +110,9 @@ def _logit_error(inputs: Inputs[Array], problem: Problem, z: Array, unit: Roundo
         delta += unit.product * (LAMBDA * np.sqrt(2 * (e**2 @ (c**2).T)) + 2 * np.abs(e @ c.T))
     delta *= abs(problem.logit_scale)
     if problem.softcap is not None:
-        # tanh shrinks the error by its slope, to second order; computed through exp it errs by a few u itself.
-        slope = 1.0 - (z / problem.softcap) ** 2
-        delta = (slope + 2 * delta / problem.softcap) * delta + FEW * unit.u * problem.softcap
+        # tanh shrinks the error by its slope, to second order, and errs by a few u of its value itself.
+        slope = softcap_derivative(z, problem.softcap)
+        delta = (slope + 2 * delta / problem.softcap) * delta + FEW * unit.u * np.abs(masked_to_zero(z))
     delta = delta + FEW * unit.u * np.abs(masked_to_zero(z))
     return np.where(np.isneginf(z), 0.0, delta)
 

@@ -63,8 +63,8 @@ def mean_rows(call: Call) -> Tensor:
     problem = call.problem
     means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
     mean_rows_kernel[(call.tiles, cdiv(problem.d, 256))](
-        call.c, call.order, None, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
-        ORDER=call.order is not None, WEIGHTED=False, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
+        call.c, call.order, means, problem.v, problem.d, call.c.stride(0), call.c.stride(1),
+        ORDER=call.order is not None, ROWS=call.block_v, STEP=min(32, call.block_v), BLOCK_D=256,
     )  # fmt: skip
     return means
 

@@ -45,8 +45,8 @@ def _exact(
     de = None
     if total is not None:
         if s is not None:
-            add_rank_one_de(call, inputs.logit_weight, s, total)
-        de = finish_de(call, total, None, formula.norm)
+            add_rank_one_de(call, inputs, s, total)
+        de = finish_de(call, total, formula.norm)
     if formula.norm is not None:  # a power of two: exact, but where a float16 leaves its range
         for x in (dc, dbias):
             if x is not None:

@@ -32,7 +32,7 @@ def filtered(
     """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
     problem = call.problem
     formula = Formula.of(call, inputs, outputs, upstream)
-    live = plans.find_live(call, formula.target_place, used_rows(inputs), maps, upstream)
+    live = plans.find_live(call, formula.target_place, used_rows(inputs), maps, upstream, outputs.lse)
     rows = Rows.of(call, live)
     dead = compensation(call, formula, live, rows, maps) if call.spec.compensate else None
     total = None
@@ -44,7 +44,7 @@ def filtered(
         )
         assert total is not None
         if formula.upstream.s is not None:
-            add_rank_one_de(call, inputs.logit_weight, formula.upstream.s.index_select(0, live.row_order), total)
+            add_rank_one_de(call, inputs, formula.upstream.s.index_select(0, live.row_order), total)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
     # With a vocabulary order, rows of dC are written anywhere.
@@ -55,7 +55,7 @@ def filtered(
     de = rows.de
     del rows, dead
     if total is not None:
-        de = finish_de(call, total, live.row_order, formula.norm, de)
+        de = finish_de(call, total, formula.norm, live.row_order, live.keep, de)
     if formula.upstream.s is not None:
         s = formula.upstream.s if formula.norm is None else formula.upstream.s * formula.norm
         add_rank_one_dc(call, inputs.logit_weight, s, dc, dbias)
@@ -204,7 +204,7 @@ class _Run:
 
 def live_tiles(call: Call, inputs: Inputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]) -> WorkList:
     """The live tiles, as other backends tell them."""
-    place = target_positions(inputs).to(torch.int32).contiguous()
+    place = target_positions(inputs).to(torch.int32)
     live = plans.find_live(call, place, used_rows(inputs), maps, upstream)
     position = torch.empty_like(live.row_order)
     position[live.row_order] = torch.arange(call.problem.n, device=position.device)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cce.backends.gpu.sizes import busiest_splits, cdiv, power_of_two, windows
 from cce.backends.gpu.used_rows import ask
+from cce.backends.mean_logit import weighted_logit
 from cce.backends.triton.call import Call
-from cce.backends.triton.kernels.compensation import mean_rows_kernel
 from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
 from cce.backends.triton.operands import gather
 from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
@@ -22,7 +22,7 @@ from cce.spec import Spec
 _MOST_SPLITS = 64  # reduce_kernel holds all splits of some rows at once
 _SPLIT_BYTES = 2**20  # of all splits' maxima and sums
 _SPLITS = ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")
-_TILES = ("tile_lse", "tile_max", "tile_entropy")
+_TILES = ("tile_max", "tile_log_sum", "tile_entropy")
 
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
@@ -39,56 +39,30 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
     splits, tiles = _statistics(call, in_use, weight, maps)
     outputs = _reduce(call, inputs.targets, in_use, target_logits, splits)
     if maps.tile_mass is not None:
-        _fill(call, outputs.lse, in_use, tiles, maps)
+        _fill(call, outputs, in_use, tiles, maps)
     if "weighted_logit" in problem.outputs and not capped:
-        weighted = closed_form(call, inputs.logit_weight, in_use)
-        return Outputs(outputs.lse, target_logits, outputs.entropy, weighted, outputs.prediction)
+        weighted = weighted_logit(inputs, problem, spec)
+        return replace(outputs, weighted_logit=torch.where(in_use, weighted, 0))
     return outputs
 
 
 def target_logits_of(call: Call, targets: Tensor) -> Tensor:
     """(N, K) z[i, targets[i, k]], 0 where the target is -1."""
-    found = call.empty(*targets.shape)
-    _target_kernel(call, call.c, call.bias, targets, found)
+    n, k = targets.shape
+    e, c, d = call.e, call.c, call.problem.d
+    found = call.empty(n, k)
+    target_kernel[(n, k)](
+        e, c, call.bias, targets, found, None, d, k, e.stride(0), e.stride(1), c.stride(0), c.stride(1),
+        call.problem.logit_scale, call.softcap, **call.formula(), COPY=False, BLOCK_D=min(1024, power_of_two(d)),
+    )  # fmt: skip
     return found
 
 
-def closed_form(call: Call, logit_weight: Tensor | None, in_use: Tensor) -> Tensor:
-    """(N,) sum_v u_v z_iv without a softcap: scale (e_i . sum_v u_v c_v + sum_v u_v bias_v)."""
-    u = weights_of(call, logit_weight)
-    mean = weighted_rows(call, u)[None]  # (1, D)
-    bias = None if call.bias is None else (u * call.bias).sum()[None]
-    found = call.empty(call.problem.n, 1)
-    _target_kernel(call, mean, bias, in_use.to(torch.int64).sub_(1)[:, None], found)  # target 0, or none
-    return found[:, 0]
-
-
 def weights_of(call: Call, logit_weight: Tensor | None) -> Tensor:
-    """(V,) float32 weights u; 1 / V each if none are given."""
+    """(V,) float32, contiguous: the weights u; 1 / V each if none are given."""
     if logit_weight is None:
         return torch.full((call.problem.v,), 1 / call.problem.v, dtype=torch.float32, device=call.e.device)
     return logit_weight.to(torch.float32)
-
-
-def weighted_rows(call: Call, u: Tensor) -> Tensor:
-    """(D,) sum_v u_v c_v, float32."""
-    rows, step = 1024, 64
-    parts = call.empty(cdiv(call.problem.v, rows), call.problem.d)
-    mean_rows_kernel[(len(parts), cdiv(call.problem.d, 128))](
-        call.c, None, u, parts, call.problem.v, call.problem.d, call.c.stride(0), call.c.stride(1),
-        ORDER=False, WEIGHTED=True, ROWS=rows, STEP=step, BLOCK_D=128,
-    )  # fmt: skip
-    return parts.sum(0)
-
-
-def _target_kernel(call: Call, c: Tensor, bias: Tensor | None, targets: Tensor, found: Tensor) -> None:
-    n, k = targets.shape
-    formula = {**call.formula(), "BIAS": bias is not None}
-    block = min(1024, power_of_two(call.problem.d))
-    target_kernel[(n, k)](
-        call.e, c, bias, targets.contiguous(), found, None, call.problem.d, k, call.e.stride(0), call.e.stride(1),
-        c.stride(0), c.stride(1), call.problem.logit_scale, call.softcap, **formula, COPY=False, BLOCK_D=block,
-    )  # fmt: skip
 
 
 def _windows(call: Call, ordered: bool) -> list[tuple[int, int]]:
@@ -109,7 +83,7 @@ def _statistics(
     call: Call, in_use: Tensor, weight: Tensor | None, maps: Maps[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Per row: what each split found, [splits, N], and the tiles' statistics, [T, N], if there are maps."""
-    problem, spec, tile = call.problem, call.spec, call.launch.forward
+    problem, tile = call.problem, call.launch.forward
     n = problem.n
     entropy, prediction = "entropy" in problem.outputs, "prediction" in problem.outputs
     ordered = call.order is not None and (maps.tile_mass is not None or prediction)  # else no order shows
@@ -124,8 +98,7 @@ def _statistics(
         found["split_best"] = call.empty(splits, n, dtype=torch.int32)
     tiles = {}
     if maps.tile_mass is not None:
-        names = ["tile_lse", *(["tile_max"] if spec.filter == "element" else [])]
-        names += ["tile_entropy"] if maps.tile_entropy is not None else []
+        names = ["tile_max", "tile_log_sum", *(["tile_entropy"] if maps.tile_entropy is not None else [])]
         # Whole tiles of the product store whole rows of the maps.
         height = cdiv(problem.v, tile.columns) * (tile.columns // call.block_v)
         tiles = {name: call.empty(height, n) for name in names}
@@ -137,11 +110,11 @@ def _statistics(
             **_operands(call, v0, v1, buffer, weight), in_use=in_use, CARRY=v0 > 0,
             **{name: found.get(name) for name in _SPLITS}, **{name: tiles.get(name) for name in _TILES},
             N=n, V=v1 - v0, stride_t=n, SPLITS=splits, first_tile=v0 // tile.columns,
-            ONLINE=spec.lse_accumulation == "online", ENTROPY=entropy, WEIGHTED=weight is not None,
+            ONLINE=call.spec.lse_accumulation == "online", ENTROPY=entropy, WEIGHTED=weight is not None,
             PREDICTION=prediction, MAPS=bool(tiles),
-            TILE_ENTROPY="tile_entropy" in tiles, ELEMENT="tile_max" in tiles, BLOCK_N=tile.rows,
-            TILE_V=tile.columns, BLOCK_V=call.block_v if tiles else tile.columns, BLOCK_D=tile.depth,
-            GROUP_N=call.launch.group_n, FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
+            TILE_ENTROPY="tile_entropy" in tiles, BLOCK_N=tile.rows, TILE_V=tile.columns,
+            BLOCK_V=call.block_v if tiles else tile.columns, BLOCK_D=tile.depth, GROUP_N=call.launch.group_n,
+            FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return found, tiles
 
@@ -171,27 +144,28 @@ def _reduce(
     }
     if "split_best" in found:
         extra["prediction"] = call.empty(n, dtype=torch.int64)
-    lse = call.empty(n)
+    lse, lse_low, nll = call.empty(n), call.empty(n), call.empty(*targets.shape)
     block = 32
     reduce_kernel[(cdiv(n, block),)](
         **{name: found.get(name) for name in _SPLITS},
-        target_logits=target_logits, targets=targets.contiguous(), in_use=in_use, order=call.order, lse=lse,
+        target_logits=target_logits, targets=targets, in_use=in_use, order=call.order, lse=lse, lse_low=lse_low,
+        nll=nll,
         **{name: extra.get(name) for name in ("entropy", "weighted_logit", "prediction")},
         N=n, K=targets.shape[1], SPLITS=splits, ORDER=call.order is not None, ENTROPY="split_gap" in found,
         WEIGHTED="split_weighted" in found, PREDICTION="split_best" in found,
         BLOCK_N=block, BLOCK_S=power_of_two(splits),
     )  # fmt: skip
-    return Outputs(lse, target_logits, **extra)
+    return Outputs(lse, nll, lse_low, **extra)
 
 
-def _fill(call: Call, lse: Tensor, in_use: Tensor, tiles: dict[str, Tensor], maps: Maps[Tensor]) -> None:
+def _fill(call: Call, outputs: Outputs[Tensor], in_use: Tensor, tiles: dict[str, Tensor], maps: Maps[Tensor]) -> None:
     """The maps the backward reads."""
     assert maps.tile_mass is not None and call.spec.threshold is not None
     n, t = call.problem.n, call.tiles
     block_n, block_t = 256, 8
     mass_kernel[(cdiv(t, block_t), cdiv(n, block_n))](
-        tiles["tile_lse"], tiles.get("tile_max", tiles["tile_lse"]), lse, in_use, maps.tile_mass,
+        tiles["tile_max"], tiles["tile_log_sum"], outputs.lse, outputs.lse_low, in_use, maps.tile_mass,
         tiles.get("tile_entropy"), maps.tile_entropy, n, t, n, maps.tile_mass.stride(0),
-        math.log(call.spec.threshold), LEAST_HIT=LEAST_HIT, TILE_ENTROPY=maps.tile_entropy is not None,
-        BLOCK_N=block_n, BLOCK_T=block_t,
+        math.log(call.spec.threshold), LEAST_HIT=LEAST_HIT, ELEMENT=call.spec.filter == "element",
+        TILE_ENTROPY=maps.tile_entropy is not None, BLOCK_N=block_n, BLOCK_T=block_t,
     )  # fmt: skip

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cce.backends.gpu.sizes import cdiv
+from cce.backends.mean_logit import weighted_rows
 from cce.backends.scaling import norm_of, scaled
 from cce.backends.triton.call import Call
-from cce.backends.triton.forward import weighted_rows, weights_of
+from cce.backends.triton.forward import weights_of
 from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
 from cce.problem import Inputs, Outputs, Upstream
 from cce.worklist import target_positions
@@ -35,7 +36,9 @@ class Formula:
     @classmethod
     def of(cls, call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]) -> Formula:
         norm = norm_of(upstream, call.problem.dtype)
-        place = target_positions(inputs).to(torch.int32).contiguous()
+        place = target_positions(inputs).to(torch.int32)
+        if outputs.lse_low is None:
+            outputs = replace(outputs, lse_low=torch.zeros_like(outputs.lse))
         return cls(outputs, scaled(upstream, call.problem.logit_scale, norm), norm, place)
 
     def arguments(self) -> dict[str, Any]:
@@ -43,9 +46,10 @@ class Formula:
         upstream = self.upstream
         return {
             "lse": self.outputs.lse,
+            "lse_low": self.outputs.lse_low,
             "entropy": self.outputs.entropy,
-            "a": upstream.a.contiguous(),
-            "g": upstream.g.contiguous(),
+            "a": upstream.a,
+            "g": upstream.g,
             "h": upstream.h,
             "targets": self.target_place,
             "K": self.target_place.shape[1],
@@ -55,21 +59,31 @@ class Formula:
 
 
 def finish_de(
-    call: Call, total: Tensor, row_order: Tensor | None, norm: Tensor | None, out: Tensor | None = None
+    call: Call,
+    total: Tensor,
+    norm: Tensor | None,
+    row_order: Tensor | None = None,
+    keep: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dE (N, D) in its dtype, in ``out`` if given; ``total`` holds its rows in ``row_order``."""
+    """dE (N, D) in its dtype, in ``out`` if given; ``total`` holds its rows in ``row_order``.
+
+    Rows with ``keep`` (N,) False get 0, whatever the sums are: zeros times a ``c`` that holds NaN are NaN.
+    """
     problem = call.problem
     de = call.empty(problem.n, problem.d, dtype=problem.de_dtype) if out is None else out
     finish_kernel[(problem.n, cdiv(problem.d, 1024))](
-        total, row_order, norm, de, problem.n, problem.d, de.stride(0), SORTED=row_order is not None,
+        total, row_order, keep, norm, de, problem.n, problem.d, de.stride(0), SORTED=row_order is not None,
         NORM=norm is not None, BLOCK_D=1024,
     )  # fmt: skip
     return de
 
 
-def add_rank_one_de(call: Call, weights: Tensor | None, s: Tensor, total: Tensor) -> None:
+def add_rank_one_de(call: Call, inputs: Inputs[Tensor], s: Tensor, total: Tensor) -> None:
     """dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``s`` (N,) is times the logit scale."""
-    total.addr_(s, weighted_rows(call, weights_of(call, weights)))
+    problem, wide = call.problem, torch.float32
+    step = max(1, call.spec.scratch_bytes // (4 * problem.d * wide.itemsize))
+    total.addr_(s, weighted_rows(inputs, problem, wide, step))
 
 
 def add_rank_one_dc(call: Call, weights: Tensor | None, s: Tensor, dc: Tensor | None, dbias: Tensor | None) -> None:

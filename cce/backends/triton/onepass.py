@@ -35,23 +35,23 @@ _MOST_STEPS = 64  # kept; a call needs one
 def loss_and_gradients(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-    """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
+    """Outputs, and the gradients of ``sum_ik weights_ik nll_ik``."""
     call = Call.of(inputs, problem, spec)
     steps = _steps(call)
-    a = weights[:, 0] if problem.k == 1 else weights.sum(1)
+    a = weights.view(-1) if problem.k == 1 else weights.sum(1)
     norm = norm_of(Upstream(a, weights), problem.dtype)
     upstream = scaled(Upstream(a, weights), problem.logit_scale, norm)
-    targets = inputs.targets.contiguous()
+    targets = inputs.targets
     target_logits, e = steps.target_logits(call, targets)
     # exp(z - m) lies in [0, 1], where float16 is finer than bfloat16; the gradient takes its place.
     dz = call.empty(problem.n, pitch(problem.v), dtype=problem.dtype)
     q = dz if problem.dtype == torch.float32 else dz.view(torch.float16)
-    tile_max, lse = steps.logits(call, q, target_logits, targets)
+    tile_max, outputs = steps.logits(call, q, target_logits, targets)
     steps.scale(
-        q=q, dz=dz, tile_max=tile_max, lse=lse, target_logits=target_logits, targets=targets,
-        a=upstream.a.contiguous(), g=upstream.g.contiguous(),
+        q=q, dz=dz, tile_max=tile_max, lse=outputs.lse, lse_low=outputs.lse_low, nll=outputs.nll, targets=targets,
+        a=upstream.a, g=upstream.g,
     )  # fmt: skip
-    return Outputs(lse, target_logits), _products(call, dz[:, : problem.v], e, norm)
+    return outputs, _products(call, targets, dz[:, : problem.v], e, norm)
 
 
 class _Steps:
@@ -97,20 +97,24 @@ class _Steps:
         if used is None:
             used = call.e
             if call.problem.grad_c:
-                used = used.masked_fill((targets < 0).all(1, keepdim=True), 0)
+                used = used.masked_fill(_without_target(targets), 0)
         return found, used
 
-    def logits(self, call: Call, q: Tensor, target_logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Fills q (N, V); the maxima (T, N) it is relative to, and lse (N,)."""
+    def logits(self, call: Call, q: Tensor, target_logits: Tensor, targets: Tensor) -> tuple[Tensor, Outputs[Tensor]]:
+        """Fills q (N, V); the maxima (T, N) it is relative to, and the outputs."""
         tile, n = self._tile, self._n
-        tile_max, tile_sum, lse = call.empty(self._tiles, n), call.empty(self._tiles, n), call.empty(n)
+        tile_max, tile_sum = call.empty(self._tiles, n), call.empty(self._tiles, n)
+        lse, lse_low, nll = call.empty(n), call.empty(n), call.empty(n, self._k)
         self._store(
             e=matrix(call.e, tile.rows, tile.depth, self._e_tma), bias=call.bias,
             c=matrix(call.c, tile.columns, tile.depth, self._c_tma),
             q=matrix(q, tile.rows, tile.columns, self._q_tma), tile_max=tile_max, tile_sum=tile_sum,
         )  # fmt: skip
-        self._join(tile_max=tile_max, tile_sum=tile_sum, target_logits=target_logits, targets=targets, lse=lse)
-        return tile_max, lse
+        self._join(
+            tile_max=tile_max, tile_sum=tile_sum, target_logits=target_logits, targets=targets, lse=lse,
+            lse_low=lse_low, nll=nll,
+        )  # fmt: skip
+        return tile_max, Outputs(lse, nll, lse_low)
 
 
 _kept: dict[tuple[Any, ...], _Steps] = {}
@@ -130,11 +134,13 @@ def _steps(call: Call) -> _Steps:
     return found
 
 
-def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
+def _products(call: Call, targets: Tensor, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
     """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
     problem = call.problem
     c = call.c.to(problem.dtype)
     de = narrow_product(dz, c).to(problem.e_dtype) if problem.grad_e else None
+    if de is not None:  # zeros times a NaN in c are NaN
+        de.masked_fill_(_without_target(targets), 0)
     dc = narrow_product(dz.T, e).to(problem.c_dtype) if problem.grad_c else None
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     if norm is not None:
@@ -144,14 +150,19 @@ def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradien
     return Gradients(de, dc, dbias)
 
 
+def _without_target(targets: Tensor) -> Tensor:
+    """(N, 1) bool, of targets (N, K)."""
+    none = targets < 0
+    return none if targets.shape[1] == 1 else none.all(1, keepdim=True)
+
+
 _value = Repeated(value_kernel, (1,), {"BLOCK": 1024}, num_warps=8)
 
 
 def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-    """``sum_ik weights_ik (lse_i - z[i, targets_ik])``, float32."""
-    n, k = weights.shape
+    """``sum_ik weights_ik nll_ik``, float32."""
     found = weights.new_empty(())
-    _value(weights=weights.contiguous(), lse=outputs.lse, target_logits=outputs.target_logits, value=found, N=n, K=k)
+    _value(weights=weights, nll=outputs.nll, value=found, size=weights.numel())
     return found
 
 

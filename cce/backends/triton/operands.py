@@ -16,9 +16,14 @@ _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: t
 
 
 def tma_ready(x: Tensor) -> bool:
-    """Rows are contiguous, and begin and follow one another at multiples of 16 bytes."""
+    """Rows are contiguous, begin and follow one another at multiples of 16 bytes, and share no memory.
+
+    Those of an expanded matrix do, or of overlapping windows: no tensor map has a stride shorter than a row.
+    """
+    if x.ndim != 2 or x.numel() == 0:
+        return False
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x.ndim == 2 and x.stride(1) == 1 and aligned and x.numel() > 0
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1] and aligned
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

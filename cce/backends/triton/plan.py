@@ -77,21 +77,33 @@ class Plan:
     items: Tensor
 
 
-def find_live(call: Call, target_place: Tensor, in_use: Tensor, maps: Maps[Tensor], upstream: Upstream[Tensor]) -> Live:
+def find_live(
+    call: Call,
+    target_place: Tensor,
+    in_use: Tensor,
+    maps: Maps[Tensor],
+    upstream: Upstream[Tensor],
+    lse: Tensor | None = None,
+) -> Live:
     """The live tiles, from the map of the forward; rows with equally many hits share a block.
 
-    Rows that do not count come last: the blocks of the others are those of a call without such rows.
+    Rows that do not count come last: the blocks of the others are those of a call without such rows. A row whose
+    gradient is NaN or infinite needs every tile. With its ``lse`` (N,) so does one that has no softmax, even if nothing
+    is sent to it: 0 times NaN is NaN.
     """
     n, t, blocks = call.problem.n, call.tiles, row_blocks(call.problem, call.spec)
-    keep = (upstream.a != 0) | (upstream.g != 0).any(1)
+    keep, total = (upstream.a != 0) | (upstream.g != 0).any(1), upstream.a
     if upstream.h is not None:
         keep |= upstream.h != 0
+        total = total + upstream.h
+    everywhere = ~(total if lse is None else total + lse).isfinite()  # as is one of them
+    keep = (keep | everywhere) & in_use
     assert maps.tile_mass is not None
     block_n, block_t, programs = 64, 16, min(8, cdiv(t, 16))
     hit = call.empty(t, n, dtype=torch.int8)
     counts = call.empty(programs, n, dtype=torch.int32)
     hits_kernel[(cdiv(n, block_n), programs)](
-        maps.tile_mass, keep, target_place, upstream.g, hit, counts, n, t, target_place.shape[1],
+        maps.tile_mass, keep, everywhere, target_place, upstream.g, hit, counts, n, t, target_place.shape[1],
         maps.tile_mass.stride(0), cdiv(t, programs), BLOCK_V=call.block_v, BLOCK_N=block_n, BLOCK_T=block_t,
     )  # fmt: skip
     if call.spec.row_order == "live" and call.block_n > 1:

@@ -1,4 +1,4 @@
-"""Entry points to the kernels: the device, the interpreter, and which backward."""
+"""Entry points to the kernels: the device, the layout of what they read, the interpreter, and which backward."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cce.backends.triton.call import INTERPRETED, Call
 from cce.backends.triton.exact import exact
 from cce.backends.triton.filtered import filtered, live_tiles
 from cce.backends.triton.forward import forward as launch_forward
+from cce.backends.triton.layouts import packed
 from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
 from cce.backends.triton.onepass import multiply
 from cce.backends.triton.onepass import value as launch_value
@@ -28,7 +29,7 @@ if INTERPRETED:
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
     """As :meth:`cce.backends.base.Backend.forward`; kernels are launched on the device of the arguments."""
     with on_device_of(inputs.e):
-        return launch_forward(inputs, problem, spec, maps)
+        return launch_forward(packed(inputs), problem, spec, maps)
 
 
 def loss_and_gradients(
@@ -36,7 +37,7 @@ def loss_and_gradients(
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """As :meth:`cce.backends.base.Backend.loss_and_gradients`."""
     with on_device_of(inputs.e):
-        return launch_one_pass(inputs, problem, spec, weights)
+        return launch_one_pass(packed(inputs), problem, spec, weights.contiguous())
 
 
 def mean_weights(targets: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def prepared(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor
 def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
     """As :meth:`cce.backends.base.Backend.value`."""
     with on_device_of(weights):
-        return launch_value(outputs, weights)
+        return launch_value(packed(outputs), weights.contiguous())
 
 
 def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
@@ -78,6 +79,7 @@ def backward(
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
     """As :meth:`cce.backends.base.Backend.backward`."""
+    inputs, outputs, upstream = packed(inputs), packed(outputs), packed(upstream)
     with on_device_of(inputs.e):
         if spec.filter == "none":
             return exact(inputs, problem, spec, outputs, upstream)
@@ -88,5 +90,6 @@ def work_list(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
 ) -> WorkList:
     """As :meth:`cce.backends.base.Backend.work_list`."""
+    inputs, upstream = packed(inputs), packed(upstream)
     with on_device_of(inputs.e):
         return live_tiles(Call.of(inputs, problem, spec), inputs, maps, upstream)

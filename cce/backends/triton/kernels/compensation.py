@@ -43,22 +43,18 @@ def dead_mass_kernel(
 
 @triton.jit
 def mean_rows_kernel(
-    c, order, weight, means, V, D, stride_cv, stride_cd,
-    ORDER: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    c, order, means, V, D, stride_cv, stride_cd,
+    ORDER: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """means [cdiv(V, ROWS), D]: of every ROWS rows of c the mean, or with weights the weighted sum."""
+    """means [cdiv(V, ROWS), D]: the mean of every ROWS rows of c."""
     t = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     sums = tl.zeros((STEP, BLOCK_D), tl.float32)
     for start in range(t * ROWS, tl.minimum((t + 1) * ROWS, V), STEP):
         place = start + tl.arange(0, STEP)
         entries = entries_of(place, order, V, ORDER, True)
         inside = (place < tl.minimum((t + 1) * ROWS, V))[:, None] & (d < D)[None, :]
-        rows = tl.load(c + entries[:, None] * stride_cv + d[None, :] * stride_cd, mask=inside, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            rows *= tl.load(weight + entries)[:, None]
-        sums += rows
-    total = tl.sum(sums, 0)
-    if not WEIGHTED:
-        total /= tl.minimum(ROWS, V - t * ROWS).to(tl.float32)
+        rows = tl.load(c + entries[:, None] * stride_cv + d[None, :] * stride_cd, mask=inside, other=0.0)
+        sums += rows.to(tl.float32)
+    total = tl.sum(sums, 0) / tl.minimum(ROWS, V - t * ROWS).to(tl.float32)
     tl.store(means + t.to(tl.int64) * D + d, total.to(means.dtype.element_ty), mask=d < D)

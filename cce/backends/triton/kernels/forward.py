@@ -9,7 +9,18 @@ an order of its own comes as windows: copies of the rows of c that follow one an
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, store_as_held, wide
+from cce.backends.triton.kernels.tiles import (
+    INF,
+    LN2,
+    LOG2E,
+    NEG_INF,
+    cap,
+    finite,
+    logit_tile,
+    store_as_held,
+    wide,
+)
+from cce.backends.triton.kernels.totals import log_of_sum, store_totals
 
 
 @triton.jit
@@ -23,23 +34,18 @@ def unit_of(pid, blocks, SPLITS, GROUP_N: tl.constexpr):
 
 
 @triton.jit
-def finite(m):
-    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
-    return tl.where(m == NEG_INF, 0.0, m)
-
-
-@triton.jit
 def add_tile(
     z, t, rows, weight, entries, m, s, gap, weighted, best,
-    N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
+    N, V, stride_t, first_tile, tile_max, tile_log_sum, tile_entropy,
     ONLINE: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
-    MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr, ELEMENT: tl.constexpr,
+    MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Epilogue of a tile: its statistics in blocks of BLOCK_V, stored if there are maps, and added to the row's.
 
     s = sum exp(z - m) and gap = sum exp(z - m) (m - z); every term of gap is at least 0, and so is the entropy
-    log s + gap / s. The sums of a block are taken about its own maximum, with ONLINE about the running one.
+    log s + gap / s. The sums of a block are taken about its own maximum, with ONLINE about the running one. A maximum
+    does not tell of NaN; a sum does, and so all that is made of it.
     """
     TILES: tl.constexpr = TILE_V // BLOCK_V
     z3 = tl.reshape(z, (BLOCK_N, TILES, BLOCK_V))
@@ -50,17 +56,21 @@ def add_tile(
         shift = tl.broadcast_to(finite(m_new)[:, None], (BLOCK_N, TILES))
     else:
         # Of a masked block the row's own: exp(0 - m) may be inf, and times its sum, 0, NaN.
-        shift = tl.where(tile_m == NEG_INF, finite(m_new)[:, None], tile_m)
-    p = tl.exp2(z3 * LOG2E - (shift * LOG2E)[:, :, None])
+        shift = tl.where(tile_m == NEG_INF, finite(m_new)[:, None], finite(tile_m))
+    p = tl.exp2((z3 - shift[:, :, None]) * LOG2E)
     tile_s = tl.sum(p, 2)
     if ENTROPY:
         tile_gap = tl.sum(tl.where(p > 0, p * (shift[:, :, None] - z3), 0.0), 2)
     if MAPS:
         where = ((first_tile + t) * TILES + tl.arange(0, TILES))[None, :].to(tl.int64) * stride_t + rows[:, None]
         inside = tl.broadcast_to((rows < N)[:, None], (BLOCK_N, TILES))
-        store_as_held(tile_lse + where, shift + tl.log2(tile_s) * LN2, inside)
-        if ELEMENT:
-            store_as_held(tile_max + where, tile_m, inside)
+        log_sum = tl.log2(tile_s) * LN2
+        if ONLINE:
+            log_sum += shift - tile_m
+        # It is at least 0. All entries may be masked, or vanish beside the running maximum; NaN stays.
+        log_sum = tl.where((tile_s == 0) | (log_sum < 0), 0.0, log_sum)
+        store_as_held(tile_max + where, tile_m, inside)
+        store_as_held(tile_log_sum + where, log_sum, inside)
         if TILE_ENTROPY:
             tile_h = tl.where(tile_s > 0, tl.log2(tile_s) * LN2 + tile_gap / tile_s, 0.0)
             store_as_held(tile_entropy + where, tile_h, inside)
@@ -74,8 +84,9 @@ def add_tile(
     s = s * old + tl.sum(tile_s * new, 1)
     if WEIGHTED:
         u = tl.load(weight + entries)
-        u = tl.where(t * TILE_V + tl.arange(0, TILE_V) < V, u, 0.0)[None, :]
-        weighted += tl.sum(tl.where(u == 0, 0.0, z * u), 1)
+        # Columns beyond V are left out, no others: 0 times -inf is NaN, as in PyTorch.
+        columns = (t * TILE_V + tl.arange(0, TILE_V) < V)[None, :]
+        weighted += tl.sum(tl.where(columns, z * u[None, :], 0.0), 1)
     if PREDICTION:
         # Not of NaN, which a row that does not count may hold: the interpreter refuses to find its maximum.
         place = (first_tile + t) * TILE_V + tl.argmax(tl.where(z == z, z, NEG_INF), 1, tie_break_left=True)
@@ -87,12 +98,12 @@ def add_tile(
 def forward_kernel(
     e, c, bias, weight, in_use,
     split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
-    tile_lse, tile_max, tile_entropy,  # [T, N]
+    tile_max, tile_log_sum, tile_entropy,  # [T, N]
     N, V, D, stride_en, stride_ed, stride_cv, stride_cd, stride_t, scale, softcap, SPLITS, first_tile,
     E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, ONLINE: tl.constexpr,
     ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
-    MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr, ELEMENT: tl.constexpr,
+    MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr, FLATTEN: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
@@ -134,8 +145,8 @@ def forward_kernel(
         z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
         m, s, gap, weighted, best = add_tile(
             z, t, rows, weight, entries, m, s, gap, weighted, best,
-            N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
-            ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
+            N, V, stride_t, first_tile, tile_max, tile_log_sum, tile_entropy,
+            ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
     if last > whole:
         # The ragged last tile: its columns beyond V are masked after the softcap, which would undo it.
         entries = wide(tl.minimum(whole * TILE_V + tl.arange(0, TILE_V), V - 1), WIDE)
@@ -145,8 +156,8 @@ def forward_kernel(
         z = tl.where((whole * TILE_V + tl.arange(0, TILE_V) < V)[None, :], z, NEG_INF)
         m, s, gap, weighted, best = add_tile(
             z, whole, rows, weight, entries, m, s, gap, weighted, best,
-            N, V, stride_t, first_tile, tile_lse, tile_max, tile_entropy,
-            ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, ELEMENT, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
+            N, V, stride_t, first_tile, tile_max, tile_log_sum, tile_entropy,
+            ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
 
     # Store: one number a row and split, in the layout of the product's rows, whose lanes hold copies.
     inside = rows < N
@@ -163,7 +174,7 @@ def forward_kernel(
 @triton.jit
 def reduce_kernel(
     split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
-    target_logits, targets, in_use, order, lse, entropy, weighted_logit, prediction,
+    target_logits, targets, in_use, order, lse, lse_low, nll, entropy, weighted_logit, prediction,
     N, K, SPLITS,
     ORDER: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -177,17 +188,21 @@ def reduce_kernel(
     m = tl.load(split_max + where, mask=inside, other=NEG_INF)  # [BLOCK_S, BLOCK_N]
     s = tl.load(split_sum + where, mask=inside, other=0.0)
 
-    row_m = finite(tl.max(m, 0))[None, :]
-    w = tl.exp2((m - row_m) * LOG2E)  # 0 where m = -inf
-    row_lse = row_m + tl.log2(tl.sum(s * w, 0))[None, :] * LN2
+    row_m = tl.max(m, 0)
+    # No difference is taken of numbers that hold the offset of a row's logits, but of its maxima.
+    shifted = m - finite(row_m)[None, :]
+    log_sum = log_of_sum(tl.sum(s * tl.exp2(shifted * LOG2E), 0))
+    has_softmax = store_totals(row_m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_low, nll)
     if ENTROPY:
         # The chain rule: H = sum_k w_k (H_k - log w_k) with w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k.
         gap = tl.load(split_gap + where, mask=inside & (s > 0), other=0.0)
         s_safe = tl.where(s > 0, s, 1.0)
-        log_w = tl.where(s > 0, m + tl.log2(s_safe) * LN2 - finite(row_lse), 0.0)
-        terms = tl.exp2(log_w * LOG2E) * (tl.log2(s_safe) * LN2 + gap / s_safe - log_w)
+        log_s = tl.log2(s_safe) * LN2
+        log_w = tl.where(s > 0, shifted + (log_s - log_sum[None, :]), 0.0)
+        terms = tl.exp2(log_w * LOG2E) * (log_s + gap / s_safe - log_w)
         h = tl.sum(tl.where(s > 0, terms, 0.0), 0)
-        tl.store(entropy + rows, tl.maximum(h, 0.0), mask=rows < N)
+        h = tl.where(has_softmax, tl.where(h < 0, 0.0, h), float("nan"))
+        tl.store(entropy + rows, tl.where(used, h, 0.0), mask=rows < N)
     if WEIGHTED:
         parts = tl.load(split_weighted + where, mask=inside, other=0.0)
         tl.store(weighted_logit + rows, tl.sum(parts, 0), mask=rows < N)
@@ -195,20 +210,13 @@ def reduce_kernel(
         # The first place of the largest logit; a row of NaN has none, and gets 0.
         parts = tl.load(split_best + where, mask=inside, other=0)
         NONE: tl.constexpr = 2**31 - 1
-        place = tl.min(tl.where(inside & (m == tl.max(m, 0)[None, :]), parts, NONE), 0)
+        place = tl.min(tl.where(inside & (m == row_m[None, :]), parts, NONE), 0)
         place = tl.where(place == NONE, 0, place)
         if ORDER:
             entry = tl.load(order + place, mask=used, other=-1)
         else:
             entry = place.to(tl.int64)
         tl.store(prediction + rows, tl.where(used, entry, -1), mask=rows < N)
-    # The targets' logits come from another kernel: lse is at least each of them, so that no loss is negative.
-    lse_rows = tl.sum(row_lse, 0)
-    for k in range(K):
-        target = tl.load(targets + rows.to(tl.int64) * K + k, mask=used, other=-1)
-        z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=target >= 0, other=NEG_INF)
-        lse_rows = tl.maximum(lse_rows, z)
-    tl.store(lse + rows, tl.where(used, lse_rows, 0.0), mask=rows < N)
 
 
 @triton.jit
@@ -226,7 +234,7 @@ def target_kernel(
     used = target >= 0
     products = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
+        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         inside = (d < D) & used
         e_row = tl.load(e + i * stride_en + d * stride_ed, mask=inside, other=0.0)
         if COPY:
@@ -243,23 +251,34 @@ def target_kernel(
 
 @triton.jit
 def mass_kernel(
-    tile_lse, tile_max, lse, in_use, tile_mass, tile_entropy, map_entropy,
+    tile_max, tile_log_sum, lse, lse_low, in_use, tile_mass, tile_entropy, map_entropy,
     N, T, stride_t, stride_mass, log_threshold,
-    LEAST_HIT: tl.constexpr, TILE_ENTROPY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    LEAST_HIT: tl.constexpr, ELEMENT: tl.constexpr, TILE_ENTROPY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The map the backward reads: exp(tile_lse - lse), negated where the filter's quantity exceeds the threshold.
+    """The map the backward reads: exp((m - lse) + (log_sum - lse_low)), negated where the filter says "compute".
 
-    ``tile_max`` is that quantity's logarithm: the largest logit for "element", tile_lse itself for "tile".
+    That is, unless its quantity is at most the threshold: the largest softmax value for "element", the mass itself for
+    "tile". It is NaN in all blocks of a row that has no softmax, and so are the row's gradients.
     """
     tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = (tiles < T) & (rows < N)
     used = tl.load(in_use + rows, mask=rows < N, other=0) != 0
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
+    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
+    low = tl.load(lse_low + rows, mask=rows < N, other=0.0)
     where = tiles.to(tl.int64) * stride_t + rows
-    mass = tl.exp2((tl.load(tile_lse + where, mask=inside & used, other=NEG_INF) - finite(row_lse)) * LOG2E)
-    hit = tl.load(tile_max + where, mask=inside & used, other=NEG_INF) > row_lse + log_threshold
+    below = tl.load(tile_max + where, mask=inside & used, other=NEG_INF) - row_lse
+    log_mass = below + (tl.load(tile_log_sum + where, mask=inside & used, other=0.0) - low)
+    mass = tl.where(used, tl.exp2(log_mass * LOG2E), 0.0)
+    if ELEMENT:
+        small = below - low <= log_threshold
+    else:
+        small = log_mass <= log_threshold
+    # Not tl.maximum: of NaN the sign would tell nothing.
+    mass = tl.where(small | (used == 0), mass, -tl.where(mass > LEAST_HIT, mass, LEAST_HIT))
     place = tiles.to(tl.int64) * stride_mass + rows
-    tl.store(tile_mass + place, tl.where(hit, -tl.maximum(mass, LEAST_HIT), mass), mask=inside)
+    tl.store(tile_mass + place, mass, mask=inside)
     if TILE_ENTROPY:
         tl.store(map_entropy + place, tl.load(tile_entropy + where, mask=inside & used, other=0.0), mask=inside)

@@ -6,22 +6,30 @@
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import LOG2E, cap, entries_of, load_rows, logit_tile, wide
+from cce.backends.triton.kernels.tiles import INF, LOG2E, cap, entries_of, load_rows, logit_tile, wide
+
+#: In the place of a logit of -inf where a number times its softmax value is to be 0: a log-sum-exp minus it is finite.
+LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit
-def row_values(rows, lse, entropy, a, g, h, targets, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr):
-    """What the epilogue needs of each row; read before the product, which hides the wait.  # [BLOCK_N] each"""
+def row_values(rows, lse, lse_low, entropy, a, g, h, targets, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr):
+    """What the epilogue needs of each row; read before the product, which hides the wait.  # [BLOCK_N] each
+
+    A row whose log-sum-exp is infinite has no softmax: it becomes NaN.
+    """
     row_lse = tl.load(lse + rows)
+    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
+    row_low = tl.load(lse_low + rows)
     row_a = tl.load(a + rows)
     row_h, centre, target, row_g = row_a, row_a, row_a, row_a
     if ENTROPY:
         row_h = tl.load(h + rows)
-        centre = row_lse - tl.load(entropy + rows)
+        centre = row_low - tl.load(entropy + rows)
     if ONE_TARGET:
         target = tl.load(targets + rows)
         row_g = tl.load(g + rows)
-    return row_lse, row_a, row_h, centre, target, row_g
+    return row_lse, row_low, row_a, row_h, centre, target, row_g
 
 
 @triton.jit
@@ -30,17 +38,18 @@ def gradient(
     ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, ONE_TARGET: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j).  # [BLOCK_N, TILE_V]
+    """dx = scale softcap'(z) (p (a + h ((lse - z) + (lse_low - H))) - sum_k g_k [j = target_k] + s u_j).
 
-    a, g, h and s have been multiplied by the scale. ``place`` [TILE_V] is where the columns stand in the vocabulary.
+    a, g, h and s have been multiplied by the scale. ``place`` [TILE_V] is where the columns stand in the vocabulary;
+    with MASK those beyond V get 0.  # [BLOCK_N, TILE_V]
     """
-    row_lse, row_a, row_h, centre, target, row_g = values
-    p = tl.exp2(z * LOG2E - (row_lse * LOG2E)[:, None])
-    if MASK:
-        p = tl.where((place < V)[None, :], p, 0.0)
+    row_lse, row_low, row_a, row_h, centre, target, row_g = values
+    # exp((z - lse) - lse_low): first the difference of numbers that may share a large offset.
+    p = tl.exp2((z - row_lse[:, None]) * LOG2E - (row_low * LOG2E)[:, None])
     if ENTROPY:
         # p is 0 where z = -inf
-        dz = p * (row_a[:, None] + row_h[:, None] * (centre[:, None] - tl.maximum(z, -1e30)))
+        gap = row_lse[:, None] - tl.maximum(z, LOWEST)
+        dz = p * (row_a[:, None] + row_h[:, None] * (gap + centre[:, None]))
     else:
         dz = p * row_a[:, None]
     if ONE_TARGET:
@@ -51,12 +60,11 @@ def gradient(
             dz -= tl.where(place[None, :] == target_k, tl.load(g + rows * K + k)[:, None], 0.0)
     if SOFTCAP:
         if WEIGHTED:
-            u = tl.load(weight + entries)[None, :]
-            if MASK:
-                u = tl.where((place < V)[None, :], u, 0.0)
-            dz += tl.load(s + rows)[:, None] * u
-        ratio = z / softcap
+            dz += tl.load(s + rows)[:, None] * tl.load(weight + entries)[None, :]
+        ratio = tl.maximum(z * (1 / softcap), -1.0)  # a masked entry's logit is -inf, and its derivative 0
         dz *= 1 - ratio * ratio
+    if MASK:
+        dz = tl.where((place < V)[None, :], dz, 0.0)
     return dz
 
 
@@ -73,7 +81,7 @@ def chunk_tile(pid, blocks, tiles, GROUP_N: tl.constexpr):
 @triton.jit(do_not_specialize=["v0", "columns", "stride_dz"])
 def dense_kernel(
     e, c, bias, weight, dz, dbias,
-    lse, entropy, a, g, h, s, targets,
+    lse, lse_low, entropy, a, g, h, s, targets,
     N, V, D, K, stride_en, stride_ed, stride_cv, stride_cd, stride_dz, scale, softcap, v0, columns,
     E_TMA: tl.constexpr, C_TMA: tl.constexpr, DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
@@ -91,7 +99,7 @@ def dense_kernel(
         first = v0 + t * TILE_V
         place = first + tl.arange(0, TILE_V)
         entries = wide(tl.minimum(place, V - 1), WIDE)
-        values = row_values(read, lse, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
+        values = row_values(read, lse, lse_low, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
         # Logit tile, as in the forward.
         z = logit_tile(e, c, i * BLOCK_N, read, first, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
                        E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
@@ -129,19 +137,17 @@ def two_tiles(
 
 @triton.jit
 def store_slots(
-    dx, sorted_rows, rows, slot, count, spare, N, keep, entries, dz, dbias, slot_entries,
-    SORTED: tl.constexpr, DZ_TMA: tl.constexpr, DBIAS: tl.constexpr,
+    dx, counts, slot, count, spare, entries, dz, dbias, slot_entries,
+    DZ_TMA: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """dx of WIDTH / BLOCK_V tiles, ``count`` of them real, into their slots; and which entries their columns are.
 
+    It is 0 in rows that do not count, whatever their logits are.
     DZ_TMA: of one tile; one that is not real goes to the slot after the last, ``spare``, which nobody reads.
     """
     SLOT: tl.constexpr = BLOCK_N * BLOCK_V
     column = tl.arange(0, WIDTH)
-    counts = sorted_rows < N
-    if not SORTED:
-        counts = counts & (tl.load(keep + rows) != 0)
     dx = tl.where(counts[:, None], dx, 0.0)
     inside = column // BLOCK_V < count
     tl.store(slot_entries + slot * BLOCK_V + column, entries.to(tl.int32), mask=inside)
@@ -170,7 +176,7 @@ def item_at(where, item_block, item_slot, item_tiles, item_first):
 def sparse_kernel(
     e, c, bias, order, dz, dbias, slot_entries,
     row_order, keep, tile_list, item_block, item_first, item_slot, item_tiles, items,
-    lse, entropy, a, g, h, targets,
+    lse, lse_low, entropy, a, g, h, targets,
     N, V, D, K, T, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap, chunk, max_items,
     SORTED: tl.constexpr, E_TMA: tl.constexpr, C_TMA: tl.constexpr, DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr, BIAS: tl.constexpr,
@@ -181,8 +187,9 @@ def sparse_kernel(
     """dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into slots of [BLOCK_N, BLOCK_V].
 
     SORTED: ``e`` holds the rows in the order of the work list, and zeros for those that want no gradient; else as they
-    were, and ``keep`` says which count: the others may be NaN. C_TMA: one or two tiles, read as boxes of c; else any
-    number, their rows of c gathered, in whatever order the vocabulary has.
+    were. ``keep`` says which do: in the others e may be NaN, and a logit far above what stands for their log-sum-exp.
+    C_TMA: one or two tiles, read as boxes of c; else any number, their rows of c gathered, in whatever order the
+    vocabulary has.
     """
     total = tl.load(items + chunk)
     base = chunk * max_items
@@ -197,8 +204,9 @@ def sparse_kernel(
             read = wide(tl.minimum(sorted_rows, N - 1), WIDE)
         else:
             read = wide(rows, WIDE)
+        counts = (sorted_rows < N) & (tl.load(keep + rows) != 0)
         t0 = tl.load(tile_list + b * T + first)
-        values = row_values(rows, lse, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
+        values = row_values(rows, lse, lse_low, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
         # What the next round begins with: read now, so that it need not wait.
         next_b, next_slot, next_count, next_first = item_at(
             base + tl.minimum(item + step, total - 1), item_block, item_slot, item_tiles, item_first)  # fmt: skip
@@ -217,8 +225,8 @@ def sparse_kernel(
                 z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
                 dx = gradient(z, rows, values, place, V, g, a, a, entries, targets, K, softcap,
                               ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
-                store_slots(dx, sorted_rows, rows, slot + nth, count - nth, max_items, N, keep, entries, dz, dbias,
-                            slot_entries, SORTED, DZ_TMA, DBIAS, BLOCK_N, BLOCK_V, BLOCK_V)  # fmt: skip
+                store_slots(dx, counts, slot + nth, count - nth, max_items, entries, dz, dbias, slot_entries,
+                            DZ_TMA, DBIAS, BLOCK_N, BLOCK_V, BLOCK_V)  # fmt: skip
         else:
             # From scalars, not from a vector that is loaded: a thread would keep a number for each of its columns.
             column = tl.arange(0, TILE_V)
@@ -234,6 +242,6 @@ def sparse_kernel(
             # Epilogue, and store.
             dx = gradient(z, rows, values, place, V, g, a, a, entries, targets, K, softcap,
                           ENTROPY, False, SOFTCAP, ONE_TARGET, MASK)  # fmt: skip
-            store_slots(dx, sorted_rows, rows, slot, count, max_items, N, keep, entries, dz, dbias, slot_entries,
-                        SORTED, DZ_TMA and TILE_V == BLOCK_V, DBIAS, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
+            store_slots(dx, counts, slot, count, max_items, entries, dz, dbias, slot_entries,
+                        DZ_TMA and TILE_V == BLOCK_V, DBIAS, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
         b, slot, count, first = next_b, next_slot, next_count, next_first

@@ -7,9 +7,18 @@
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.forward import finite
 from cce.backends.triton.kernels.gradient import chunk_tile
-from cce.backends.triton.kernels.tiles import LN2, LOG2E, NEG_INF, cap, logit_tile, store_as_held, wide
+from cce.backends.triton.kernels.tiles import (
+    INF,
+    LOG2E,
+    NEG_INF,
+    cap,
+    finite,
+    logit_tile,
+    store_as_held,
+    wide,
+)
+from cce.backends.triton.kernels.totals import log_of_sum, store_totals
 
 
 @triton.jit
@@ -38,7 +47,7 @@ def store_kernel(
             z = tl.where((place < V)[None, :], z, NEG_INF)
         # Epilogue: statistics of the tile.
         m = tl.max(z, 1)
-        p = tl.exp2(z * LOG2E - (finite(m) * LOG2E)[:, None])
+        p = tl.exp2((z - finite(m)[:, None]) * LOG2E)
         where = t.to(tl.int64) * N + rows
         store_as_held(tile_max + where, m, rows < N)
         store_as_held(tile_sum + where, tl.sum(p, 1), rows < N)
@@ -51,8 +60,10 @@ def store_kernel(
 
 
 @triton.jit
-def join_kernel(tile_max, tile_sum, target_logits, targets, lse, N, K, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
-    """lse of some rows from their tiles, in ascending order; 0 where a row has no target."""
+def join_kernel(
+    tile_max, tile_sum, target_logits, targets, lse, lse_low, nll, N, K, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """lse, lse_low and nll of some rows from their tiles, in ascending order; 0 where a row has no target."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.full((BLOCK_N,), NEG_INF, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
@@ -66,60 +77,58 @@ def join_kernel(tile_max, tile_sum, target_logits, targets, lse, N, K, T, BLOCK_
         s *= tl.exp2((m - finite(m_new)) * LOG2E)
         s += tl.sum(tile_s * tl.exp2((tile_m - finite(m_new)[None, :]) * LOG2E), 0)
         m = m_new
-    row_lse = finite(m) + tl.log2(s) * LN2
     used = rows < 0
     for k in range(K):
-        target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
-        z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=target >= 0, other=NEG_INF)
-        row_lse = tl.maximum(row_lse, z)  # made by another kernel: no loss is negative
-        used = used | (target >= 0)
-    store_as_held(lse + rows, tl.where(used, row_lse, 0.0), rows < N)
+        used = used | (tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1) >= 0)
+    store_totals(m, log_of_sum(s), rows, used, N, K, target_logits, targets, lse, lse_low, nll)
 
 
 @triton.jit
 def scale_kernel(
-    q, dz, tile_max, lse, target_logits, targets, a, g,
+    q, dz, tile_max, lse, lse_low, nll, targets, a, g,
     N, V, K, stride_q, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dz = a p - sum_k g_k [j = target_k] in place of q: p = q exp(m - lse), and at a target from its own logit.
+    """dz = a p - sum_k g_k [j = target_k] in place of q: p = q exp((m - lse) - lse_low), and exp(-nll) at a target.
 
     a and g have been multiplied by the scale; those of a target -1 do not count, whatever they are. A row that has no
-    other may hold NaN, and so may one whose a is 0.
+    other may hold NaN. One whose log-sum-exp is infinite has no softmax, and is NaN.
     """
     t = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     place = t * TILE_V + tl.arange(0, TILE_V)
     inside = (rows < N)[:, None] & (place < V)[None, :]
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
+    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
+    low = tl.load(lse_low + rows, mask=rows < N, other=0.0)
     row_a = tl.load(a + rows, mask=rows < N, other=0.0)
     m = tl.load(tile_max + t.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
-    factor = tl.where(m == NEG_INF, 0.0, tl.exp2((m - row_lse) * LOG2E)) * row_a
+    factor = tl.exp2(((m - row_lse) - low) * LOG2E) * row_a
     where = rows.to(tl.int64)[:, None] * stride_q + place[None, :]
     x = tl.load(q + where, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
     used = rows < 0
     for k in range(K):
         target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
         used = used | (target >= 0)
-        z = tl.load(target_logits + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
-        p = tl.exp2((z - row_lse) * LOG2E) * row_a
+        loss = tl.load(nll + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
+        p = tl.exp2(-loss * LOG2E) * row_a
         x = tl.where(place[None, :] == target[:, None], p[:, None], x)
     for k in range(K):
         target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
         row_g = tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
         x -= tl.where(place[None, :] == target[:, None], row_g[:, None], 0.0)
-    x = tl.where((used & (row_a != 0))[:, None], x, 0.0)
+    x = tl.where(used[:, None], x, 0.0)
     tl.store(dz + where, x.to(dz.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
-def value_kernel(weights, lse, target_logits, value, N, K, BLOCK: tl.constexpr):
-    """value = sum_ik weights_ik (lse_i - target_logits_ik), in ascending order. One program."""
+@triton.jit(do_not_specialize=["size"])
+def value_kernel(weights, nll, value, size, BLOCK: tl.constexpr):
+    """value = sum of weights times nll, in ascending order. One program."""
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, N * K, BLOCK):
+    for start in range(0, size, BLOCK):
         where = start + tl.arange(0, BLOCK)
-        inside = where < N * K
-        gap = tl.load(lse + where // K, mask=inside, other=0.0) - tl.load(target_logits + where, mask=inside, other=0.0)
-        total += tl.load(weights + where, mask=inside, other=0.0) * gap
+        inside = where < size
+        loss = tl.load(nll + where, mask=inside, other=0.0)
+        total += tl.load(weights + where, mask=inside, other=0.0) * loss
     tl.store(value, tl.sum(total, 0))
 
 

@@ -184,15 +184,18 @@ def dbias_kernel(
 
 @triton.jit
 def finish_kernel(
-    total, row_order, norm, de, N, D, stride_de, SORTED: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr
+    total, row_order, keep, norm, de, N, D, stride_de, SORTED: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """de in its dtype, its rows back at their places."""
+    """de in its dtype, its rows back at their places; SORTED: 0 in those that want no gradient."""
     i = tl.program_id(0)
     row = i.to(tl.int64)
     if SORTED:
         row = tl.load(row_order + i).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x = tl.load(total + i.to(tl.int64) * D + d, mask=d < D, other=0.0)
+    inside = d < D
+    if SORTED:
+        inside = inside & (tl.load(keep + row) != 0)
+    x = tl.load(total + i.to(tl.int64) * D + d, mask=inside, other=0.0)
     if NORM:
         x *= tl.load(norm)
     tl.store(de + row * stride_de + d, x.to(de.dtype.element_ty), mask=d < D)

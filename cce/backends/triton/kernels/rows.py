@@ -11,7 +11,7 @@ def gather_kernel(
 ):  # fmt: skip
     """out [rows, D] = x[index]; with KEEP zeros where ``keep[index]`` is 0, whatever x holds there."""
     place = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     row = tl.load(index + tl.minimum(place, rows - 1)).to(tl.int64)
     inside = (place < rows)[:, None]
     if not EVEN_D:

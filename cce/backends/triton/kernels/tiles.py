@@ -3,7 +3,10 @@
 Conventions of all kernels (docs/algorithm.md has the algorithm, ``cce/reference/tiled.py`` its plain text):
 
 - sizes ``N V D T``, blocks ``BLOCK_N BLOCK_V BLOCK_D``; ``TILE_V`` is a multiple of BLOCK_V: what one product covers.
-- exponentials are powers of two: ``exp(z - m) = exp2(LOG2E z - LOG2E m)``, one multiply-add and one exp2.
+- exponentials are powers of two of a difference: ``exp(z - m) = exp2(LOG2E (z - m))``. One multiply-add, ``LOG2E z -
+  LOG2E m``, would round what is multiplied first: logits may share an offset at which little is left of a difference.
+- a logit is rounded, to float32, before anything is subtracted from it (:func:`rounded_product`): it is the same number
+  then for its row's maximum, for its exponential, and in the kernel of the targets.
 - a row or an entry beyond the last is read as the last, so that no load needs a mask; what it gave is not stored.
 """
 
@@ -12,6 +15,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
 NEG_INF = tl.constexpr(float("-inf"))
 
 
@@ -23,7 +27,7 @@ def load_rows(
     if TMA:
         tile = x.load([row0, k])
     else:
-        d = k + tl.arange(0, BLOCK_D)
+        d = (k + tl.arange(0, BLOCK_D)).to(rows.dtype)  # as wide: columns may be what is far apart
         where = x + rows[:, None] * stride_row + d[None, :] * stride_d
         if EVEN_D:
             tile = tl.load(where)
@@ -49,15 +53,47 @@ def logit_tile(
 
 
 @triton.jit
+def finite(x):
+    """What to subtract for a maximum: 0 for one that is infinite, since inf - inf would be NaN.
+
+    So exp(z - m) is 0 or infinite where m is, and NaN where z is and nowhere else.
+    """
+    return tl.where(tl.abs(x) == INF, 0.0, x)
+
+
+@triton.jit
+def rounded_product(x, y):
+    """x y, which the compiler may not make part of a multiply-add with what follows."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def tanh(y):
+    """With a relative error of a few units in the last place, also of a small y.
+
+    Below 0.55 it is an odd polynomial (the minimax one that CUDA's tanhf has); 1 - 2 / (1 + exp 2y) has the absolute
+    error of a number near 1, and never overflows.
+    """
+    size = tl.abs(y)
+    square = y * y
+    small = tl.fma(square, tl.fma(square, 1.57394409e-2, -5.23025394e-2), 1.33152470e-1)
+    small = tl.fma(square, small, -3.33327681e-1) * square
+    large = 1 - 2 / (1 + tl.exp2(size * (2 * LOG2E)))
+    return tl.where(size < 0.55, tl.fma(small, y, y), tl.where(y < 0, -large, large))
+
+
+@triton.jit
 def cap(z, entries, bias, scale, softcap, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """softcap tanh(scale (z + bias) / softcap), for a product z = e c^T.  # [BLOCK_N, TILE_V]"""
+    """softcap tanh(scale (z + bias) / softcap), -inf where the bias is, of z = e c^T.  # [BLOCK_N, TILE_V]"""
     if BIAS:
-        z += tl.load(bias + entries).to(tl.float32)[None, :]
+        shift = tl.load(bias + entries).to(tl.float32)[None, :]
+        z += shift
     if SOFTCAP:
-        # tanh y = 1 - 2 / (1 + exp 2y): no overflow, an absolute error of a unit in the last place of softcap.
-        z = softcap - 2 * softcap / (1 + tl.exp2(z * (2 * scale / softcap) * LOG2E))
+        z = rounded_product(tanh(z * (scale / softcap)), softcap)
+        if BIAS:
+            z = tl.where(shift == NEG_INF, NEG_INF, z)
     elif SCALE:
-        z *= scale
+        z = rounded_product(z, scale)
     return z
 
 

@@ -12,20 +12,24 @@ from cce.backends.triton.kernels.tiles import store_as_held
 
 @triton.jit
 def hits_kernel(
-    tile_mass, active, target_place, g, hit, counts,
+    tile_mass, active, everywhere, target_place, g, hit, counts,
     N, T, K, stride_mass, per_program,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """hit [T, N]: the row needs the tile, by the filter's rule or for a target in it; counts [programs, N] of them."""
+    """hit [T, N]: the row needs the tile, by the filter's rule or for a target in it; counts [programs, N] of them.
+
+    ``active`` [N]: it needs any; ``everywhere`` [N]: it needs all.
+    """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * per_program
     on = tl.load(active + rows, mask=rows < N, other=0) != 0
+    every = tl.load(everywhere + rows, mask=rows < N, other=0) != 0
     total = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(first, tl.minimum(first + per_program, T), BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
         inside = (tiles < tl.minimum(first + per_program, T))[:, None] & (rows < N)[None, :]
         mass = tl.load(tile_mass + tiles.to(tl.int64)[:, None] * stride_mass + rows[None, :], mask=inside, other=0.0)
-        found = mass < 0
+        found = (mass < 0) | every[None, :]
         for k in range(K):
             place = tl.load(target_place + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
             counted = (place >= 0) & (tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0) != 0)
