@@ -135,10 +135,10 @@ def check_vocab_order_state(state: Any, v: int) -> None:
         raise ValueError(f"state_dict['permutation']: got {order}, expected a permutation of range({v})")
 
 
-def check_integers(name: str, value: Any) -> None:
+def check_integers(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = INTEGERS) -> None:
     """An integer tensor of any shape."""
     _tensor(name, value)
-    if value.dtype not in INTEGERS:
+    if value.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
 
 
@@ -221,7 +221,7 @@ def check_floats(name: str, value: Any, shape: tuple[int, ...], meaning: str, li
 
 def check_entries(name: str, value: Any, targets: Tensor) -> None:
     """(..., K) vocabulary entries beside ``targets`` (...)."""
-    check_integers(name, value)
+    check_integers(name, value, dtypes=(*INTEGERS, *UNSIGNED))
     if value.ndim != targets.ndim + 1 or value.shape[:-1] != targets.shape or value.shape[-1] < 1:
         expected = (*targets.shape, "K")
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {expected} with K >= 1")

@@ -108,7 +108,7 @@ def flatten(
         if shift:
             shift = min(shift, shape[-1])  # nothing is predicted in a sequence that is no longer
         if shift or targets.dtype in checks.UNSIGNED:
-            targets = targets.to(torch.int64)  # narrower ones may not hold ignore_index
+            targets = _as_int64(targets)  # narrower ones may not hold ignore_index
         rows = shifted(targets, shift, lead, ignore_index).reshape(-1, k)
         e, c, bias = autocast(e, c, bias)
         softcap = None if softcap is None else float(softcap)
@@ -130,6 +130,12 @@ def flatten(
         return flat
     coefficients = shifted(target_weight, shift, lead, 0).reshape(-1, k).to(flat.wide)
     return flat._replace(coefficients=coefficients.masked_fill(rows < 0, 0))
+
+
+def _as_int64(targets: Tensor) -> Tensor:
+    """The targets; those of uint64 beyond int64 become its largest number, which is no entry, not one below 0."""
+    found = targets.to(torch.int64)
+    return found.where(found >= 0, 2**63 - 1) if targets.dtype == torch.uint64 else found
 
 
 def _split(flat: Flat, split: VocabParallel, options: Mapping[str, Any]) -> Flat:

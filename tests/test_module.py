@@ -117,6 +117,30 @@ def test_unknown_option() -> None:
         cce.LinearCrossEntropy(D, V, smoothing=0.1)
 
 
+BAD_OPTIONS: list[tuple[str, Any]] = [
+    ("reduction", "avg"),
+    ("softcap", -1),
+    ("logit_scale", 0),
+    ("label_smoothing", 1.1),
+    ("z_loss", -1.0),
+    ("ignore_index", 0.5),
+    ("shift", -1),
+    ("backend", "gpu"),
+    ("spec", "exact"),
+    ("spec.vocab_order", cce.Spec(vocab_order=range(V + 1))),
+    ("weight", torch.ones(V + 1)),
+    ("weight", weights(requires_grad=True)),
+    ("vocab_parallel", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_OPTIONS, ids=str)
+def test_bad_options_are_errors_at_once(name: str, value: Any) -> None:
+    """Not at the first forward, which may be hours later."""
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: got .*expected"):
+        cce.LinearCrossEntropy(D, V, **{name.partition(".")[0]: value})
+
+
 def test_class_weights_move_with_the_module(e: Tensor, targets: Tensor) -> None:
     head = cce.LinearCrossEntropy(D, V, bias=True, weight=weights())
     assert head.to("meta").class_weight.device.type == "meta"
@@ -171,6 +195,19 @@ def test_logits(e: Tensor, targets: Tensor, logit_scale: float, softcap: float |
     z = logit_scale * F.linear(e, head.weight, head.bias)
     torch.testing.assert_close(head.logits(e), z if softcap is None else softcap * torch.tanh(z / softcap))
     torch.testing.assert_close(F.cross_entropy(head.logits(e).mT, targets), head(e, targets))
+
+
+def test_logits_of_masked_entries(e: Tensor, targets: Tensor) -> None:
+    """A bias of -inf masks an entry under a softcap, too, in the logits as in the loss."""
+    head = cce.LinearCrossEntropy(D, V, bias=True, softcap=1.5)
+    with torch.no_grad():
+        head.bias[3] = -torch.inf
+    z = head.logits(e)
+    assert (z[..., 3] == -torch.inf).all() and z[..., 4:].isfinite().all()
+    targets = targets.masked_fill(targets == 3, 4)
+    torch.testing.assert_close(F.cross_entropy(z.mT, targets), head(e, targets))
+    (g,) = torch.autograd.grad(z[..., 4:].sum(), head.bias)
+    assert g.isfinite().all()
 
 
 def test_functional_call(e: Tensor, targets: Tensor) -> None:

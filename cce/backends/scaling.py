@@ -8,16 +8,20 @@ from torch import Tensor
 from cce.problem import Upstream
 
 
-def norm_of(upstream: Upstream[Tensor], operand: torch.dtype) -> Tensor | None:
+def norm_of(
+    upstream: Upstream[Tensor], operand: torch.dtype, logit_scale: float, largest: float = 1.0
+) -> Tensor | None:
     """What the upstream gradients are divided by so that dz does not underflow in float16; None for other dtypes.
 
-    The power of two at or above the largest of them that is finite: dividing and multiplying by it rounds nothing.
+    A power of two, so that dividing and multiplying by it rounds nothing: the one that brings the largest of those that
+    are finite, times the logit scale, to between half of ``largest`` and it. dz is then at most some tens of times as
+    large (an entropy's term, a target named several times); what is summed of it must not overflow either.
     """
     if operand != torch.float16:
         return None
     parts = [part for part in (upstream.a, upstream.g, upstream.h, upstream.s) if part is not None]
-    largest = torch.stack([part.nan_to_num(0, 0, 0).abs().amax() for part in parts]).amax()
-    return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+    found = torch.stack([part.nan_to_num(0, 0, 0).abs().amax() for part in parts]).amax() * logit_scale
+    return torch.where(found > 0, torch.exp2(torch.ceil(torch.log2(found))) / largest, 1.0)
 
 
 def scaled(upstream: Upstream[Tensor], logit_scale: float, norm: Tensor | None) -> Upstream[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -83,7 +82,8 @@ class Call:
         checks.check_tensors(e, c, targets, None, target_weight, part=split is not None)
         checks.check_choice("reduction", reduction, reductions)
         checks.check_token_weight(token_weight, e.shape[:-1], e.device)
-        passed = {**tempered(options, temperature, temperature_name), "bias": bias, "vocab_parallel": split}
+        wide = torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32)
+        passed = {**tempered(options, temperature, temperature_name, wide), "bias": bias, "vocab_parallel": split}
         # int64, as uint8 holds no -100: it equals 156 there.
         return cls(e, c, targets.to(torch.int64), passed, reduction, token_weight, target_weight)
 
@@ -136,19 +136,27 @@ def check_options(options: Mapping[str, Any], accepted: Iterable[str] = tuple(Op
     checks.check_options(**shared)
 
 
-def tempered(options: Mapping[str, Any], temperature: float, name: str) -> dict[str, Any]:
-    """The options under which all logits are divided by ``temperature``, the recipe's argument ``name``."""
+def tempered(options: Mapping[str, Any], temperature: float, name: str, wide: torch.dtype) -> dict[str, Any]:
+    """The options under which all logits are divided by ``temperature``, the recipe's argument ``name``.
+
+    ``wide``: dtype of the results, which must hold what is left of a scale.
+    """
     found = dict(options)
     if temperature != 1:
         scale, softcap = found.get("logit_scale", 1.0), found.get("softcap")
-        most = sys.float_info.max  # of what is left of a scale after the division
         checks.check_number(
             name,
             temperature,
             "a finite number > 0 by which logit_scale and softcap can be divided",
-            lambda t: t > 0 and all(0 < x / t <= most for x in (scale, softcap) if x is not None),
+            lambda t: t > 0 and all(divisible(x, t, wide) for x in (scale, softcap) if x is not None),
         )
         found["logit_scale"] = scale / temperature
         if softcap is not None:  # softcap * tanh(x / softcap) / t = (softcap / t) * tanh(x / softcap)
             found["softcap"] = softcap / temperature
     return found
+
+
+def divisible(x: float, by: float, wide: torch.dtype) -> bool:
+    """Whether the quotient of two numbers above 0 is one that ``wide`` holds."""
+    limits = torch.finfo(wide)
+    return limits.tiny <= x / by <= limits.max

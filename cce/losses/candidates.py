@@ -69,7 +69,7 @@ def unlikelihood(
     ignored = (call.targets == call.ignore_index)[..., None]
     entries = negatives.to(torch.int64).masked_fill(ignored, call.ignore_index)
     if call.options["vocab_parallel"] is None:  # else V is not known here, and what is bad is called a target
-        check_in_vocabulary("negatives", entries, c.shape[0], call.ignore_index)
+        check_in_vocabulary("negatives", entries, len(call.c), call.ignore_index)
     entries = _as_set(entries, call.targets if likelihood else None, call.ignore_index)
     counts = call.of_results(entries, dim=-2) != call.ignore_index
     if likelihood:

@@ -244,11 +244,13 @@ def ldr(
     )
     if call.options["vocab_parallel"] is not None:
         raise ValueError("vocab_parallel: got a split vocabulary, expected None: ldr needs the size of the whole")
-    most = _LARGEST_MARGIN[torch.float64 if torch.float64 in (e.dtype, c.dtype) else torch.float32] * lam
-    checks.check_number("margin", margin, f"a number in [0, {most}]", lambda x: 0 <= x <= most)
+    most = _LARGEST_MARGIN[torch.float64 if torch.float64 in (e.dtype, c.dtype) else torch.float32]
+    checks.check_number("margin", margin, f"a number in [0, {most} * lam]", lambda x: 0 <= x <= most * lam)
     nll = call.nll()
-    # sum_k exp(.. / lam) = 1 + exp(margin / lam) (exp(nll) - 1): no term is negative.
-    raised = torch.log1p(math.expm1(margin / lam) * -torch.expm1(-nll))
+    # sum_k exp(.. / lam) = 1 + exp(margin / lam) (exp(nll) - 1): no term is negative. The factor is a tensor, as a
+    # number would be a constant of compiled code.
+    factor = (nll.new_ones(()) * (margin / lam)).expm1()
+    raised = torch.log1p(factor * -torch.expm1(-nll))
     return call.reduce(lam * (nll + raised - math.log(c.shape[0])))
 
 

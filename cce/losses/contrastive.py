@@ -5,7 +5,6 @@ A batch of B pairs is a vocabulary of B entries, and B x B similarities need not
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from cce import checks
 from cce.functional import terms
-from cce.losses.call import Call, check_options
+from cce.losses.call import Call, check_options, divisible
 from cce.losses.values import check_positive
 from cce.reduction import reduce
 from cce.spec import Spec
@@ -129,9 +128,10 @@ def nt_xent(
     tensor(0.9048)
     """
     _check_pairs(e, c, normalize, reduction, options)
-    expected = "a finite number > 0 with an inverse"
-    checks.check_number("temperature", temperature, expected, lambda x: x > 0 and 0 < 1 / x <= sys.float_info.max)
     x = torch.cat([e, c])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    expected = f"a finite number > 0 that has an inverse in {wide}"
+    checks.check_number("temperature", temperature, expected, lambda x: x > 0 and divisible(1, x, wide))
     x = _normalized(x) if normalize else x
     nll = _nll_without_itself(x, temperature, options)
     return reduce(nll, torch.ones_like(nll, dtype=torch.bool), reduction)

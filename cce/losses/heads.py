@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cce import checks
+from cce.errors import describe
 from cce.functional import loss
 from cce.losses.call import Options, check_options
 
@@ -56,7 +57,7 @@ def multi_token(
     check_options(options)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_float_tensor("e", e)
-    checks.check_integers("targets", targets)
+    checks.check_integers("targets", targets, dtypes=(*checks.INTEGERS, *checks.UNSIGNED))
     if e.ndim < 3 or e.shape[1:-1] != targets.shape or len(e) < 1:
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected {('H', *targets.shape, 'D')} with H >= 1")
     rest: dict[str, Any] = dict(options)
@@ -106,9 +107,9 @@ def multi_codebook(
     check_options(options, set(Options.__annotations__) - {"bias"})
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_float_tensor("e", e)
-    checks.check_integers("targets", targets)
+    checks.check_integers("targets", targets, dtypes=(*checks.INTEGERS, *checks.UNSIGNED))
     if not isinstance(c, (Tensor, Sequence)) or isinstance(c, str):
-        raise TypeError(f"c: got {c!r} of type {type(c).__name__}, expected a tensor (Q, V, D) or Q tensors (V_q, D)")
+        raise TypeError(f"c: got {describe(c)}, expected a tensor (Q, V, D) or Q tensors (V_q, D)")
     if targets.ndim < 1 or len(c) < 1 or targets.shape[-1] != len(c):
         raise ValueError(f"targets: got shape {tuple(targets.shape)}, expected (..., Q) with Q = {len(c)} classifiers")
     shared = e.shape[:-1] == targets.shape[:-1]
@@ -136,7 +137,7 @@ def _head_weight(value: Any, e: Tensor) -> Tensor:
         return torch.ones(len(e), dtype=dtype, device=e.device)
     if not isinstance(value, Tensor):
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"head_weight: got {value!r}, expected H = {len(e)} numbers or a tensor of them")
+            raise TypeError(f"head_weight: got {describe(value)}, expected H = {len(e)} numbers or a tensor of them")
         for x in value:
             checks.check_number("head_weight", x, "finite numbers", lambda x: True)
         value = torch.tensor(value, dtype=dtype, device=e.device)

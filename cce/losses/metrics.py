@@ -75,7 +75,7 @@ def evaluate(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[Options]) 
     out = call.terms("nll", "prediction")
     assert out.nll is not None and out.prediction is not None
     in_use = call.in_use
-    hit = (out.prediction == call.of_results(targets)) & in_use
+    hit = (out.prediction == call.of_results(call.targets)) & in_use
     # float64 sums, which MPS has not.
     wide = out.nll.dtype if out.nll.device.type == "mps" else torch.float64
     return Evaluation(out.nll.sum(dtype=wide), hit.sum(), in_use.sum())

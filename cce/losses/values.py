@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
+
+from cce import transforms
 
 
 def check_values(name: str, x: Tensor, bad: Callable[[Tensor], Tensor], expected: str) -> None:
@@ -62,11 +63,7 @@ def slack(dtype: torch.dtype) -> float:
 
 def _visible(x: Tensor) -> bool:
     """Whether the values are there and may be waited for."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
-        return False
-    if _python_dispatch._get_current_dispatch_mode() is not None:  # make_fx, FakeTensorMode
-        return False
-    return x.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1"
+    return not transforms.traced(x) and (x.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1")
 
 
 def _whole(x: Tensor) -> Tensor:

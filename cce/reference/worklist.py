@@ -88,15 +88,18 @@ class TileMaps:
     tile_log_sum: Array
     tile_entropy: Array
 
+    @IEEE
     def log_max(self, lse: Array, lse_low: Array, t: Any = slice(None)) -> Array:
         """Logarithm of the row's largest p in block t; of all blocks by default."""
         found: Array = (self.tile_max[t] - lse) - lse_low
         return found
 
+    @IEEE
     def log_mass(self, lse: Array, lse_low: Array, t: Any = slice(None)) -> Array:
         """Logarithm of the row's probability in block t, ``tile_lse - lse``; of all blocks by default."""
         return self.log_max(lse, lse_low, t) + self.tile_log_sum[t]
 
+    @IEEE
     def sum_about(self, m: Array, t: int) -> Array:
         """Sum of ``exp(z - m)`` over block t, (N,)."""
         found: Array = np.exp((self.tile_max[t] - np.where(np.isneginf(m), 0.0, m)) + self.tile_log_sum[t])

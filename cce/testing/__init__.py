@@ -6,6 +6,19 @@
 from cce.testing.behaviours import BEHAVIOURS
 from cce.testing.cases import CASES, Case
 from cce.testing.check import Result, run_case
-from cce.testing.report import Report, check_backend
+from cce.testing.layouts import LAYOUTS
+from cce.testing.patterns import PATTERNS
+from cce.testing.report import GROUPS, Report, check_backend
 
-__all__ = ["BEHAVIOURS", "CASES", "Case", "Report", "Result", "check_backend", "run_case"]
+__all__ = [
+    "BEHAVIOURS",
+    "CASES",
+    "GROUPS",
+    "LAYOUTS",
+    "PATTERNS",
+    "Case",
+    "Report",
+    "Result",
+    "check_backend",
+    "run_case",
+]

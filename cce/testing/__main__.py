@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from cce.testing.options_table import options_page
-from cce.testing.report import check_backend
+from cce.testing.report import GROUPS, check_backend
 
 
 def main() -> int:
@@ -22,13 +22,16 @@ def main() -> int:
     what.add_argument("--options-table", action="store_true", help="print docs/options.md")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="what to check (%(default)s)")
+    parser.add_argument("--short", action="store_true", help="fewer layouts and patterns, for an interpreter")
     parser.add_argument("--out", help="JSON file for the record")
     parser.add_argument("--commit", default=None, help="commit to record (the checkout's, if it is one)")
     options = parser.parse_args()
     if options.options_table:
         print(options_page(), end="")
         return 0
-    report = check_backend(options.backend, options.device, jobs=options.jobs)
+    groups = options.groups.split(",")
+    report = check_backend(options.backend, options.device, groups=groups, jobs=options.jobs, short=options.short)
     print(report)
     if options.out:
         today = datetime.date.today().isoformat()

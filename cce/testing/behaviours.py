@@ -6,6 +6,7 @@ Each function takes a backend's name and a device and raises AssertionError with
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,6 +180,35 @@ def never_negative(backend: str, device: str) -> None:
         assert bool((out.nll >= 0).all()) and bool((out.entropy >= 0).all()), "a negative loss or entropy"
 
 
+def common_offset(backend: str, device: str) -> None:
+    """Logits that all share a number give the loss and gradients of those without it, smoothed and weighted too."""
+    rng = torch.Generator().manual_seed(3)
+    # Whole numbers: products and sums have no error, and the offset's last bit is no fraction of one.
+    e, c = (torch.randint(-2, 3, (rows, D), generator=rng).float().to(device) for rows in (N, V))
+    t, weight = torch.randint(V, (N,), generator=rng).to(device), torch.linspace(0.5, 1.5, V, device=device)
+    calls: tuple[dict[str, Any], ...] = (
+        {},
+        {"reduction": "none"},
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.2, "weight": weight},
+    )
+    for offset in (2.0**10, -(2.0**17), 2.0**23):
+        e[:, -1], c[:, -1] = offset, 1.0
+        for call in calls:
+            x, y = e.clone().requires_grad_(), c.clone().requires_grad_()
+            loss = cce.loss(x, y, t, backend=backend, spec=_EXACT, **call)
+            expected = _dense(x, y, t, **{k: v.double() if isinstance(v, Tensor) else v for k, v in call.items()})
+            where = f"at {offset:g}, {', '.join(call) or 'mean'}"
+            _near(loss, expected, f"loss {where}")
+            found, want = (torch.autograd.grad(value.sum(), (x, y)) for value in (loss, expected))
+            for name, ours, theirs in zip(("dE", "dC"), found, want, strict=True):
+                # The last column holds sums that are 0, and multiples of the offset.
+                _near(ours[:, :-1], theirs[:, :-1], f"{name} {where}")
+    for offset in (1e4, 1e8):
+        equal = torch.full((1, 1), offset, device=device), torch.ones(2, 1, device=device), torch.zeros_like(t[:1])
+        _near(cce.loss(*equal, backend=backend), torch.tensor(2.0).log(), f"loss of two equal logits of {offset:g}")
+
+
 def bad_target(backend: str, device: str) -> None:
     """A target outside [0, V) is a ValueError that names it (on a GPU it would end the process: not run there)."""
     if device != "cpu":
@@ -238,6 +268,7 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     frozen_inputs,
     no_grad_mode,
     never_negative,
+    common_offset,
     bad_target,
     autocast,
     compiled,

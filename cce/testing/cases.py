@@ -21,10 +21,13 @@ class Case:
         n, d, v, k: sizes; ``m`` rows of ``e``, of which ``n`` are in use (None: all of them).
         e_dtype, c_dtype: dtypes.
         data: "random", "peaked" (Zipf frequencies, a common mean row: tiles are really skipped), "aligned"
-            (rows of ``c`` equal to rows of ``e``: p near 1), "large_bias", "masked" (bias of -inf, also whole tiles),
-            "masked_low", "masked_high" (the same, all other logits near -300 or 300: exp() of no difference to a
-            masked tile's maximum, or to 0 in its place, is a number).
+            (rows of ``c`` equal to rows of ``e``: p near 1), "certain" (of small logits one stands out: p near 1),
+            "large_bias", "masked" (bias of -inf, also whole tiles), "masked_low", "masked_high" (the same, all other
+            logits near -300 or 300: exp() of no difference to a masked tile's maximum, or to 0 in its place, is a
+            number).
         strided: ``e`` and ``c`` are transposed views.
+        offset: added to all logits, exactly; a power of two.
+        offset_by: "product" (a column of ``e`` equal to it, of ``c`` equal to 1) or "bias".
         bias, softcap, logit_scale, outputs, logit_weight, vocab_order: as in Problem and Inputs.
         wanted: the gradients asked for.
         spec: fields of the Spec.
@@ -40,6 +43,8 @@ class Case:
     c_dtype: torch.dtype = F32
     data: str = "random"
     strided: bool = False
+    offset: float = 0.0
+    offset_by: str = "product"
     bias: bool = False
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -94,6 +99,8 @@ def _options() -> list[Case]:
         Case("masked-high", v=900, bias=True, data="masked_high", outputs=("entropy",)),
         Case("softcap", softcap=1.5, bias=True, data="peaked"),
         Case("softcap-ragged", softcap=0.5, n=33, v=65),
+        Case("softcap-1e4", softcap=1e4, bias=True, outputs=("entropy",)),
+        Case("softcap-1e6", softcap=1e6, outputs=("weighted_logit",)),
         Case("scale", logit_scale=0.25, bias=True),
         Case("scale-softcap", logit_scale=3.0, softcap=5.0),
         Case("entropy", outputs=("entropy",)),
@@ -147,6 +154,42 @@ def _filtered() -> list[Case]:
     ]
 
 
+def _offsets() -> list[Case]:
+    """Logits that share an offset of a thousand to a hundred million; tokens whose target is nearly certain."""
+    plain = Case("offset", v=130, d=9, outputs=("entropy",), spec=_small("none"))
+    by_bias: dict[str, Any] = {"bias": True, "offset_by": "bias"}
+    few = {**_FILTERED, "block_v": 64, "threshold": 2.0**-7}
+    filtered = Case("offset-filtered", n=45, d=24, v=800, data="peaked", offset=2.0**13, spec=few)
+    return [
+        replace(plain, name="offset-1e3", offset=2.0**10),
+        replace(plain, name="offset-1e4", offset=2.0**13, bias=True, outputs=("weighted_logit",)),
+        replace(plain, name="offset-1e6", offset=2.0**20, k=2),
+        replace(plain, name="offset-1e8", offset=2.0**27),
+        replace(plain, name="offset-negative", offset=-(2.0**17), bias=True, outputs=("entropy", "prediction")),
+        replace(plain, name="offset-bias-1e3", offset=2.0**10, logit_scale=0.5, **by_bias),
+        replace(plain, name="offset-bias-1e8", offset=2.0**27, **by_bias),
+        replace(plain, name="offset-loss", offset=2.0**17, outputs=()),
+        replace(plain, name="offset-loss-soft-targets", offset=2.0**20, k=3, outputs=(), **by_bias),
+        replace(plain, name="offset-certain", offset=2.0**13, data="certain"),
+        replace(plain, name="offset-certain-loss", offset=2.0**20, data="certain", outputs=()),
+        replace(plain, name="certain-loss", data="certain", outputs=()),
+        replace(plain, name="offset-weights", offset=2.0**20, outputs=("weighted_logit",), logit_weight=True),
+        replace(plain, name="offset-online", offset=2.0**17, spec={**_small("none"), "lse_accumulation": "online"}),
+        replace(plain, name="offset-bfloat16", offset=2.0**13, e_dtype=BF16, c_dtype=BF16),
+        replace(plain, name="offset-float16", offset=2.0**13, e_dtype=F16, c_dtype=F16, outputs=()),
+        replace(plain, name="offset-float64", offset=2.0**40, e_dtype=F64, c_dtype=F64, bias=True),
+        filtered,
+        replace(
+            filtered,
+            name="offset-filtered-mass",
+            spec={**few, "filter": "tile", "threshold": 2.0**-4},
+            vocab_order=True,
+        ),
+        replace(filtered, name="offset-filtered-bias", offset=2.0**17, outputs=("entropy",), **by_bias),
+        replace(filtered, name="offset-filtered-bfloat16", e_dtype=BF16, c_dtype=BF16),
+    ]
+
+
 def _small(filter: str) -> dict[str, Any]:
     return {"filter": filter, "block_n": 16, "block_v": 32}
 
@@ -167,4 +210,4 @@ def _dtypes() -> list[Case]:
     return cases
 
 
-CASES: tuple[Case, ...] = (*_shapes(), *_options(), *_filtered(), *_dtypes())
+CASES: tuple[Case, ...] = (*_shapes(), *_options(), *_offsets(), *_filtered(), *_dtypes())

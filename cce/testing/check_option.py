@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import cce
 from cce import registry
+from cce.testing.definition import dense
 from cce.testing.options import Option, make_data
 
 
@@ -23,53 +23,23 @@ def check_option(option: Option, backend: str, device: str) -> None:
         _check_refusal(option, backend, device, reasons)
         return
     data = make_data(option, device)
-    found, gradients = _differentiated(_run(option, data, backend, option.make_spec()), data)
+    outputs = run_option(option, data, backend, option.make_spec())
+    upstream = make_upstream(outputs)
+    found, gradients = outputs, differentiate(outputs, data, upstream)
     with option.autocasting(device):
-        wide = _widened(option, data)
-    expected, wanted = _differentiated(dense(option, wide), wide)
+        wide = widened(option, data)
+    expected = dense(option.call, wide, option.outputs)
+    wanted = differentiate(expected, wide, upstream)
     for name, x in {**expected, **wanted}.items():
-        _near(name, {**found, **gradients}[name], x, option.tolerance)
+        near(name, {**found, **gradients}[name], x, option.tolerance)
     if option.at_least:
         error = _error(gradients["e"], wanted["e"])
         assert error > option.at_least, f"e: relative error {error:.3g}: the filter has no effect"
 
 
-def dense(option: Option, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same call with the logits in memory, in the dtype of the data."""
-    call, shift = option.call, option.call.get("shift", 0)
-    z = call.get("logit_scale", 1.0) * F.linear(data["e"], data["c"], data.get("bias"))
-    if "softcap" in call:
-        z = call["softcap"] * torch.tanh(z / call["softcap"])
-    z, t = z[:, : z.shape[1] - shift], data["targets"][:, shift:]
-    soft, token_weight = data.get("target_weight"), data.get("token_weight")
-    used = t != call.get("ignore_index", -100)
-    w = used.to(z.dtype) if soft is None else soft[:, shift:] * used
-    t = t.where(used, 0)
-    if soft is None:
-        t, w, used = t[..., None], w[..., None], used[..., None]
-    log_p, lse, used = z.log_softmax(-1), z.logsumexp(-1), used.any(-1)
-    if option.outputs:
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        values = {
-            "nll": -(w * log_p.gather(-1, t)).sum(-1),
-            "lse": lse * used,
-            "entropy": entropy * used,
-            "prediction": z.argmax(-1).where(used, -1),
-        }
-        return {name: values[name] for name in option.outputs}
-    classes = data.get("weight", torch.ones_like(z[0, 0]))
-    smoothing = call.get("label_smoothing", 0.0)
-    target_term = -(w * classes[t] * log_p.gather(-1, t)).sum(-1)
-    smooth_term = -(classes * log_p).mean(-1) * used
-    losses = (1 - smoothing) * target_term + smoothing * smooth_term + call.get("z_loss", 0.0) * lse**2 * used
-    tokens = used.to(z.dtype) if token_weight is None else token_weight[:, shift:] * used
-    total = (tokens if soft is not None else tokens * classes[t[..., 0]]).sum()
-    losses = losses * tokens
-    reduced = {"mean": losses.sum() / total, "sum": losses.sum(), "none": losses}
-    return {"loss": reduced[call.get("reduction", "mean")]}
+def run_option(option: Option, data: dict[str, Tensor], backend: str, spec: cce.Spec) -> dict[str, Tensor]:
+    """What the call returns: "loss", or the outputs by name."""
 
-
-def _run(option: Option, data: dict[str, Tensor], backend: str, spec: cce.Spec) -> dict[str, Tensor]:
     def call(e: Tensor, c: Tensor, targets: Tensor, **tensors: Tensor) -> dict[str, Tensor]:
         options = {**option.call, **tensors, "backend": backend, "spec": spec}
         if not option.outputs:
@@ -84,19 +54,27 @@ def _run(option: Option, data: dict[str, Tensor], backend: str, spec: cce.Spec) 
         return call(**data)
 
 
-def _differentiated(outputs: dict[str, Tensor], data: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The outputs, and the gradients of their sum with weights of order 1."""
+def make_upstream(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gradient of order 1 for every output that has one."""
     rng = torch.Generator().manual_seed(7)
-    total = torch.zeros((), dtype=torch.float64, device=data["e"].device)
-    for x in outputs.values():
+    found = {}
+    for name, x in outputs.items():
         if x.requires_grad:
-            weights = torch.randn(x.shape, generator=rng, dtype=torch.float64).to(x.device)
-            total = total + (weights * x).sum() + x.sum()
-    names = [name for name, x in data.items() if x.requires_grad]
-    return outputs, dict(zip(names, torch.autograd.grad(total, [data[name] for name in names]), strict=True))
+            found[name] = (1 + torch.randn(x.shape, generator=rng, dtype=torch.float64)).to(x.device, x.dtype)
+    return found
 
 
-def _widened(option: Option, data: dict[str, Tensor]) -> dict[str, Tensor]:
+def differentiate(
+    outputs: dict[str, Tensor], data: dict[str, Tensor], upstream: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The gradients of all tensors of ``data`` that have one."""
+    leaves = {name: x for name, x in data.items() if x.requires_grad}
+    roots = [outputs[name] for name in upstream]
+    grads = [x.to(root.dtype) for x, root in zip(upstream.values(), roots, strict=True)]
+    return dict(zip(leaves, torch.autograd.grad(roots, list(leaves.values()), grads), strict=True))
+
+
+def widened(option: Option, data: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same numbers as leaves in float64, rounded first where autocast rounds them."""
     found = {}
     for name, x in data.items():
@@ -110,19 +88,20 @@ def _widened(option: Option, data: dict[str, Tensor]) -> dict[str, Tensor]:
 def _check_refusal(option: Option, backend: str, device: str, reasons: list[str]) -> None:
     message = "nothing was raised"
     try:
-        _run(option, make_data(option, device), backend, option.make_spec())
+        run_option(option, make_data(option, device), backend, option.make_spec())
     except cce.BackendUnavailable as error:
         message = str(error)
     missing = [reason for reason in reasons if reason not in message]
     assert not missing, f"refused without the reasons {missing}: {message}"
 
 
-def _near(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+def near(name: str, found: Tensor, expected: Tensor, tolerance: float, size: float = 0.0) -> None:
+    """Raises AssertionError if the error of a tensor, relative to its norm or to ``size``, is larger than allowed."""
     assert found.shape == expected.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    error = _error(found, expected)
+    error = _error(found, expected, size)
     assert error <= tolerance, f"{name}: relative error {error:.3g}, allowed {tolerance:.3g}"
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def _error(found: Tensor, expected: Tensor, size: float = 0.0) -> float:
     found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    return float((found - expected).norm() / expected.norm().clamp(min=max(size, 1e-30)))

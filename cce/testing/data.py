@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cce.problem import Inputs, Problem, Upstream
 from cce.testing.cases import Case
+from cce.testing.offsets import on_grids, with_offset
 
 
 def make_problem(case: Case, device: str) -> Problem:
@@ -36,10 +37,12 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs[Tensor]:
     rng = torch.Generator().manual_seed(seed)
     m = case.n if case.m is None else case.m
     e, c = _embeddings(case, m, rng)
-    rows = None if case.m is None else torch.randperm(m, generator=rng)[: case.n].sort().values
     bias = _bias(case, rng) if case.bias else None
+    if case.offset:
+        e, c, bias = on_grids(case, e, c, bias)
+    rows = None if case.m is None else torch.randperm(m, generator=rng)[: case.n].sort().values
     used = e if rows is None else e[rows]
-    return Inputs(
+    inputs = Inputs(
         e=_view(e.to(case.e_dtype), case.strided, device),
         c=_view(c.to(case.c_dtype), case.strided, device),
         targets=_targets(case, used, c, bias, rng).to(device),
@@ -48,6 +51,7 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs[Tensor]:
         logit_weight=torch.rand(case.v, generator=rng).to(device) if case.logit_weight else None,
         vocab_order=torch.randperm(case.v, generator=rng).to(device) if case.vocab_order else None,
     )
+    return with_offset(case, inputs) if case.offset else inputs
 
 
 def make_upstream(case: Case, device: str, dtype: torch.dtype, seed: int = 1) -> Upstream[Tensor]:
@@ -77,6 +81,10 @@ def _embeddings(case: Case, m: int, rng: torch.Generator) -> tuple[Tensor, Tenso
         rank = torch.arange(1, case.v + 1, dtype=torch.float32).log()[:, None]
         e = e + 4 * mean
         c = c + (1.0 - 0.35 * rank) * mean
+    elif case.data == "certain":
+        # Of every row one entry stands out by 6 to 14; a column of e says which.
+        c[: case.d - 1] += 10 * torch.eye(case.d)[: case.d - 1]
+        e = 0.2 * e + torch.eye(case.d)[torch.arange(m) % (case.d - 1)]
     elif case.data == "aligned":
         c[: min(m, case.v)] = e[: min(m, case.v)]
     return e, c

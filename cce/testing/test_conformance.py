@@ -1,6 +1,11 @@
-"""The conformance suite: every case, behaviour and option, on every backend given with ``--backend``."""
+"""The conformance suite on every backend given with ``--backend``.
+
+``-k "not layout"`` leaves a group out, ``-m "not long"`` most layouts and patterns, for an interpreter.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -9,8 +14,14 @@ from cce.testing.behaviours import BEHAVIOURS, Behaviour
 from cce.testing.cases import CASES, Case
 from cce.testing.check import run_case
 from cce.testing.check_option import check_option
+from cce.testing.layouts import LAYOUTS, Placed, check_layout
 from cce.testing.options import OPTIONS, Option
+from cce.testing.patterns import PATTERNS, Pattern, check_pattern
 from cce.testing.report import product_roundoff
+
+
+def marked(check: Placed | Pattern) -> Any:
+    return pytest.param(check, marks=() if check.short else pytest.mark.long)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -29,3 +40,17 @@ def test_behaviour(backend_name: str, behaviour: Behaviour, device: str) -> None
 @pytest.mark.parametrize("option", [x for options in OPTIONS.values() for x in options], ids=str)
 def test_option(backend_name: str, option: Option, device: str) -> None:
     check_option(option, backend_name, device)
+
+
+@pytest.mark.parametrize("placed", [marked(x) for x in LAYOUTS], ids=str)
+def test_layout(backend_name: str, placed: Placed, device: str) -> None:
+    refused = check_layout(placed, backend_name, device)
+    if refused:
+        pytest.skip("; ".join(refused))
+
+
+@pytest.mark.parametrize("pattern", [marked(x) for x in PATTERNS], ids=str)
+def test_pattern(backend_name: str, pattern: Pattern, device: str) -> None:
+    refused = check_pattern(pattern, backend_name, device)
+    if refused:
+        pytest.skip("; ".join(refused))

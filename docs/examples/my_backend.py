@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
+from cce.backends.mean_logit import weighted_logit
+from cce.backends.pair import finite, joined, pair
 from cce.compensation import columns_of_tiles, dead_mass
 from cce.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
@@ -46,22 +48,33 @@ class MyBackend(Backend):
         """z (N, BLOCK_V) of one tile."""
         z = e @ c.T if bias is None else e @ c.T + bias
         z = z * problem.logit_scale
-        return z if problem.softcap is None else problem.softcap * torch.tanh(z / problem.softcap)
+        if problem.softcap is None:
+            return z
+        z = problem.softcap * torch.tanh(z / problem.softcap)
+        return z if bias is None else z.masked_fill(bias == -torch.inf, -torch.inf)  # a mask is no large number
 
     def tile_sums(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Maximum, log-sum-exp and entropy of one tile, (N,) each."""
+        """Maximum m, log sum exp(z - m) and entropy of one tile, (N,) each; -inf, 0 and 0 where all is masked."""
         m = z.amax(1)
-        gap = z - m.clamp(min=torch.finfo(z.dtype).min)[:, None]  # a masked tile has m = -inf
+        gap = z - finite(m)[:, None]
         s = gap.exp().sum(1)
-        spread = -(gap.exp() * gap.clamp(min=-1e4)).sum(1)
-        return m, m + s.clamp(min=1e-30).log(), torch.where(s > 0, s.clamp(min=1e-30).log() + spread / s, 0.0)
+        spread = -(gap.exp() * gap.clamp(min=-1e4)).sum(1)  # 0 times -inf is 0 here
+        masked = m == -torch.inf
+        log_s = s.log().masked_fill(masked, 0)
+        return m, log_s, (log_s + spread / s).masked_fill(masked, 0)
+
+    def negative_log_likelihood(self, m: Tensor, log_s: Tensor, target_logits: Tensor) -> Tensor:
+        """lse - z of the targets (N, K): from differences to the row's maximum, as m may round log_s away."""
+        return (log_s[:, None] + (m[:, None] - target_logits)).clamp(min=0)
 
     def softmax_gradient(self, z: Tensor, outputs: Outputs[Tensor], upstream: Upstream[Tensor]) -> Tensor:
         """p (a + h (lse - H - z)), (N, BLOCK_V)."""
-        p = (z - outputs.lse[:, None]).exp()
+        assert outputs.lse_low is not None
+        p = ((z - outputs.lse[:, None]) - outputs.lse_low[:, None]).exp()
         weight = upstream.a[:, None]
         if upstream.h is not None and outputs.entropy is not None:
-            weight = weight + upstream.h[:, None] * ((outputs.lse - outputs.entropy)[:, None] - z.clamp(min=-1e30))
+            gap = (outputs.lse[:, None] - z) + (outputs.lse_low - outputs.entropy)[:, None]
+            weight = weight + upstream.h[:, None] * gap.clamp(max=1e4)  # p is 0 long before
         return p * weight
 
     def subtract_targets(self, dz: Tensor, place: Tensor, g: Tensor) -> Tensor:
@@ -73,7 +86,8 @@ class MyBackend(Backend):
         return dz
 
     def softcap_derivative(self, problem: Problem, z: Tensor) -> Tensor | float:
-        return 1.0 if problem.softcap is None else 1 - (z / problem.softcap).square()
+        """1 - (z / softcap)^2; 0 of a masked entry."""
+        return 1.0 if problem.softcap is None else 1 - (z / problem.softcap).clamp(min=-1).square()
 
     # --- the two passes ------------------------------------------------------------------------------------
 
@@ -83,13 +97,10 @@ class MyBackend(Backend):
         target_logits = e.new_zeros(place.shape)
         best, prediction = e.new_full((problem.n,), -torch.inf), torch.zeros_like(rows)
         weighted, u = e.new_zeros(problem.n), self.logit_weights(inputs, problem, e)
-        parts: list[tuple[Tensor, Tensor]] = []
-        quantities: list[Tensor] = []  # what the filter compares with its threshold
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for v0, v1 in tiles(problem, spec):
             z = self.logits(problem, e, c[v0:v1], None if bias is None else bias[v0:v1])
-            m, tile_lse, tile_entropy = self.tile_sums(z)
-            parts.append((tile_lse, tile_entropy))
-            quantities.append(m if spec.filter == "element" else tile_lse)
+            parts.append(self.tile_sums(z))
             inside = (place >= v0) & (place < v1)
             target_logits = torch.where(inside, z.gather(1, (place - v0).clamp(0, v1 - v0 - 1)), target_logits)
             value, column = z.max(1)
@@ -97,28 +108,34 @@ class MyBackend(Backend):
             best = torch.maximum(best, value)
             if "weighted_logit" in problem.outputs:
                 weighted += z @ u[v0:v1]
-        lse, entropy = join(parts)
-        self.fill(maps, spec, lse, parts, quantities)
+        m, log_s, entropy = join(parts)
+        lse, lse_low = pair(m, log_s)
+        nll = self.negative_log_likelihood(m, log_s, target_logits).masked_fill(place < 0, 0)
+        self.fill(maps, spec, lse, lse_low, parts)
+        if "weighted_logit" in problem.outputs and problem.softcap is None:
+            weighted = weighted_logit(inputs, problem, spec)  # in float64, since it may be large like lse
         entry = prediction if inputs.vocab_order is None else inputs.vocab_order[prediction]
         extra = {"entropy": entropy, "weighted_logit": weighted, "prediction": entry}
-        return Outputs(lse, target_logits, **{name: extra[name] for name in problem.outputs})
+        return Outputs(lse, nll, lse_low, **{name: extra[name] for name in problem.outputs})
 
     def fill(
         self,
         maps: Maps[Tensor],
         spec: Spec,
         lse: Tensor,
-        parts: list[tuple[Tensor, Tensor]],
-        quantities: list[Tensor],
+        lse_low: Tensor,
+        parts: list[tuple[Tensor, Tensor, Tensor]],
     ) -> None:
         """The maps, (T, N): each tile's mass, negated where the row needs the tile; each tile's entropy."""
-        if maps.tile_mass is not None and spec.threshold is not None:
-            for t, ((tile_lse, _), quantity) in enumerate(zip(parts, quantities, strict=True)):
-                mass = (tile_lse - lse.clamp(min=-1e30)).exp()
-                hit = quantity > lse + math.log(spec.threshold)
-                maps.tile_mass[t] = torch.where(hit, -mass.clamp(min=LEAST_HIT), mass)
-        if maps.tile_entropy is not None:
-            for t, (_, tile_entropy) in enumerate(parts):
+        for t, (m, log_s, tile_entropy) in enumerate(parts):
+            if maps.tile_mass is not None and spec.threshold is not None:
+                log_max = (m - lse) - lse_low  # of the largest p
+                log_mass = log_max + log_s
+                quantity = log_max if spec.filter == "element" else log_mass
+                mass = log_mass.exp()
+                below = quantity <= math.log(spec.threshold)  # NaN is not: its tile is computed
+                maps.tile_mass[t] = torch.where(below, mass, -mass.clamp(min=LEAST_HIT))
+            if maps.tile_entropy is not None:
                 maps.tile_entropy[t] = tile_entropy
 
     def backward(
@@ -202,9 +219,13 @@ def tiles(problem: Problem, spec: Spec) -> list[tuple[int, int]]:
     return [(v0, min(problem.v, v0 + step)) for v0 in range(0, problem.v, step)]
 
 
-def join(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and entropy of all tiles: H = sum_t w_t (H_t + lse - tile_lse_t), w_t = exp(tile_lse_t - lse)."""
-    tile_lse, tile_entropy = (torch.stack(column) for column in zip(*parts, strict=True))
-    lse = tile_lse.logsumexp(0)
-    log_w = tile_lse - lse
-    return lse, (log_w.exp() * (tile_entropy - log_w.clamp(min=-1e4))).sum(0)
+def join(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum M, log sum exp(z - M) and entropy of all tiles.
+
+    H = sum_t w_t (H_t - log w_t), w_t = exp(tile_lse_t - lse).
+    """
+    m, log_s, tile_entropy = (torch.stack(column) for column in zip(*parts, strict=True))  # (T, N)
+    row_m, row_log_s = joined(m, log_s, 0)
+    log_w = torch.where(m == -torch.inf, m, ((m - row_m) + log_s) - row_log_s)
+    entropy = (log_w.exp() * (tile_entropy - log_w.clamp(min=-1e4))).sum(0)
+    return row_m, row_log_s, torch.where(row_m == -torch.inf, torch.nan, entropy)

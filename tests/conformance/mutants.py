@@ -14,7 +14,7 @@ class NoMaximum(MyBackend):
 
     def tile_sums(self, z):
         m, _, tile_entropy = super().tile_sums(z)
-        return m, z.exp().sum(1).log(), tile_entropy
+        return m, z.exp().sum(1).log() - m, tile_entropy
 
 
 class LastTileDropped(MyBackend):
@@ -25,21 +25,21 @@ class LastTileDropped(MyBackend):
         return super().forward(inputs, problem, spec, maps)
 
     def tile_sums(self, z):
-        m, tile_lse, tile_entropy = super().tile_sums(z)
+        m, log_s, tile_entropy = super().tile_sums(z)
         if self.ragged and z.shape[1] == self.ragged:
-            tile_lse = torch.full_like(tile_lse, -1e30)
-        return m, tile_lse, tile_entropy
+            m = torch.full_like(m, -1e30)
+        return m, log_s, tile_entropy
 
 
 class MaskBeforeSoftcap(MyBackend):
     """Columns beyond V are masked before the softcap, which makes -softcap of them: they add mass."""
 
     def tile_sums(self, z):
-        m, tile_lse, tile_entropy = super().tile_sums(z)
+        m, log_s, tile_entropy = super().tile_sums(z)
         if self.softcap is not None and z.shape[1] < self.block_v:
-            padding = torch.full_like(tile_lse, -self.softcap) + torch.tensor(self.block_v - z.shape[1]).log()
-            tile_lse = torch.logaddexp(tile_lse, padding)
-        return m, tile_lse, tile_entropy
+            padding = torch.tensor(self.block_v - z.shape[1]).log() - self.softcap - m
+            log_s = torch.logaddexp(log_s, padding)
+        return m, log_s, tile_entropy
 
     def forward(self, inputs, problem, spec, maps):
         self.softcap, self.block_v = problem.softcap, spec.block_v
@@ -219,7 +219,55 @@ class LossAndLseApart(MyBackend):
 
     def forward(self, inputs, problem, spec, maps):
         found = super().forward(inputs, problem, spec, maps)
-        return replace(found, target_logits=found.target_logits + 2e-6 * (inputs.targets >= 0))
+        return replace(found, nll=found.nll - 2e-6 * (inputs.targets >= 0))
+
+
+class StrideDropped(MyBackend):
+    """The bias is read as if it were contiguous."""
+
+    group = "layouts"
+
+    def wide(self, inputs, spec):
+        bias = inputs.bias
+        if bias is not None:
+            room = bias.untyped_storage().size() // bias.element_size() - bias.storage_offset()
+            inputs = replace(inputs, bias=bias.as_strided((min(len(bias), room),), (1,)))
+        return super().wide(inputs, spec)
+
+
+class MaximumForgotten(MyBackend):
+    """nll is the difference of the rounded log-sum-exp and the target's logit."""
+
+    def negative_log_likelihood(self, m, log_s, target_logits):
+        return ((m + log_s)[:, None] - target_logits).clamp(min=0)
+
+
+class LowPartIgnored(MyBackend):
+    """p is made of the rounded log-sum-exp alone."""
+
+    def softmax_gradient(self, z, outputs, upstream):
+        return super().softmax_gradient(z, replace(outputs, lse_low=outputs.lse_low * 0), upstream)
+
+
+class NanInLiveTilesOnly(MyBackend):
+    """A comparison with NaN is false, so that the tiles of a row without values are dead."""
+
+    group = "patterns"
+
+    def work_list(self, inputs, problem, spec, maps, upstream):
+        known = replace(maps, tile_mass=maps.tile_mass.nan_to_num(nan=0.0))
+        a = upstream.a.where(upstream.a.isfinite(), 1.0)
+        return super().work_list(inputs, problem, spec, known, replace(upstream, a=a))
+
+
+class MaskCapped(MyBackend):
+    """The softcap makes -softcap of a masked entry."""
+
+    group = "patterns"
+
+    def logits(self, problem, e, c, bias):
+        lowest = torch.finfo(e.dtype).min / 4
+        return super().logits(problem, e, c, bias if problem.softcap is None or bias is None else bias.clamp(lowest))
 
 
 MUTANTS = [value for value in list(vars().values()) if isinstance(value, type) and MyBackend in value.__mro__[1:]]

@@ -6,7 +6,9 @@ import pytest
 from mutants import MUTANTS, MyBackend
 
 import cce
-from cce.testing import BEHAVIOURS, CASES, check_backend, run_case
+from cce.testing import BEHAVIOURS, CASES, GROUPS, LAYOUTS, PATTERNS, check_backend, run_case
+from cce.testing.layouts import check_layout
+from cce.testing.patterns import check_pattern
 
 
 @pytest.fixture
@@ -29,15 +31,26 @@ def test_mutant_is_caught(registered):
 
 
 def caught(mutant) -> bool:
-    """Whether any case or behaviour fails; stops at the first."""
+    """Whether any check fails; those of its group come first, and the first failure ends it."""
+    first = getattr(mutant, "group", "cases")
+    return any(failed(mutant, group) for group in sorted(GROUPS, key=lambda group: group != first))
+
+
+def failed(mutant, group: str) -> bool:
+    name = mutant.__name__
+    if group == "cases":
+        return any(run_case(mutant(), case).failures for case in CASES)
+    if group == "layouts":
+        return any(fails(check_layout, placed, name) for placed in LAYOUTS)
+    if group == "patterns":
+        return any(fails(check_pattern, pattern, name) for pattern in PATTERNS)
     # Behaviours that compile cost seconds, and no mutant needs them.
-    behaviours = [b for b in BEHAVIOURS if b.__name__ != "compiled"]
-    return any(run_case(mutant(), case).failures for case in CASES) or any(fails(b, mutant) for b in behaviours)
+    return group == "behaviours" and any(fails(b, name) for b in BEHAVIOURS if b.__name__ != "compiled")
 
 
-def fails(behaviour, mutant) -> bool:
+def fails(check, *arguments) -> bool:
     try:
-        behaviour(mutant.__name__, "cpu")
-    except AssertionError:
+        check(*arguments, "cpu")
+    except (AssertionError, RuntimeError):
         return True
     return False

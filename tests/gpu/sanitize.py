@@ -1,4 +1,4 @@
-"""Every kernel once, on small problems, for a tool that watches them.
+"""Every kernel once, on small problems, then every tensor in every layout, for a tool that watches memory.
 
 compute-sanitizer --tool memcheck --report-api-errors no python tests/gpu/sanitize.py [--backend NAME] [name ...]
 
@@ -15,9 +15,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+import cce
 from cce import registry
 from cce.backends.base import Backend
-from cce.testing import CASES, Case, run_case
+from cce.testing import CASES, LAYOUTS, Case, run_case
+from cce.testing.layouts import check_layout
 
 BF16 = torch.bfloat16
 _NAMES = (
@@ -75,6 +77,7 @@ def main(arguments: list[str]) -> int:
     if given.without_cublas:
         without_cublas()
     backend, names, status = backend_of(given.backend), given.names, 0
+    cce.register_backend("watched", lambda: backend)
     for case in SANITIZED:
         if names and case.name not in names:
             continue
@@ -82,6 +85,17 @@ def main(arguments: list[str]) -> int:
         torch.cuda.synchronize()
         print(case, "passed" if result.passed else "FAILED", *result.failures, *result.refused, sep="\n  ", flush=True)
         status |= not result.passed
+    for placed in LAYOUTS:
+        if names and str(placed) not in names:
+            continue
+        failure, refused = "", []
+        try:
+            refused = check_layout(placed, "watched", "cuda")
+        except AssertionError as error:
+            failure = str(error)
+        torch.cuda.synchronize()
+        print(placed, "FAILED" if failure else "passed", failure, *refused, sep="\n  ", flush=True)
+        status |= bool(failure)
     return status
 
 

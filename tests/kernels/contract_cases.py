@@ -24,8 +24,12 @@ class Case:
     Attributes:
         name: begins with the method's. method: of :class:`Kernels`.
         n, v, d, k: sizes; D is padded. dtype: of both operands, if e_dtype and c_dtype do not say otherwise.
-        bias: "", "random", "large", "masked" (-inf, whole tiles too) or "masked low" (the same, the others near -1500).
+        bias: "", "random", "large", "few masked" (two are -inf), "masked" (a third, and whole
+            tiles) or "masked low" (the same, the
+            others near -1500).
         integers: operands in {-1, 0, 1}: products are exact, and the largest logits tie.
+        offset: of all logits of every other row, a power of two; with ``integers``. strange: some rows that count have
+            logits that are all NaN, -inf or inf.
         outputs: "entropy" (a gap; a gradient h), "weighted_logit" (a gradient s), "prediction".
         filter: of :meth:`statistics`: what maps are there. windows, splits: of the vocabulary.
         view: of operands of ``target_logits``: "", "transposed" or "sliced".
@@ -46,6 +50,8 @@ class Case:
     scale: float = 1.0
     ieee: bool = True
     integers: bool = False
+    offset: float = 0.0
+    strange: bool = False
     outputs: tuple[str, ...] = ()
     filter: str = "none"
     accumulation: str = "tile"
@@ -118,6 +124,9 @@ def _targets() -> list[Case]:
         replace(plain, name="target_logits float16 and bf16", e_dtype=F16, c_dtype=BF16),
         replace(plain, name="target_logits wide", d=2500, n=5),
         replace(plain, name="target_logits one column", d=1, n=3, v=2),
+        replace(plain, name="target_logits softcap large", softcap=1e6, bias="random", dtype=F32),
+        replace(plain, name="target_logits softcap masked", softcap=3.0, bias="masked", k=3),
+        replace(plain, name="target_logits strange", strange=True),
     ]
 
 
@@ -125,6 +134,7 @@ def _statistics() -> list[Case]:
     plain = Case("statistics")
     every = ("entropy", "weighted_logit", "prediction")
     mapped = replace(plain, filter="element")
+    exact = {"integers": True, "d": 24, "outputs": ("entropy",)}
     return [
         plain,
         replace(plain, name="statistics one row", n=1, v=7, d=8, splits=1),
@@ -160,6 +170,15 @@ def _statistics() -> list[Case]:
         replace(mapped, name="statistics maps windows", windows=2, outputs=("entropy", "prediction"), nan_rows=True),
         replace(mapped, name="statistics maps softcap", softcap=4.0, filter="tile", dtype=F16),
         replace(mapped, name="statistics maps float32", dtype=F32),
+        replace(plain, name="statistics offset 2^13", offset=2.0**13, dtype=F16, **exact),
+        replace(plain, name="statistics offset 2^20", offset=2.0**20, windows=2, **exact),
+        replace(plain, name="statistics softcap large", softcap=1e6, outputs=every, dtype=F32, bias="random"),
+        replace(plain, name="statistics softcap masked", softcap=3.0, outputs=("entropy",), bias="masked", scale=0.5),
+        replace(plain, name="statistics weighted masked", softcap=3.0, outputs=("weighted_logit",), bias="few masked"),
+        replace(plain, name="statistics strange", strange=True, outputs=("entropy", "prediction"), windows=2),
+        replace(mapped, name="statistics maps offset 2^20", offset=2.0**20, **exact),
+        replace(mapped, name="statistics maps online offset", offset=2.0**20, accumulation="online", **exact),
+        replace(mapped, name="statistics maps strange", strange=True, outputs=("entropy",)),
         *(
             replace(mapped, name=f"statistics maps block_v={block_v}", block_v=block_v, outputs=("entropy",), n=40)
             for block_v in (16, 64, 128, 256)
@@ -188,6 +207,12 @@ def _gradient() -> list[Case]:
         replace(plain, name="gradient everything float16", k=2, dtype=F16, **every),
         replace(plain, name="gradient nan rows", nan_rows=True, dbias=False),
         replace(plain, name="gradient wide d", n=20, v=100, d=1030),
+        replace(plain, name="gradient offset 2^13", offset=2.0**13, integers=True, d=24, dtype=F16),
+        replace(plain, name="gradient offset 2^20", offset=2.0**20, integers=True, d=24, outputs=("entropy",), k=2),
+        replace(plain, name="gradient softcap large", softcap=1e6, dtype=F32, outputs=("entropy",)),
+        replace(plain, name="gradient softcap masked", softcap=3.0, bias="masked", outputs=("entropy",), k=2),
+        replace(plain, name="gradient strange", strange=True, dbias=False),
+        replace(plain, name="gradient strange softcap", strange=True, dbias=False, softcap=3.0, outputs=("entropy",)),
     ]
 
 
@@ -217,6 +242,10 @@ def _live() -> list[Case]:
         replace(plain, name="live odd d", d=75, ordered=True),
         replace(plain, name="live odd d sorted", d=75, sorted_rows=True, dtype=F16),
         replace(plain, name="live wide d", n=40, v=200, d=1030),
+        replace(plain, name="live offset 2^20", offset=2.0**20, integers=True, d=24, outputs=("entropy",)),
+        replace(plain, name="live softcap masked", softcap=3.0, bias="masked", k=2, dtype=F32),
+        replace(plain, name="live strange", strange=True, outputs=("entropy",), ordered=True),
+        replace(plain, name="live strange sorted", strange=True, sorted_rows=True, n=40),
         replace(plain, name="live everything", **options),
         replace(plain, name="live everything sorted", sorted_rows=True, **options),
         replace(plain, name="live everything float16", dtype=F16, norm=True, nan_rows=True, **options),
@@ -274,6 +303,7 @@ def _lists() -> list[Case]:
         replace(work, name="work_list of few", sorted_rows=True, density=0.1, block_n=32),
         replace(work, name="work_list of targets alone", sorted_rows=True, density=0, k=3, ordered=True),
         replace(work, name="work_list of parts", sorted_rows=True, density=0.1, nan_rows=True, outputs=("entropy",)),
+        replace(work, name="work_list strange", sorted_rows=True, density=0.1, strange=True, outputs=("entropy",)),
         replace(work, name="work_list float32", sorted_rows=True, dtype=F32, n=1, v=2000),
         replace(work, name="work_list many rows", sorted_rows=True, density=0.1, n=17_000, v=70, block_n=128),
         gather,
@@ -284,12 +314,19 @@ def _lists() -> list[Case]:
         replace(scatter, name="scatter_rows float16 odd d", dtype=F16, d=33),
         Case("statistics_ahead", v=2000, splits=2),
         Case("statistics_ahead many rows", n=700, d=136, dtype=F16, splits=1),
-        Case("joined_lse", n=301),
-        Case("joined_lse k3", n=33, k=3, splits=17),
-        Case("joined_lse one split", n=3, splits=1),
+        Case("joined", n=301),
+        Case("joined k3", n=33, k=3, splits=17),
+        Case("joined one split", n=3, splits=1),
+        Case("joined offset", n=301, offset=2.0**20),
+        Case("joined offset k3", n=33, k=3, splits=5, offset=2.0**13),
+        Case("joined strange", n=301, k=3, strange=True),
         fill,
         replace(fill, name="fill_maps tile entropy", filter="tile", outputs=("entropy",), n=700),
         replace(fill, name="fill_maps float32", dtype=F32, outputs=("entropy",), block_v=128),
+        replace(fill, name="fill_maps offset", offset=2.0**20),
+        replace(fill, name="fill_maps tile offset", filter="tile", offset=2.0**20, dtype=F32),
+        replace(fill, name="fill_maps strange", strange=True),
+        replace(fill, name="fill_maps tile strange", filter="tile", strange=True, dtype=F32),
     ]
 
 

@@ -8,6 +8,7 @@ import torch
 from contract_cases import Case
 from contract_results import Results, compare
 from plain import PlainKernels
+from plain_math import joined
 from plans import NOBODY, make_plan, random_live, random_maps
 from torch import Tensor
 
@@ -67,8 +68,10 @@ class Lists:
             maps.tile_mass[:, ::17] *= -1
         if case.density == 0:
             maps.tile_mass.abs_()
+        if case.strange:
+            maps.tile_mass[:, 7::9] = torch.nan
         places = target_positions(inputs).to(torch.int32).contiguous()
-        rows = Rows(upstream.a, upstream.a, upstream.g, places, None, upstream.h, None)
+        rows = Rows(upstream.a, upstream.a, upstream.a, upstream.g, places, None, upstream.h, None)
         found = self.kernels.work_list(inputs, self.problem, spec, rows, maps, upstream)
         expected = self.plain.work_list(inputs, self.problem, spec, rows, maps, upstream)
         faults = []
@@ -93,6 +96,10 @@ class Lists:
         if "entropy" in case.outputs:
             h = torch.zeros(n)
             h[::6] = 1
+        if case.strange:
+            a[4::9], g[5::9, 0] = torch.nan, torch.nan
+            if h is not None:
+                h[6::9] = torch.inf
         order = torch.randperm(case.v, generator=rng).to(self.device) if case.ordered else None
         e, c = torch.zeros(n, 1, device=self.device), torch.zeros(case.v, 1, device=self.device)
         in_use = torch.rand(n, generator=rng) < 0.8 if case.nan_rows else None
@@ -151,64 +158,80 @@ class Lists:
         faults = [] if torch.equal(*results) else ["splits: other bits"]
         return [*faults, *found.overruns(), *compare("rows", rows, c[order], 0)]
 
-    def joined_lse(self) -> list[str]:
-        """Splits of which some saw nothing but -inf, rows that are all -inf or NaN, targets of larger logits."""
+    def joined(self) -> list[str]:
+        """Splits of which some saw nothing but -inf, rows of it alone, NaN in either number, targets' logits beyond."""
         case, n = self.case, self.case.n
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=self.rng).to(self.device)
 
+        offset = torch.zeros(n, device=self.device)
+        offset[::2] = case.offset
         top, total = 30 * draw(case.splits, n), draw(case.splits, n).abs() + 1
+        top = (top.round() if case.offset else top) + offset
         empty = draw(case.splits, n) < -1
         empty[:, 3::13] = True
         top[empty], total[empty] = -torch.inf, 0
-        top[0, 5::17] = torch.nan
+        top[0, 5::17], total[0, 5::17] = torch.nan, torch.nan
+        if case.strange:
+            total[0, 6::17] = torch.nan  # of a maximum that leaves NaN out
+            top[0, 7::17], total[0, 7::17] = -torch.inf, torch.nan
+            top[0, 8::17], total[0, 8::17] = torch.inf, torch.nan
         targets = torch.randint(-1, 2, (n, case.k), generator=self.rng).to(self.device)
-        named, in_use = 30 * draw(n, case.k), draw(n) < 1
-        splits = Splits(top, total, None, None, None)
-        lse = self.kernels.joined_lse(splits, named, targets, in_use)
-        expected = torch.logsumexp(top.double() + total.double().log(), 0)
-        largest = torch.where(targets >= 0, named, -torch.inf).double().amax(1)
-        expected = torch.where(in_use, torch.maximum(expected, largest), 0)
-        odd = in_use & expected.isnan()
-        faults = [] if bool(lse[odd].isnan().all()) and lse.shape == (n,) else ["lse: NaN was expected"]
-        return faults + compare("lse", lse[~odd], expected[~odd], 1e-6)
+        named, in_use = (30 * draw(n, case.k)).round() + offset[:, None], draw(n) < 1
+        named[9::11] = -torch.inf
+        offset = torch.where(in_use, offset, 0)
+        expected = joined(top, total, named, targets, in_use)
+        found = self.kernels.joined(Splits(top, total, None, None, None), named, targets, in_use)
+        faults = [] if found[2].shape == (n, case.k) else ["nll: another shape"]
+        faults += compare("lse", found[0], expected[0], 1e-6)
+        faults += compare("lse + lse_low", *(x[0].double() + x[1].double() - offset for x in (found, expected)), 1e-6)
+        return faults + compare("nll", found[2], expected[2], 1e-6)
 
     def fill_maps(self) -> list[str]:
-        """The masses to a unit in the last place; which are hit, and entropies, exactly."""
+        """The masses to some units in the last place; which are hit, and entropies, exactly."""
         case, n, tiles = self.case, self.case.n, self.spec.tiles(self.case.v)
         assert self.spec.threshold is not None
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=self.rng).to(self.device)
 
-        tile_lse = 6 * draw(tiles + 1, n)  # as many as whole tiles of the forward have
-        tile_lse[::7], tile_lse[:, 2::11] = -torch.inf, -torch.inf
-        lse = tile_lse[:tiles].amax(0) + draw(n).abs()
-        given = Tiles(
-            tile_lse, tile_lse - draw(tiles + 1, n).abs() if case.filter == "element" else None,
-            draw(tiles + 1, n).abs() if "entropy" in case.outputs else None,
-        )  # fmt: skip
+        offset = torch.zeros(n, device=self.device)
+        offset[::2] = case.offset
+        top, log_sum = 6 * draw(tiles + 1, n), draw(tiles + 1, n).abs()  # as many as whole tiles of the forward have
+        top = (top.round() if case.offset else top) + offset
+        empty = torch.zeros(tiles + 1, n, dtype=torch.bool, device=self.device)
+        empty[::7], empty[:, 2::11] = True, True
+        top[empty], log_sum[empty] = -torch.inf, 0
+        lse = (top[:tiles].double().amax(0) + draw(n).abs()).float()
+        low = torch.where(lse.isfinite(), 2.0**-26 * lse.abs() * draw(n).clamp(-1, 1), torch.nan)
+        if case.strange:
+            top[1, 3::11], log_sum[1, 3::11], lse[3::11], low[3::11] = torch.nan, torch.nan, torch.nan, torch.nan
+            top[1, 4::11], log_sum[1, 4::11], lse[4::11], low[4::11] = torch.inf, torch.nan, torch.inf, torch.nan
+        entropy = draw(tiles + 1, n).abs() if "entropy" in case.outputs else None
         in_use = draw(n) < 1
-        quantity = tile_lse if given.max is None else given.max
-        hit = (quantity[:tiles] > lse + math.log(self.spec.threshold)) & in_use
-        mass = torch.exp(tile_lse[:tiles].double() - torch.where(lse == -torch.inf, 0, lse).double())
-        mass = torch.where(hit, -mass.clamp(min=2.0**-24), torch.where(in_use, mass, 0))
+        log_max = (top[:tiles].double() - lse.double()) - low.double()
+        log_mass = log_max + log_sum[:tiles].double()
+        dead = (log_max if case.filter == "element" else log_mass) <= math.log(self.spec.threshold)
+        hit, mass = ~dead & in_use, torch.where(dead, log_mass.exp(), -log_mass.exp().clamp(min=2.0**-24))
+        mass = torch.where(in_use, mass, 0)
         found, half = Results(self.device), self.problem.map_dtype(self.spec)
         pitch = n + 5
         out = Maps(
             found.new("mass", (tiles, n), half, pitch),
-            None if given.entropy is None else found.new("entropy", (tiles, n), half, pitch),
+            None if entropy is None else found.new("entropy", (tiles, n), half, pitch),
         )
-        if not self.kernels.fill_maps(self.problem, self.spec, lse, in_use, given, out):
+        given = Tiles(top, log_sum, None if entropy is None else entropy.clone())
+        if not self.kernels.fill_maps(self.problem, self.spec, lse, low, in_use, given, out):
             return []  # the library's then
         assert out.tile_mass is not None
-        faults = [*found.overruns(), *compare("mass", out.tile_mass, mass, 2.0 * torch.finfo(half).eps)]
-        if not torch.equal(out.tile_mass < 0, hit):
+        told = ~mass.isnan()  # of a row without a softmax no mass is told, but all its blocks are hit
+        tolerance = 2.0 * torch.finfo(half).eps
+        faults = [*found.overruns(), *compare("mass", out.tile_mass[told], mass[told], tolerance)]
+        if not torch.equal(~(out.tile_mass >= 0), hit):
             faults.append("mass: other rows and tiles are hit")
-        if out.tile_entropy is not None and given.entropy is not None:
-            entropy = torch.where(in_use, given.entropy[:tiles], 0).to(half)
-            faults += compare("entropy", out.tile_entropy, entropy, 0)
+        if out.tile_entropy is not None and entropy is not None:
+            faults += compare("entropy", out.tile_entropy, torch.where(in_use, entropy[:tiles], 0).to(half), 0)
         return faults
 
 

@@ -58,8 +58,9 @@ def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> lis
     """What is wrong, if the relative norm of the difference exceeds the tolerance."""
     found, expected = found.double().cpu(), expected.double().cpu()
     odd = ~torch.isfinite(expected)
-    if bool(odd.any()) and not torch.equal(found[odd], expected[odd]):
-        return [f"{name}: where {expected[odd][0]} was expected, {int((found[odd] != expected[odd]).sum())} differ"]
+    differ = (found != expected) & ~(found.isnan() & expected.isnan()) & odd
+    if bool(differ.any()):
+        return [f"{name}: where {expected[differ][0]} was expected, {int(differ.sum())} differ"]
     if bool(odd.all()):
         return [f"{name}: no number is expected, so that nothing is compared"]
     found, expected = torch.where(odd, 0, found), torch.where(odd, 0, expected)

@@ -28,7 +28,8 @@ class Case:
     Attributes:
         bias: "", "random", "masked" (-inf; whole tiles, and a target's entry) or "masked low" (and what is left lies
             where exp(-z) is no float32).
-        nan_rows: some rows have no target, and hold NaN.
+        nan_rows: some rows have no target, and hold NaN. strange: some that have one have logits that are all NaN, -inf
+            or inf. offset: of all logits of every other row, a power of two; products are exact then.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Case:
     scale: float = 1.0
     ieee: bool = True
     nan_rows: bool = False
+    strange: bool = False
+    offset: float = 0.0
     targets: torch.dtype = torch.int64
 
     def __str__(self) -> str:
@@ -62,6 +65,10 @@ CASES = (
     replace(_PLAIN, name="nan rows", nan_rows=True, scale=0.5),
     replace(_PLAIN, name="nan rows k3", nan_rows=True, k=3, dtype=F16),
     replace(_PLAIN, name="wide d", n=20, v=300, d=1030),
+    replace(_PLAIN, name="offset 2^20", offset=2.0**20, d=24, k=2),
+    replace(_PLAIN, name="offset 2^13 float16", offset=2.0**13, d=24, dtype=F16),
+    replace(_PLAIN, name="strange", strange=True, k=2),
+    replace(_PLAIN, name="strange float32", strange=True, dtype=F32, bias="masked"),
 )
 
 
@@ -93,6 +100,15 @@ class Bench:
         targets[-1, -1] = min(case.v, 100) - 1
         if case.nan_rows:
             e[3::14], targets[3::14] = torch.nan, -1
+        if case.offset:
+            e, c = (torch.randint(-1, 2, x.shape, generator=rng).float() for x in (e, c))
+            e[::2, 0], c[:, 0] = case.offset, 1
+        self.odd = torch.zeros(case.n, dtype=torch.bool)
+        if case.strange:
+            self.odd[1:20:6] = True
+            values = torch.tensor([torch.nan, -torch.inf, torch.inf])
+            rows = self.odd.nonzero()[:, 0]
+            e[rows, 0], c[:, 0] = values[torch.arange(len(rows)) % 3], 1
         bias = torch.randn(case.v, generator=rng) if case.bias else None
         if bias is not None and case.bias != "random":
             bias -= 300.0 * (case.bias == "masked low")
@@ -100,6 +116,9 @@ class Bench:
             bias[case.v // 6 : -case.v // 6] = -torch.inf  # whole tiles
         self.e, self.c, self.targets = e.to(device, case.dtype), c.to(device, case.dtype), targets.to(device)
         self.formula = Formula(None if bias is None else bias.to(device), case.scale, None, case.ieee)
+        self.offsets = torch.zeros(case.n)
+        self.offsets[::2] = case.offset
+        self.offsets = torch.where((targets >= 0).any(1), self.offsets, 0).to(device)
         weights = torch.rand(targets.shape, generator=rng) + 0.5
         weights[:: max(2, case.n // 3)] = 0  # rows whose a is 0
         self.weights = torch.where(targets >= 0, weights, 0).to(device)
@@ -124,19 +143,21 @@ class Bench:
         kernels.prepare(given.to(case.targets), v, ignore, only, None)
 
         some = (self.targets >= 0).any(1)
+        told = some & ~self.odd.to(self.device)  # of a row without a softmax the sums alone are told
         targets, logits, used = self.targets, new("target_logits", (n, k)), new("used_e", (n, case.d), case.dtype)
         kernels.target_logits(self.e, self.c, targets, self.formula, logits, used)
         tiles, width = cdiv(v, kernels.columns(case.dtype)), pitch(v)
         q = new("q", (n, cdiv(v, 8) * 8), case.dtype, width)[:, :v]
-        tile_max, tile_sum, lse = new("tile_max", (tiles, n)), new("tile_sum", (tiles, n)), new("lse", (n,))
+        tile_max, tile_sum, nll = new("tile_max", (tiles, n)), new("tile_sum", (tiles, n)), new("nll", (n, k))
+        lse, lse_low = new("lse", (n,)), new("lse_low", (n,))
         kernels.store(operand(self.e), operand(self.c), self.formula, q, tile_max, tile_sum)
         kept = bits_of_q(q).float().clone()
-        kernels.join(tile_max, tile_sum, logits, targets, lse)
+        kernels.join(tile_max, tile_sum, logits, targets, lse, lse_low, nll)
         a = torch.where(some, self.weights.sum(1) * case.scale, torch.nan)
         g = self.weights * case.scale
-        kernels.scale(q, tile_max, lse, logits, targets, a, g)
+        kernels.scale(q, tile_max, lse, lse_low, nll, targets, a, g)
         value = new("value", (1,))[0]
-        kernels.value(self.weights, torch.where(lse.isfinite(), lse, 0), logits.nan_to_num(neginf=0), value)
+        kernels.value(self.weights, torch.where(nll.isfinite(), nll, 1), value)
         x, y = self.e.nan_to_num().clone(), self.c.to(torch.float32, copy=True)
         kernels.multiply(x, y, torch.tensor(0.3, device=self.device))
         kernels.multiply(y, None, torch.tensor(1.0, device=self.device))
@@ -145,8 +166,9 @@ class Bench:
         rounded = max(sums, {BF16: 2.0**-9, F16: 2.0**-11}.get(case.dtype, 0.0))
         return {
             "prepared": (prepared, 0), "prepared alone": (only, 0), "mean": (mean, 1e-6),
-            "target_logits": (logits, sums), "used_e": (used, 0), "q": (kept[some], max(sums, 2.0**-11)),
-            "tile_max": (tile_max[:, some], sums), "tile_sum": (tile_sum[:, some], sums), "lse": (lse, sums),
+            "target_logits": (logits, sums), "used_e": (used, 0), "q": (kept[told], max(sums, 2.0**-11)),
+            "tile_max": (tile_max[:, told], sums), "tile_sum": (tile_sum[:, some], sums), "lse": (lse, sums),
+            "lse + lse_low": (lse.double() + lse_low.double() - self.offsets, sums), "nll": (nll, sums),
             "dz": (q.float(), 2 * rounded), "value": (value, sums), "x": (x.float(), rounded), "y": (y, 1e-6),
         }  # fmt: skip
 

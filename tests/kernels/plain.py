@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plain_math import capped, describe, dx_of, finite, join, logits
+from plain_math import describe, dx_of, join, logits, logits_of_targets
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Kernels, Live, Rows, Sizes, Splits, Tiles
@@ -45,12 +45,7 @@ class PlainKernels(Kernels):
         return PlainOnePass()
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
-        for k in range(targets.shape[1]):
-            target = targets[:, k].clamp(min=0)
-            x = (e.double() * c[target].double()).sum(1)
-            if formula.bias is not None:
-                x = x + formula.bias[target].double()
-            out[:, k] = torch.where(targets[:, k] < 0, 0.0, capped(x, formula))
+        out.copy_(logits_of_targets(e, c, targets, formula))
 
     def statistics(
         self,
@@ -140,13 +135,21 @@ class PlainKernels(Kernels):
         return LiveTiles(problem, spec, live).chunk
 
     def fill_maps(
-        self, problem: Problem, spec: Spec, lse: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]
+        self,
+        problem: Problem,
+        spec: Spec,
+        lse: Tensor,
+        lse_low: Tensor,
+        in_use: Tensor,
+        tiles: Tiles,
+        maps: Maps[Tensor],
     ) -> bool:
         assert maps.tile_mass is not None and spec.threshold is not None
         count = len(maps.tile_mass)
-        quantity = (tiles.lse if tiles.max is None else tiles.max)[:count]
-        mass = torch.exp(tiles.lse[:count].double() - finite(lse).double())
-        mass = torch.where(quantity > lse + math.log(spec.threshold), -mass.clamp(min=LEAST_HIT), mass)
+        log_max = (tiles.max[:count].double() - lse.double()) - lse_low.double()
+        log_mass = log_max + tiles.log_sum[:count].double()
+        dead = (log_max if spec.filter == "element" else log_mass) <= math.log(spec.threshold)
+        mass = torch.where(dead, log_mass.exp(), -log_mass.exp().clamp(min=LEAST_HIT))
         maps.tile_mass.copy_(torch.where(in_use, mass, 0))
         if maps.tile_entropy is not None and tiles.entropy is not None:
             maps.tile_entropy.copy_(torch.where(in_use, tiles.entropy[:count], 0))
@@ -162,10 +165,10 @@ class PlainKernels(Kernels):
         upstream: Upstream[Tensor],
     ) -> Work:
         assert maps.tile_mass is not None and spec.block_n is not None and spec.block_v is not None
-        hit = maps.tile_mass < 0
+        hit = ~(maps.tile_mass >= 0)
         tiles, n = hit.shape
         everyone = torch.arange(n, device=hit.device)
-        keep = upstream.a != 0
+        keep, everywhere = upstream.a != 0, ~upstream.a.isfinite()
         for k in range(problem.k):
             wanted = upstream.g[:, k] != 0
             keep |= wanted
@@ -174,6 +177,8 @@ class PlainKernels(Kernels):
             hit[tile, everyone] |= wanted & (target >= 0)
         if upstream.h is not None:
             keep |= upstream.h != 0
+            everywhere |= ~upstream.h.isfinite()
+        hit |= everywhere
         hit &= keep
         counts = (inputs.targets >= 0).any(1) if inputs.in_use is None else inputs.in_use
         by_count = spec.row_order == "live" and spec.block_n > 1

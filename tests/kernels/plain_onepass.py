@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from plain import capped, finite, logits
+from plain_math import finite, joined, largest, logits, logits_of_targets
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Formula
@@ -36,48 +36,59 @@ class PlainOnePass(OnePassKernels):
     def target_logits(
         self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor, used_e: Tensor | None
     ) -> None:
-        for k in range(targets.shape[1]):
-            target = targets[:, k].clamp(min=0)
-            x = (e.double() * c[target].double()).sum(1)
-            if formula.bias is not None:
-                x = x + formula.bias[target].double()
-            out[:, k] = torch.where(targets[:, k] < 0, 0.0, capped(x, formula))
+        out.copy_(logits_of_targets(e, c, targets, formula))
         if used_e is not None:
             used_e.copy_(torch.where((targets >= 0).any(1)[:, None], e, 0))
 
     def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
         z = logits(e, c, formula)
         for t, part in enumerate(z.split(self._columns, 1)):
-            m = part.amax(1)
+            m = largest(part)
             p = torch.exp(part - finite(m)[:, None])
             tile_max[t], tile_sum[t] = m, p.sum(1)
             bits_of_q(q)[:, t * self._columns : t * self._columns + part.shape[1]] = p
 
-    def join(self, tile_max: Tensor, tile_sum: Tensor, target_logits: Tensor, targets: Tensor, lse: Tensor) -> None:
-        m = finite(tile_max.double().amax(0))
-        found = m + (tile_sum.double() * torch.exp(tile_max.double() - m)).sum(0).log()
-        own = torch.where(targets >= 0, target_logits.double(), -torch.inf).amax(1)
-        lse.copy_(torch.where((targets >= 0).any(1), torch.maximum(found, own), 0.0))
+    def join(
+        self,
+        tile_max: Tensor,
+        tile_sum: Tensor,
+        target_logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        nll: Tensor,
+    ) -> None:
+        found = joined(tile_max, tile_sum, target_logits, targets, (targets >= 0).any(1))
+        for out, x in zip((lse, lse_low, nll), found, strict=True):
+            out.copy_(x)
 
     def scale(
-        self, q: Tensor, tile_max: Tensor, lse: Tensor, target_logits: Tensor, targets: Tensor, a: Tensor, g: Tensor
+        self,
+        q: Tensor,
+        tile_max: Tensor,
+        lse: Tensor,
+        lse_low: Tensor,
+        nll: Tensor,
+        targets: Tensor,
+        a: Tensor,
+        g: Tensor,
     ) -> None:
         tile = torch.arange(q.shape[1], device=q.device) // self._columns
-        factor = torch.exp(finite(tile_max.double())[tile].T - lse.double()[:, None]) * a.double()[:, None]
-        x = bits_of_q(q).double() * factor
-        own = torch.exp(target_logits.double() - lse.double()[:, None]) * a.double()[:, None]
+        log_factor = (tile_max.double() - lse.double()) - lse_low.double()  # (T, N)
+        p = torch.where((tile_max == -torch.inf)[tile].T & lse.isfinite()[:, None], 0.0, bits_of_q(q).double())
+        p = p * log_factor.exp()[tile].T
         place = torch.arange(q.shape[1], device=q.device)
         here = [place == targets[:, k, None] for k in range(targets.shape[1])]
         for k, column in enumerate(here):
-            x = torch.where(column, own[:, k, None], x)
+            p = torch.where(column, torch.exp(-nll[:, k, None].double()), p)
+        x = p * a.double()[:, None]
         for k, column in enumerate(here):
-            masked = target_logits[:, k, None] == -torch.inf
-            x = x - torch.where(column & ~masked, g[:, k, None].double(), 0.0)
-        counts = (targets >= 0).any(1) & (a != 0)
+            x = x - torch.where(column, g[:, k, None].double(), 0.0)
+        counts = (targets >= 0).any(1) & ((a != 0) | (g != 0).any(1) | ~lse.isfinite())
         q.copy_(torch.where(counts[:, None], x, 0.0))
 
-    def value(self, weights: Tensor, lse: Tensor, target_logits: Tensor, out: Tensor) -> None:
-        out.copy_((weights.double() * (lse[:, None].double() - target_logits.double())).sum())
+    def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
+        out.copy_((weights.double() * nll.double()).sum())
 
     def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
         for each in (x, y):

@@ -91,8 +91,8 @@ def random_rows(problem: Problem, z: Tensor, rng: torch.Generator, entropy: bool
     if k > 1:
         targets[::3, 1] = targets[::3, 0]
         targets[1::4, -1] = -1
-    targets = torch.where(z.gather(1, targets.clamp(min=0)) == -torch.inf, -1, targets)  # a masked target has no loss
     lse = z.logsumexp(1)
+    high = lse.float()
     log_p = (z - lse[:, None]).clamp(min=-1e4)
 
     def draw(*shape: int) -> Tensor:
@@ -101,7 +101,8 @@ def random_rows(problem: Problem, z: Tensor, rng: torch.Generator, entropy: bool
         return x * problem.logit_scale
 
     return Rows(
-        lse=lse.float(),
+        lse=high,
+        lse_low=(lse - high.double()).float(),  # NaN where there is no softmax
         a=draw(n),
         g=torch.where(targets < 0, 0.0, draw(n, k)),
         targets=targets.to(torch.int32),

@@ -15,15 +15,18 @@ from cce import registry
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.sizes import rows_are_copied
 from cce.problem import Problem
-from cce.testing import BEHAVIOURS, CASES, Case, run_case
+from cce.testing import BEHAVIOURS, CASES, LAYOUTS, PATTERNS, Case, run_case
 from cce.testing.behaviours import Behaviour
 from cce.testing.check_option import check_option
 from cce.testing.data import make_problem
+from cce.testing.layouts import Placed, check_layout
 from cce.testing.options import OPTIONS, Option
+from cce.testing.patterns import Pattern, check_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REFUSED = {"float64-sums", "plain-float64", "filtered-float64", "full-float64"}  # and blocks of odd sizes
+#: And blocks of odd sizes.
+REFUSED = {"float64-sums", "plain-float64", "filtered-float64", "full-float64", "offset-float64"}
 ODD = {"filtered-natural-rows", "filtered-single-rows", "filtered-odd-blocks"}
 
 
@@ -52,6 +55,16 @@ def test_case(case: Case) -> None:
     result = run_case(registry.load("plain"), case)
     assert bool(result.refused) == (case.name in REFUSED | ODD), result.refused
     assert not result.failures, "\n".join(result.failures)
+
+
+@pytest.mark.parametrize("placed", LAYOUTS, ids=str)
+def test_layout(placed: Placed) -> None:
+    assert not check_layout(placed, "plain", "cpu")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_pattern(pattern: Pattern) -> None:
+    assert not check_pattern(pattern, "plain", "cpu")
 
 
 FILTER = {"filter": "element", "threshold": 2.0**-9, "block_n": 16, "block_v": 32}

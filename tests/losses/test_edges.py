@@ -13,6 +13,7 @@ from torch import Tensor
 
 import cce
 from cce import losses
+from cce.reduction import total
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 short = settings(max_examples=15, deadline=None, derandomize=True)
@@ -117,3 +118,11 @@ def test_a_token_that_is_not_a_number_is_seen(recipe: Recipe, dtype: torch.dtype
     x.e[2] = torch.nan
     found = run(recipe, x, x.e, x.c, reduction="none")
     assert found.isnan().tolist() == [False, False, True, False, False]
+
+
+def test_what_a_mean_divides_by() -> None:
+    """The weights in use, whatever the others are."""
+    weights, used = torch.tensor([0.5, torch.nan, 2.0, torch.inf]), torch.tensor([True, False, True, False])
+    assert total(used, weights, torch.float32) == 2.5
+    assert total(used, None, torch.float32) == 2
+    assert total(used, weights.masked_fill(used, 0), torch.float32).isnan()

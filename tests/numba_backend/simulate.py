@@ -10,30 +10,50 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 
 import contract
 from contract_cases import CASES
 
+from cce import registry
 from cce.backends.numba.run import NumbaKernels
+from cce.testing import CASES as KIT_CASES
+from cce.testing import LAYOUTS, PATTERNS, Case, run_case
 from cce.testing.check_option import check_option
+from cce.testing.layouts import check_layout
 from cce.testing.options import OPTIONS
+from cce.testing.patterns import check_pattern
 
 #: Of the contract: each kernel with every option, in each dtype, and what is special about rows, tiles and blocks.
 CONTRACT = (
-    "target_logits k3 bias softcap", "target_logits sliced float16", "target_logits bf16 and float32",
-    "statistics float32", "statistics masked low", "statistics ties", "statistics windows online",
-    "statistics maps online", "statistics maps windows", "statistics maps softcap", "statistics maps block_v=64",
-    "gradient float16 k3", "gradient tf32", "gradient softcap", "gradient masked k3", "gradient everything",
-    "gradient nan rows", "gradient wide d",
-    "live sorted ordered", "live nan rows", "live mixed", "live only de", "live odd d sorted",
+    "target_logits softcap large", "target_logits sliced float16", "target_logits bf16 and float32",
+    "statistics softcap large", "statistics masked low", "statistics ties", "statistics windows online",
+    "statistics offset 2^20", "statistics softcap masked", "statistics weighted masked", "statistics strange",
+    "statistics maps online offset", "statistics maps windows", "statistics maps softcap", "statistics maps block_v=64",
+    "gradient float16 k3", "gradient tf32", "gradient masked k3", "gradient everything", "gradient nan rows",
+    "gradient wide d", "gradient offset 2^20", "gradient softcap large", "gradient strange softcap",
+    "live sorted ordered", "live offset 2^20", "live strange", "live nan rows", "live mixed", "live only de", "live odd d sorted",
     "live everything float16", "live blocks 16 x 16", "live blocks 32 x 64",
     "mean_rows", "mean_rows odd d", "mean_rows float32", "dead_mass", "dead_mass entropy softcap float32",
 )  # fmt: skip
 
 #: Options of which no kernel hears: the front end makes them of the outputs.
 IN_FRONT = ("reduction", "shift", "ignore_index", "z_loss", "`weight` (classes)", "token_weight", "`nll`", "scratch")
+
+#: Of the kit's other groups, a few for each kernel.
+OF_KIT = (
+    "offset-1e3", "offset-bias-1e8",
+    "mean, all column", "none, all column", "terms, all column", "filtered, all column", "mean, bias same_rows",
+    "none, masked entries and a NaN row", "terms, all entries masked", "capped, masked target",
+    "element, NaN upstream", "element, uncompensated, NaN in a row of c",
+)  # fmt: skip
+
+
+def of_case(case: Case) -> None:
+    result = run_case(registry.load("numba"), case)
+    assert result.passed, [*result.failures, *result.refused]
 
 
 def of_contract(name: str) -> None:
@@ -42,9 +62,14 @@ def of_contract(name: str) -> None:
     assert passed and not message, message
 
 
-def checks() -> Iterator[tuple[str, Callable[[], None]]]:
+def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
+    kit: dict[str, Callable[[], Any]] = {str(case): partial(of_case, case) for case in KIT_CASES}
+    kit |= {str(x): partial(check_layout, x, "numba", "cpu") for x in LAYOUTS}
+    kit |= {str(x): partial(check_pattern, x, "numba", "cpu") for x in PATTERNS}
     for name in CONTRACT:
         yield name, partial(of_contract, name)
+    for name in OF_KIT:
+        yield f"kit {name}", kit[name]
     for option in (x for options in OPTIONS.values() for x in options):
         if not option.compiled and not any(name in option.name for name in IN_FRONT):
             yield f"option {option.name}", partial(check_option, option, "numba", "cpu")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-KIT = ["-m", "pytest", "--pyargs", "cce.testing", "--backend", "triton", "-p", "no:cacheprovider", "--no-header"]
+KIT = ["-m", "pytest", "--pyargs", "cce.testing", "--backend", "triton", "-m", "not long", "-p", "no:cacheprovider"]
 
 
 def test_conformance() -> None:

@@ -14,6 +14,7 @@ from cce.backends.gpu.exact import exact
 from cce.backends.gpu.filtered import filtered
 from cce.backends.gpu.forward import forward
 from cce.backends.gpu.kernels import Kernels
+from cce.backends.gpu.layouts import contiguous
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.refusals import common_refusals
 from cce.backends.gpu.sizes import MOST_WEIGHED
@@ -54,18 +55,19 @@ class KernelBackend(Backend):
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
     ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
         with on_device_of(inputs.e):
-            return onepass.loss_and_gradients(self._one_pass, inputs, problem, spec, weights)
+            given = contiguous(inputs), problem, spec, weights.contiguous()
+            return onepass.loss_and_gradients(self._one_pass, *given)
 
     def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
         kernels = self.kernels().one_pass()
         if kernels is None or (mean and targets.numel() > MOST_WEIGHED):
             return None
         with on_device_of(targets):
-            return onepass.prepared(kernels, targets, v, ignore_index, mean)
+            return onepass.prepared(kernels, targets.contiguous(), v, ignore_index, mean)
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         with on_device_of(weights):
-            return onepass.value(self._one_pass, outputs, weights)
+            return onepass.value(self._one_pass, contiguous(outputs), weights.contiguous())
 
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         with on_device_of(factor):
@@ -73,7 +75,7 @@ class KernelBackend(Backend):
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         with on_device_of(inputs.e):
-            return forward(self.kernels(), inputs, problem, spec, maps)
+            return forward(self.kernels(), contiguous(inputs), problem, spec, maps)
 
     def backward(
         self,
@@ -84,6 +86,7 @@ class KernelBackend(Backend):
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Gradients[Tensor]:
+        inputs, outputs, upstream = contiguous(inputs), contiguous(outputs), contiguous(upstream)
         with on_device_of(inputs.e):
             if spec.filter == "none":
                 return exact(self.kernels(), inputs, problem, spec, outputs, upstream)

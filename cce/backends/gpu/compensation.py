@@ -100,7 +100,8 @@ class Mass:
 
     @cached_property
     def _outputs(self) -> Outputs[Tensor]:
-        return rows_of(Outputs(self._given.lse, self._given.target_logits, self._rows.entropy), self._row_order)
+        given, rows = self._given, self._rows
+        return rows_of(Outputs(given.lse, given.nll, rows.lse_low, rows.entropy), self._row_order)
 
     def _fill(self, t0: int, t1: int, out: Tensor) -> None:
         call, maps = self._call, self._maps
@@ -110,8 +111,9 @@ class Mass:
         entropy = None if entropy is None else self._sorted(entropy)
         weight = dead_weight(call.problem, call.spec, self._outputs, p, entropy, self._upstream, t0, t1)
         torch.mul(p, weight, out=out)
-        of_rows = self._live[t0:t1, :, None].expand(-1, -1, call.block_n).reshape(t1 - t0, -1)
-        out.masked_fill_(of_rows[:, : call.problem.n], 0)
+        n = call.problem.n
+        of_rows = self._live[t0:t1, :, None].expand(-1, -1, min(n, call.block_n)).reshape(t1 - t0, -1)
+        out.masked_fill_(of_rows[:, :n], 0)
 
     def _sorted(self, x: Tensor) -> Tensor:
         return x.index_select(1, self._row_order).to(self._dtype)

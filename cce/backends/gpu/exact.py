@@ -45,7 +45,7 @@ def _exact(
     de = None
     if total is not None:
         if found.s is not None:
-            add_mean_logit_to_de(call, inputs.logit_weight, found.s, total)
+            add_mean_logit_to_de(call, inputs, found.s, total)
         de = rounded_de(call, total, found.norm)
     if found.norm is not None:  # a power of two: exact, but where a float16 leaves its range
         for x in (dc, dbias):

@@ -15,8 +15,10 @@ from cce.backends.gpu.kernels import Kernels, Live
 from cce.backends.gpu.operands import Call, aligned
 from cce.backends.gpu.sizes import copied_in_scratch, row_blocks, slot_bytes
 from cce.backends.gpu.sorted_rows import SortedRows
+from cce.backends.gpu.used_rows import in_rows
 from cce.backends.gpu.work import Work
 from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.rows import used_rows
 from cce.spec import Spec
 
 
@@ -30,7 +32,8 @@ def filtered(
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
     """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
-    call = Call.of(kernels, inputs, problem, spec)
+    call, used = Call.of(kernels, inputs, problem, spec), used_rows(inputs)
+    upstream = in_rows(upstream, used)
     found = Scaled.of(call, inputs, outputs, upstream)
     work = kernels.work_list(inputs, problem, spec, found.rows, maps, upstream)
     row_order, live = work.row_order, work.live
@@ -44,12 +47,15 @@ def filtered(
         if total is None:
             total = torch.zeros(problem.n, call.e.shape[1], dtype=torch.float32, device=call.e.device)
         if found.s is not None:
-            add_mean_logit_to_de(call, inputs.logit_weight, found.s.index_select(0, row_order), total)
+            add_mean_logit_to_de(call, inputs, found.s.index_select(0, row_order), total)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
     _live_tiles(call, c, found, rows, work, dead, Gradients(total, dc, dbias))
     del rows, dead, work, live, c
-    de = rounded_de(call, total, found.norm, row_order) if total is not None else None
+    de = None
+    if total is not None:
+        de = rounded_de(call, total, found.norm, row_order)
+        de.masked_fill_(~used[:, None], 0)  # the products give them 0 times an entry, which may be NaN
     if found.s is not None:
         add_mean_logit_to_entries(call, inputs.logit_weight, found.s, found.norm, dc, dbias)
     return Gradients(de, dc, dbias)

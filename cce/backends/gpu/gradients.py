@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.forward import weighted_rows
 from cce.backends.gpu.kernels import Rows
 from cce.backends.gpu.operands import Call
+from cce.backends.mean_logit import weighted_rows
 from cce.backends.scaling import norm_of, scaled
 from cce.problem import Inputs, Outputs, Upstream
 from cce.worklist import target_positions
@@ -31,25 +31,27 @@ class Scaled:
 
     @classmethod
     def of(cls, call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]) -> Scaled:
-        norm = norm_of(upstream, call.problem.dtype)
+        norm = norm_of(upstream, call.problem.dtype, call.problem.logit_scale)
         factors = scaled(upstream, call.problem.logit_scale, norm)
-        s = None if factors.s is None else factors.s.contiguous()
-        capped, entropy = call.problem.softcap is not None, factors.h is not None
+        is_capped, lse = call.problem.softcap is not None, outputs.lse
+        s = None if factors.s is None else factors.s.to(torch.float32)  # as the mean logit is, it may be float64
         rows = Rows(
-            lse=outputs.lse.contiguous(),
-            a=factors.a.contiguous(),
-            g=factors.g.contiguous(),
-            targets=target_positions(inputs).to(torch.int32).contiguous(),
-            entropy=outputs.entropy.contiguous() if entropy and outputs.entropy is not None else None,
-            h=None if factors.h is None else factors.h.contiguous(),
-            s=s if capped else None,
+            lse=lse,
+            lse_low=lse - lse if outputs.lse_low is None else outputs.lse_low,  # NaN where there is no softmax
+            a=factors.a,
+            g=factors.g,
+            targets=target_positions(inputs).to(torch.int32),
+            entropy=None if factors.h is None else outputs.entropy,
+            h=factors.h,
+            s=s if is_capped else None,
         )
-        return cls(rows, norm, None if capped else s)
+        return cls(rows, norm, None if is_capped else s)
 
 
-def add_mean_logit_to_de(call: Call, logit_weight: Tensor | None, s: Tensor, total: Tensor) -> None:
+def add_mean_logit_to_de(call: Call, inputs: Inputs[Tensor], s: Tensor, total: Tensor) -> None:
     """dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``total`` (N, D) may be padded."""
-    total[:, : call.problem.d].addr_(s, weighted_rows(call, logit_weight))
+    step = max(1, call.spec.scratch_bytes // (8 * call.problem.d))
+    total[:, : call.problem.d].addr_(s, weighted_rows(inputs, call.problem, torch.float32, step))
 
 
 def add_mean_logit_to_entries(
@@ -64,9 +66,8 @@ def add_mean_logit_to_entries(
     step = max(1, call.spec.scratch_bytes // (16 * call.problem.d))
     total = torch.zeros(call.problem.d, dtype=torch.float32, device=call.e.device)
     for e, part in zip(call.own_e.split(step), s.split(step), strict=True):
-        total += part @ torch.where((part != 0)[:, None], e, 0).to(
-            torch.float32
-        )  # a row that does not count may be NaN
+        known = torch.where((part != 0)[:, None], e, 0)  # a row that does not count may be NaN
+        total += part @ known.to(torch.float32)
     for rows, part in zip(dc.split(step), u.split(step), strict=True):
         rows.copy_(torch.addcmul(rows.to(torch.float32), part[:, None], total[None]))
 

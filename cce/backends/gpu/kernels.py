@@ -79,7 +79,8 @@ class Splits:
     Split s of a window of C tiles has the tiles ``s C // S`` to ``(s + 1) C // S``.
 
     Attributes:
-        max, sum: m = largest logit, sum exp(z - m); -inf and 0 before the first tile.
+        max, sum: m = largest logit, sum exp(z - m); -inf and 0 before the first tile. The sum is NaN where a logit is
+            NaN or inf, whatever m is; but m is inf where the largest is.
         gap: sum exp(z - m) (m - z), terms with exp(z - m) = 0 left out; or None. The entropy is log sum + gap / sum.
         weighted: sum u_v z_v of the window's columns, so NaN where 0 meets -inf, as in PyTorch; or None.
         best: int32, place of the first largest logit; or None.
@@ -120,8 +121,9 @@ class Rows:
     ``p_j = exp((z_j - lse) - lse_low)``, both differences in this order: logits may share a large offset.
 
     a, g, h and s have been multiplied by the logit scale, so that dx is the gradient of e c^T; softcap'(z) is
-    ``1 - (z / softcap)^2``. Where z_j = -inf, p_j is 0 and so are its terms, but NaN in a row whose lse is -inf or inf:
-    as in PyTorch, a row without a finite logit, or with an infinite one, has no softmax.
+    ``1 - (z / softcap)^2``, 0 where z = -inf. Where z_j = -inf, p_j is 0 and so are its terms (not those of a target),
+    but NaN in a row whose lse is -inf or inf, for there lse_low is NaN: as in PyTorch, a row without a finite logit, or
+    with an infinite one, has no softmax.
 
     Attributes:
         lse, lse_low, a: (N,). g: (N, K). entropy, h: (N,) or None. s: (N,) or None.

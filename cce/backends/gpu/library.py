@@ -12,6 +12,7 @@ from cce.backends.gpu import plan as plans
 from cce.backends.gpu import work as works
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.work import Work
+from cce.backends.pair import finite, pair
 from cce.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
@@ -30,11 +31,6 @@ class Ahead:
     c: Tensor
     order: Tensor
     out: Tensor
-
-
-def finite(m: Tensor) -> Tensor:
-    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
-    return torch.where(m == -torch.inf, 0, m)
 
 
 class LibraryOperations:
@@ -72,10 +68,26 @@ class LibraryOperations:
         was rounded off, nll = l + (M - target's logit). A target's logit comes from another kernel, and may exceed the
         log-sum-exp by its rounding: where an nll were negative, lse is that logit and lse_low is 0.
 
+        A row whose log-sum-exp is NaN or infinite has no softmax: its nll and lse_low are NaN. Which of a row's maxima
+        and sums are NaN then makes no difference.
+
         Args:
             target_logits: (N, K) float32. targets: (N, K) int64, -1 for none. in_use: (N,) bool.
         """
-        raise NotImplementedError("being written")
+        m = splits.max.amax(0)
+        log_sum = ((splits.max - finite(m)).exp_() * splits.sum).sum(0).log_()  # NaN where m is inf
+        m = torch.where(m > -torch.inf, m, log_sum)  # NaN where a maximum left it out
+        named = targets >= 0
+        nll = log_sum[:, None] + (m[:, None] - target_logits)
+        lse, lse_low = pair(m, log_sum)
+        # Where a named logit is the larger, the others' nll is relative to it, too.
+        largest = torch.where(named, target_logits, -torch.inf).amax(1)
+        is_above = torch.where(named, nll, 0).amin(1) < 0
+        lse = torch.where(is_above, largest, lse)
+        lse_low = torch.where(is_above, lse - lse, lse_low)  # 0, but NaN where that logit is inf
+        nll = torch.where(is_above[:, None], (largest[:, None] - target_logits) + lse_low[:, None], nll)
+        nll = torch.where(named & in_use[:, None], nll, 0)
+        return torch.where(in_use, lse, 0), torch.where(in_use, lse_low, 0), nll
 
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
         """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
@@ -130,7 +142,8 @@ class LibraryOperations:
 
         The mass exp((max - lse) + (log_sum - lse_low)); negated, and at least ``LEAST_HIT``, unless the filter's
         quantity is at most the threshold: (max - lse) - lse_low <= log threshold for "element", the mass's logarithm
-        for "tile". So a block whose quantity is NaN is computed. 0 of rows not in use.
+        for "tile". So a block whose quantity is NaN is computed (its mass may be NaN, too), and so are all blocks of a
+        row whose lse is not finite. 0 of rows not in use.
 
         Args:
             lse, lse_low: (N,) float32. in_use: (N,) bool.

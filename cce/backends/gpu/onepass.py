@@ -33,23 +33,23 @@ def loss_and_gradients(
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``; every row of ``e`` is given."""
     n, v, k, dtype = problem.n, problem.v, problem.k, problem.dtype
-    e, c, targets = aligned(inputs.e, dtype), inputs.c, inputs.targets.contiguous()
+    e, c, targets = aligned(inputs.e, dtype), inputs.c, inputs.targets
     formula = formula_of(inputs.bias, problem)
     tiles = cdiv(v, kernels.columns(dtype))
 
-    weights = weights.contiguous()
     a, g, norm = _factors(problem, weights)
     target_logits = e.new_empty((n, k), dtype=torch.float32)
     # A row without a target may hold NaN: the product for dC has zeros there.
     used = e.new_empty((n, problem.d)) if problem.grad_c else None
     kernels.target_logits(e if e is inputs.e else e[:, : problem.d], c, targets, formula, target_logits, used)
     tile_max, tile_sum = e.new_empty((2, tiles, n), dtype=torch.float32).unbind()
-    lse, dz = e.new_empty(n, dtype=torch.float32), e.new_empty((n, pitch(v)))
+    lse, lse_low = e.new_empty((2, n), dtype=torch.float32).unbind()
+    nll, dz = torch.empty_like(target_logits), e.new_empty((n, pitch(v)))
     dz = dz if dz.shape[1] == v else dz[:, :v]
     _store(kernels, problem, spec, e, c, formula, dz, tile_max, tile_sum)
-    kernels.join(tile_max, tile_sum, target_logits, targets, lse)
-    kernels.scale(dz, tile_max, lse, target_logits, targets, a, g)
-    return Outputs(lse, target_logits), _products(problem, dz, c, used, norm)
+    kernels.join(tile_max, tile_sum, target_logits, targets, lse, lse_low, nll)
+    kernels.scale(dz, tile_max, lse, lse_low, nll, targets, a, g)
+    return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, norm)
 
 
 def _factors(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -58,7 +58,7 @@ def _factors(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor, Tensor 
     if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
         return a, weights, None
     upstream = Upstream(a, weights)
-    norm = norm_of(upstream, problem.dtype)
+    norm = norm_of(upstream, problem.dtype, problem.logit_scale)
     upstream = scaled(upstream, problem.logit_scale, norm)
     return upstream.a, upstream.g, norm
 
@@ -101,7 +101,6 @@ def prepared(
     kernels: OnePassKernels, targets: Tensor, v: int, ignore_index: int, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(N, 1) the targets of all tokens as backends take them, and their weights in a mean if they are wanted."""
-    targets = targets.contiguous()
     size = (targets.numel(), 1)
     out = targets.new_empty(size, dtype=torch.int64)
     weights = targets.new_empty(size, dtype=torch.float32) if mean else None
@@ -110,9 +109,9 @@ def prepared(
 
 
 def value(kernels: OnePassKernels, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-    """``sum_ik weights_ik (lse_i - z[i, targets_ik])``, float32."""
-    found = outputs.lse.new_empty(())
-    kernels.value(weights.contiguous(), outputs.lse, outputs.target_logits, found)
+    """``sum_ik weights_ik nll_ik``, float32."""
+    found = outputs.nll.new_empty(())
+    kernels.value(weights, outputs.nll, found)
     return found
 
 

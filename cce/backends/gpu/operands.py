@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from cce.spec import Spec
 
 def is_aligned(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether a matrix is in the products' dtype and its rows begin, end and follow one another at whole 16 bytes."""
-    rows = x.shape[1] <= x.stride(0) and x.stride(1) == 1
+    rows = x.shape[1] <= x.stride(0) and x.stride(1) == 1  # not one row, expanded
     sizes = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
     return x.dtype == dtype and rows and not any(size % ALIGNMENT for size in sizes)
 
@@ -38,10 +39,15 @@ def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: 
 
 
 def formula_of(bias: Tensor | None, problem: Problem) -> Formula:
-    """Of logits of the whole vocabulary; ``bias`` of any dtype."""
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    """Of logits of the whole vocabulary; ``bias`` of any dtype, contiguous."""
+    bias = None if bias is None else bias.to(torch.float32)
     ieee = torch.get_float32_matmul_precision() == "highest"
-    return Formula(bias, problem.logit_scale, problem.softcap, ieee)
+    return Formula(bias, c_float(problem.logit_scale).value, softcap_of(problem), ieee)
+
+
+def softcap_of(problem: Problem) -> float | None:
+    """The softcap as float32 can work with it: one beyond 1e30, either way, does the same to any logit as 1e30."""
+    return None if problem.softcap is None else min(max(problem.softcap, 1e-30), 1e30)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from cce.rows import rows_in_use, rows_of, used_rows
 
 #: A backward of rows that all count.
 Backward = Callable[[Inputs[Tensor], Problem, Outputs[Tensor], Upstream[Tensor]], Gradients[Tensor]]
+_LARGEST = 1e30  # of a logit
 _ASKED = "_cce_rows_in_use"  # an attribute of the targets, which autograd keeps for the backward as they are
 
 
@@ -54,9 +56,7 @@ def of_used_rows(
     """
     inputs = replace(inputs, vocab_order=None)
     if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():
-        e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
-        e = torch.where(used_rows(inputs)[:, None], e, 0)
-        return backward(replace(inputs, e=e, rows=None), problem, outputs, upstream)
+        return _as_zeros(backward, inputs, problem, outputs, upstream)
     rows, targets = _rows_with_target(inputs.targets, inputs.in_use)
     if rows is None:
         return backward(inputs, problem, outputs, upstream)
@@ -69,6 +69,30 @@ def of_used_rows(
         return found
     de = found.de.new_zeros(problem.n, problem.d).index_copy_(0, rows, found.de)
     return replace(found, de=de)
+
+
+def _as_zeros(
+    backward: Backward, inputs: Inputs[Tensor], problem: Problem, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
+) -> Gradients[Tensor]:
+    """What ``backward`` gives of all rows, where those without a target are zeros that nobody sends a gradient."""
+    used = used_rows(inputs)
+    e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
+    e = torch.where(used[:, None], e, 0)
+    # Their logits are the bias, which may be large: exp(z - lse) is 0 for any of them.
+    outputs = replace(outputs, lse=torch.where(used, outputs.lse, _LARGEST))
+    found = backward(replace(inputs, e=e, rows=None), problem, outputs, in_rows(upstream, used))
+    if found.de is not None:
+        found.de.masked_fill_(~used[:, None], 0)  # 0 times an entry, which may be NaN
+    return found
+
+
+def in_rows(upstream: Upstream[Tensor], used: Tensor) -> Upstream[Tensor]:
+    """The gradients of the rows that are ``used`` (N,), 0 of the others, whatever they hold."""
+    kept: dict[str, Any] = {
+        name: None if x is None else torch.where(used if x.ndim == 1 else used[:, None], x, 0)
+        for name, x in vars(upstream).items()
+    }
+    return Upstream(**kept)
 
 
 def _nothing(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.kernels import Rows
+from cce.backends.gpu.operands import softcap_of
 from cce.backends.gpu.sizes import cdiv
 from cce.backends.numba.choice import KINDS
 from cce.backends.numba.compile import dead_mass_kernel, mean_rows_kernel
@@ -47,5 +48,5 @@ def dead_mass(
     kernel(
         cdiv(problem.n, kernel.threads) * min(len(out), _STRIPES), mass, entropy, row_order, live, rows.lse,
         rows.entropy, rows.a, rows.h, out, problem.n, problem.v, live.shape[1], first, len(out), mass.stride(0),
-        0 if entropy is None else entropy.stride(0), problem.softcap or 0.0,
+        0 if entropy is None else entropy.stride(0), softcap_of(problem) or 0.0,
     )  # fmt: skip

@@ -80,6 +80,18 @@ def divide(typing, x, y):
 
 
 @intrinsic
+def reciprocal(typing, x):
+    """1 / x to a unit in the last place: ``rcp.approx.ftz.f32``."""
+    return ptx(F32(F32), "rcp.approx.ftz.f32 $0, $1;", "=f,f")
+
+
+@intrinsic
+def maximum(typing, x, y):
+    """The larger of two floats, NaN if either is: ``max.NaN.f32``."""
+    return ptx(F32(F32, F32), "max.NaN.f32 $0, $1, $2;", "=f,f,f")
+
+
+@intrinsic
 def pack_bf16(typing, low, high):
     """Two floats as bfloat16 in one word: ``cvt.rn.bf16x2.f32``."""
     return ptx(U32(F32, F32), "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f")

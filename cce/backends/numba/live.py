@@ -11,7 +11,7 @@ from cce.backends.gpu.kernels import Live
 from cce.backends.numba.choice import KINDS, Choice
 from cce.backends.numba.compile import dbias_kernel, live_kernel, sums_kernel
 from cce.backends.numba.launch import Kernel, prepare_all
-from cce.backends.numba.operands import pieces_of, pitch_of
+from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Product, Sums
 from cce.problem import Problem
 from cce.spec import Spec
@@ -35,7 +35,7 @@ def launches(problem: Problem, spec: Spec, live: Live, choice: Choice) -> list[C
 
 
 def _dx(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
-    plan, formula, rows = live.plan, live.formula, live.rows
+    plan, formula, rows = live.plan, live.formula, with_rest(live.rows)
     kernel = live_kernel(
         Gradient(
             choice.live, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,

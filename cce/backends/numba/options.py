@@ -20,7 +20,6 @@ class Statistics:
     weighted: bool = False
     prediction: bool = False
     maps: bool = False
-    element: bool = False
     tile_entropy: bool = False
     block_v: int = 0
     group: int = 16

@@ -12,7 +12,7 @@ from cce.backends.numba import compensation
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
 from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
 from cce.backends.numba.live import launches
-from cce.backends.numba.operands import pieces_of, pitch_of
+from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Statistics, Targets
 from cce.problem import Maps, Problem
 from cce.spec import Spec
@@ -55,13 +55,12 @@ class NumbaKernels(Kernels):
                 tile, bias=formula.bias is not None, scale=formula.scale != 1, softcap=formula.softcap is not None,
                 online=spec.lse_accumulation == "online", entropy=splits.gap is not None,
                 weighted=splits.weighted is not None, prediction=splits.best is not None, maps=tiles is not None,
-                element=tiles is not None and tiles.max is not None,
                 tile_entropy=tiles is not None and tiles.entropy is not None,
                 block_v=(spec.block_v or 0) if tiles is not None else 0,
             )
         )  # fmt: skip
         n, count = len(e), len(splits.max)
-        maps = (None, None, None) if tiles is None else (tiles.lse, tiles.max, tiles.entropy)
+        maps = (None, None, None) if tiles is None else (tiles.max, tiles.log_sum, tiles.entropy)
         kernel(
             -(-n // tile.rows) * count, e, c, formula.bias, weight, splits.max, splits.sum, splits.gap, splits.weighted,
             splits.best, *maps, n, len(c), pieces_of(e), pitch_of(e), pitch_of(c), count, first // tile.columns,
@@ -81,7 +80,7 @@ class NumbaKernels(Kernels):
         )  # fmt: skip
 
     def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
-        e, formula, rows, weight = dense.e, dense.formula, dense.rows, dense.weight
+        e, formula, rows, weight = dense.e, dense.formula, with_rest(dense.rows), dense.weight
         choice = _choice(problem, spec, formula.ieee)
         tile = choice.gradient
         kernel = gradient_kernel(

@@ -9,6 +9,7 @@ together needs a barrier of the block. Shared memory is one array of bytes, an a
 from __future__ import annotations
 
 import ctypes
+import warnings
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,16 @@ def divide(x: Any, y: Any) -> Any:
     """x / y."""
     with np.errstate(all="ignore"):
         return F32(x) / F32(y)
+
+
+def reciprocal(x: Any) -> Any:
+    """1 / x."""
+    return divide(1, x)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """The larger of two floats, NaN if either is."""
+    return x if x > y or x != x else y
 
 
 def _round_bf16(x: Any) -> int:
@@ -256,5 +267,7 @@ def pointer_to(x: Any) -> Any:
 
 
 def run(kernel: Any, grid: int, threads: int, shared: int, arguments: Any) -> None:
-    """Runs a kernel, one block of threads after the other."""
-    cuda.jit(kernel)[grid, threads, 0, shared](*[pointer_to(x) for x in arguments])
+    """Runs a kernel, one block of threads after the other; what inf and NaN do in it is no fault, as on a GPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        cuda.jit(kernel)[grid, threads, 0, shared](*[pointer_to(x) for x in arguments])

@@ -20,6 +20,10 @@ from cce.rows import rows_of
 from cce.spec import Spec
 from cce.worklist import WorkList, work_list
 
+# Of the upstream gradients in float16: far below 65504, so that what is small beside it seldom underflows. dC is summed
+# in float32 here.
+_LARGEST = 2.0**8
+
 
 @dataclass
 class Skipped:
@@ -91,7 +95,7 @@ class Run:
             outputs, upstream = rows_of(outputs, order), rows_of(upstream, order)
         self.inputs, self.outputs = inputs, outputs
         self.rows = Rows(inputs, self.arithmetic, keep=self.plan.keep_rows)
-        self.norm = norm_of(upstream, self.arithmetic.operand)
+        self.norm = norm_of(upstream, self.arithmetic.operand, problem.logit_scale, _LARGEST)
         self.upstream = scaled(upstream, problem.logit_scale, self.norm)
         wide = inputs.e.new_empty(0, dtype=self.arithmetic.result)
         self.z = wide.new_empty(self.plan.rows * self.plan.columns)

@@ -35,7 +35,7 @@ class Formula:
 
     @classmethod
     def of(cls, call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]) -> Formula:
-        norm = norm_of(upstream, call.problem.dtype)
+        norm = norm_of(upstream, call.problem.dtype, call.problem.logit_scale)
         place = target_positions(inputs).to(torch.int32)
         if outputs.lse_low is None:
             outputs = replace(outputs, lse_low=torch.zeros_like(outputs.lse))

@@ -179,7 +179,7 @@ def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
     elif wide:
         base = _halved(base)
     else:
-        base = base.with_tiles(_spared(problem, base.tma))
+        base = base.with_tiles(_spared(problem, device.capability))
     assert spec.block_n is not None
     # Few row blocks make few tiles of dE: narrower ones then keep more multiprocessors busy.
     blocks = -(-problem.n // min(spec.block_n, base.sparse.rows))
@@ -188,14 +188,16 @@ def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
     return fitted(replace(base, programs=device.programs), problem, spec)
 
 
-def _spared(problem: Problem, tma: bool) -> dict[str, Tile]:
+def _spared(problem: Problem, capability: tuple[int, int]) -> dict[str, Tile]:
     """Tiles of 16-bit operands for which the usual ones would spill registers, by name."""
+    tma = capability >= (9, 0)
     if problem.d * problem.dtype.itemsize % ALIGNMENT:
         return _ODD if tma else _ODD_80
     narrow = _NARROW[90 if tma else 80]
     entropy = "entropy" in problem.outputs
-    found = {"dense": narrow} if entropy else {}
-    if entropy and (problem.softcap is not None or len(problem.outputs) > 1):
+    capped = problem.softcap is not None
+    found = {"dense": narrow} if entropy or (capped and capability >= (10, 0)) else {}
+    if entropy and (capped or len(problem.outputs) > 1):
         found["forward"] = found["sparse"] = narrow
     return found
 

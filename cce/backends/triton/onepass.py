@@ -39,7 +39,7 @@ def loss_and_gradients(
     call = Call.of(inputs, problem, spec)
     steps = _steps(call)
     a = weights.view(-1) if problem.k == 1 else weights.sum(1)
-    norm = norm_of(Upstream(a, weights), problem.dtype)
+    norm = norm_of(Upstream(a, weights), problem.dtype, problem.logit_scale)
     upstream = scaled(Upstream(a, weights), problem.logit_scale, norm)
     targets = inputs.targets
     target_logits, e = steps.target_logits(call, targets)
@@ -51,7 +51,7 @@ def loss_and_gradients(
         q=q, dz=dz, tile_max=tile_max, lse=outputs.lse, lse_low=outputs.lse_low, nll=outputs.nll, targets=targets,
         a=upstream.a, g=upstream.g,
     )  # fmt: skip
-    return outputs, _products(call, targets, dz[:, : problem.v], e, norm)
+    return outputs, _products(call, dz[:, : problem.v], e, norm)
 
 
 class _Steps:
@@ -134,13 +134,14 @@ def _steps(call: Call) -> _Steps:
     return found
 
 
-def _products(call: Call, targets: Tensor, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
-    """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
+def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
+    """dE = dz c, dC = dz^T e and dbias, the column sums, by the library.
+
+    dE of rows without a target, 0 times an entry which may be NaN, is the front end's to make 0.
+    """
     problem = call.problem
     c = call.c.to(problem.dtype)
     de = narrow_product(dz, c).to(problem.e_dtype) if problem.grad_e else None
-    if de is not None:  # zeros times a NaN in c are NaN
-        de.masked_fill_(_without_target(targets), 0)
     dc = narrow_product(dz.T, e).to(problem.c_dtype) if problem.grad_c else None
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     if norm is not None:

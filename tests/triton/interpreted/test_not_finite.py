@@ -8,16 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import SPECS, Call, check, loss_of
+from calls import BACKEND, SPECS, Call, check, loss_of
 
 from cce.problem import Upstream
 
-N, D, V = 20, 4, 48
+N, D, V = 20, 4, 80
 NAN, INF = math.nan, math.inf
 
 
 def problem(**options: object) -> Call:
-    """Two blocks of rows, of which one is ignored; three of entries, of which the last is dead under a filter."""
+    """Two blocks of rows, of which one is ignored; five of entries, of which the last three are dead under a filter."""
     rng = torch.Generator().manual_seed(1)
     e, c = torch.randn(N, D, generator=rng), torch.randn(V, D, generator=rng)
     targets, bias = torch.randint(32, (N,), generator=rng), torch.randn(V, generator=rng)
@@ -99,6 +99,20 @@ def test_pattern_with_all_options(name: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("name", ["filtered", "filtered by mass, online"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_map_of_a_row_without_softmax(name: str, value: float) -> None:
+    """It needs every block; the dead ones of the others stay dead."""
+    call = problem(spec=SPECS[name])
+    call.inputs.e[5, 1] = value
+    _, maps, spec = call.forward()
+    assert maps.tile_mass is not None and (maps.tile_mass[:, 5] < 0).all()
+    assert (maps.tile_mass[2:, :5] >= 0).all()
+    live = BACKEND.work_list(call.inputs, call.problem, spec, maps, call.upstream).row_live
+    assert live[:, 5].all() and not live.all()
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_gradient_of_entropy(name: str, value: float) -> None:
@@ -131,10 +145,10 @@ def test_weights_of_zero_on_masked_entries() -> None:
     """0 times -inf is NaN, as in PyTorch, and no other weight of 0 is; columns beyond the last have none."""
     call = problem(spec=SPECS["exact"], softcap=5.0)
     weight = torch.ones(V)
-    weight[40:] = 0
+    weight[70:] = 0
     s = call.upstream.g[:, 0]
     call = replace(call, inputs=replace(call.inputs, logit_weight=weight), upstream=replace(call.upstream, s=s))
     used = call.inputs.targets[:, 0] >= 0
     assert call.run()["weighted_logit"].isfinite().all()
-    call.inputs.bias[41] = -INF
+    call.inputs.bias[71] = -INF
     assert torch.equal(call.run()["weighted_logit"].isnan(), used)

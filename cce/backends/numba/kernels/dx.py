@@ -6,11 +6,8 @@ from cce.backends.numba.device import (
     LEAST,
     LOG2E,
     NEG_INF,
-    ONE,
-    TWO,
     ZERO,
     barrier,
-    divide,
     exp2,
     floats,
     function,
@@ -20,8 +17,7 @@ from cce.backends.numba.device import (
     repeat,
     write_float,
 )
-
-FOUR, MOST = np.float32(4), np.float32(1e30)
+from cce.backends.numba.kernels.epilogue import tanh
 
 
 def make_dx(options, width):
@@ -35,22 +31,21 @@ def make_dx(options, width):
     def columns(part, state):
         """dx of some columns of a row."""
         z, r, start, weight_at, gs, row_values, scale, softcap = state
-        base, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
-        power_scale = TWO * scale / softcap * LOG2E if SOFTCAP else ZERO
+        row_lse, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
         b = part * PART // WIDTH
         for k in range(part * PART, (part + 1) * PART):
-            x, slope = z[r, k], ONE
+            x, slope = z[r, k], ZERO
             if SOFTCAP:
-                # tanh y = 1 - 2 u with u = 1 / (1 + exp 2y); its derivative without the cancellation of 1 - tanh^2.
-                power = min(exp2(x * power_scale), MOST)
-                u = divide(ONE, ONE + power)
-                x = softcap - TWO * softcap * u
-                slope = FOUR * u * (power * u)
+                share, slope = tanh(x * (scale / softcap))  # a slope of 0 where x = -inf
+                x = NEG_INF if BIAS and x == NEG_INF else softcap * share
             elif SCALE:
                 x = x * scale
-            d = exp2(x * LOG2E - base)
             if ENTROPY:  # p is 0 where z = -inf
-                d = d * (row_a + row_h * (centre - max(x, LEAST)))
+                x = max(x, LEAST)
+            x = x - row_lse  # first: both may be large
+            d = exp2(x * LOG2E)
+            if ENTROPY:
+                d = d * (row_a + row_h * (centre - x))
             else:
                 d = d * row_a
             if ONE_TARGET:
@@ -62,7 +57,7 @@ def make_dx(options, width):
                 d = d + row_s * read_float(weight_at + 4 * (8 * (k >> 1) + (k & 1)))
             if SOFTCAP:
                 d = d * slope
-            if (BIAS and x == NEG_INF) or not counts:
+            if not counts:
                 d = ZERO
             z[r, k] = d
 
@@ -70,24 +65,26 @@ def make_dx(options, width):
 
     @function
     def dx(z, r, row, counts, starts, weight_at, gs, given):
-        """scale softcap'(z) (p (a + h (lse - H - z)) - sum_k g_k [j = target_k] + s u_j), in place of e c^T + bias.
+        """scale softcap'(z) (p (a + h (lse - z - H)) - sum_k g_k [j = target_k] + s u_j), in place of e c^T + bias.
 
-        0 where the row does not count. ``starts``: the place of this thread's first column in each block;
-        ``weight_at``: where in shared memory the weight of its first column is; gs: room for a number of each of its
-        columns. ``given``: a, g, h and s have been multiplied by the scale.
+        p = exp(z - lse), and the rest of lse is in a, h and H (``operands.with_rest``): NaN in a row without a softmax.
+        0 where the row does not count.
+        ``starts``: the place of this thread's first column in each block; ``weight_at``: where in shared memory the
+        weight of its first column is; gs: room for a number of each of its columns. ``given``: a, g, h and s have been
+        multiplied by the scale.
         """
         lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
         row_lse, row_a = floats(lse)[row], floats(a)[row]
         row_h, centre, row_s, row_g, target, near = ZERO, ZERO, ZERO, ZERO, np.int32(-1), False
         if ENTROPY:
-            row_h, centre = floats(h)[row], row_lse - floats(entropy)[row]
+            row_h, centre = floats(h)[row], -floats(entropy)[row]
         if WEIGHTED:
             row_s = floats(s)[row]
         if ONE_TARGET:
             target, row_g = ints(targets)[row], floats(g)[row]
         else:
             near = put_targets(row, starts, gs, g, targets, targets_a_row)
-        row_values = (row_lse * LOG2E, row_a, row_h, centre, row_s, row_g, target, near, counts)
+        row_values = (row_lse, row_a, row_h, centre, row_s, row_g, target, near, counts)
         all_columns((z, r, starts, weight_at, gs, row_values, scale, softcap))
 
     @function

@@ -2,6 +2,8 @@
 
 from functools import cache
 
+import numpy as np
+
 from cce.backends.numba import device
 from cce.backends.numba.device import (
     LOG2E,
@@ -9,14 +11,20 @@ from cce.backends.numba.device import (
     ONE,
     TWO,
     ZERO,
-    divide,
     exp2,
     floats,
     function,
     halves,
     lane_xor,
+    maximum,
+    reciprocal,
     words,
 )
+
+FOUR = np.float32(4)
+#: tanh y = y (1 + y^2 (T0 + y^2 (T1 + y^2 (T2 + y^2 T3)))), where y^2 < SMALL, to a unit in the last place.
+T0, T1, T2, T3 = np.float32(-0.33332947), np.float32(0.13320725), np.float32(-0.05267181), np.float32(0.01643758)
+SMALL = np.float32(0.55**2)
 
 
 @function
@@ -27,9 +35,9 @@ def finite(m):
 
 @function
 def quad_max(x):
-    """The largest x of the four lanes that have elements of the same row."""
-    x = max(x, lane_xor(x, 1))
-    return max(x, lane_xor(x, 2))
+    """The largest x of the four lanes that have elements of the same row; NaN if one is."""
+    x = maximum(x, lane_xor(x, 1))
+    return maximum(x, lane_xor(x, 2))
 
 
 @function
@@ -39,6 +47,21 @@ def quad_sum(x):
     return x + lane_xor(x, 2)
 
 
+@function
+def tanh(y):
+    """tanh y and its derivative, each to a few units in its last place, so that a small logit loses nothing."""
+    power = exp2(abs(y) * (-TWO * LOG2E))
+    u = reciprocal(ONE + power)
+    far = (ONE - power) * u  # of |y|
+    square = y * y
+    near = y + y * (square * (T0 + square * (T1 + square * (T2 + square * T3))))
+    if square < SMALL:
+        far = near
+    elif y < ZERO:
+        far = -far
+    return far, FOUR * power * (u * u)  # without the cancellation of 1 - tanh^2
+
+
 @cache
 def make_cap(bias, scale, softcap):
     """The function that makes a logit of a product and a bias; three flags say what it does."""
@@ -46,13 +69,13 @@ def make_cap(bias, scale, softcap):
 
     @function
     def cap(x, bias, scale, softcap):
-        """softcap tanh(scale (x + bias) / softcap), or scale (x + bias)."""
+        """softcap tanh(scale (x + bias) / softcap), or scale (x + bias); -inf where the bias is."""
         if BIAS:
             x = x + bias
         if SOFTCAP:
-            # tanh y = 1 - 2 / (1 + exp 2y): no overflow, an absolute error of a unit in the last place of softcap.
-            power = exp2(x * (TWO * scale / softcap * LOG2E))
-            x = softcap - divide(TWO * softcap, ONE + power)
+            x = softcap * tanh(x * (scale / softcap))[0]
+            if BIAS and bias == NEG_INF:
+                x = NEG_INF
         elif SCALE:
             x = x * scale
         return x

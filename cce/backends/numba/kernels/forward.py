@@ -21,7 +21,9 @@ from cce.backends.numba.device import (
     lane_xor,
     lane_xor_int,
     log2,
+    maximum,
     pointer,
+    repeat,
     shared_address,
 )
 from cce.backends.numba.kernels.epilogue import finite, make_cap, quad_max, quad_sum
@@ -40,10 +42,9 @@ def unit_of(pid, blocks, splits, group):
 @function
 def add_block(z, r, k0, width, shift, entropy):
     """sum exp(z - shift) of some columns of a row, and the sum of exp(z - shift) (shift - z)."""
-    base = shift * LOG2E
     s, gap = ZERO, ZERO
     for k in range(k0, k0 + width):
-        p = exp2(z[r, k] * LOG2E - base)
+        p = exp2((z[r, k] - shift) * LOG2E)  # a difference first: both may be large
         s += p
         if entropy and p > ZERO:
             gap += p * (shift - z[r, k])
@@ -55,20 +56,34 @@ def make_statistics(options):
     tile = options.tile
     ROWS, TILE_V, R, K = tile.rows, tile.columns, tile.thread_rows, tile.thread_columns
     BIAS, ONLINE, ENTROPY, WEIGHTED = options.bias, options.online, options.entropy, options.weighted
-    PREDICTION, MAPS, ELEMENT, TILE_ENTROPY = options.prediction, options.maps, options.element, options.tile_entropy
+    PREDICTION, MAPS, TILE_ENTROPY = options.prediction, options.maps, options.tile_entropy
     CAPPED, GROUP = options.bias or options.scale or options.softcap, options.group
     BLOCK_V = options.block_v if options.maps else tile.columns
     BLOCKS, WIDTH = tile.columns // BLOCK_V, BLOCK_V // 4  # vocabulary blocks of a tile; a thread's columns of one
     GAPS = options.entropy or options.tile_entropy
     PART_ROWS, STEP = 16 * tile.parts, tile.threads // 8
     cap = make_cap(options.bias, options.scale, options.softcap)
+    PART = min(4, K)  # columns written out as a loop of their own
     begin, product, e_copies, c_copies = make_logit_tile(tile)
+
+    @function
+    def cap_columns(part, state):
+        """Logits of some columns, in place of their products."""
+        z, bias, place, V, scale, softcap = state
+        for k in range(part * PART, (part + 1) * PART):
+            b = ZERO
+            if BIAS:
+                b = floats(bias)[min(place + 8 * (k >> 1) + (k & 1), V - 1)]
+            for r in range(R):
+                z[r, k] = cap(z[r, k], b, scale, softcap)
+
+    cap_all = repeat(cap_columns, K // PART)
 
     def statistics(
         e: pointer, c: pointer, bias: pointer, weight: pointer,
         split_max: pointer, split_sum: pointer, split_gap: pointer, split_weighted: pointer,
         split_best: pointer,  # [SPLITS, N] each
-        tile_lse: pointer, tile_max: pointer, tile_entropy: pointer,  # [T, N] each
+        tile_max: pointer, tile_log_sum: pointer, tile_entropy: pointer,  # [T, N] each
         N: int32, V: int32, pieces: int32, e_pitch: int32, c_pitch: int32, splits: int32,
         first_tile: int32, scale: float32, softcap: float32,
     ):  # fmt: skip
@@ -124,13 +139,7 @@ def make_statistics(options):
                     c_rows[n] = min((t + 1) * TILE_V + (thread >> 3) + n * STEP, V - 1) * c_pitch
                 begin(shared, e, c, e_rows, c_rows, pieces, thread)
             if CAPPED:
-                for k in range(K):
-                    place = t * TILE_V + column0 + 8 * (k >> 1) + (k & 1)
-                    b = ZERO
-                    if BIAS:
-                        b = floats(bias)[min(place, V - 1)]
-                    for r in range(R):
-                        z[r, k] = cap(z[r, k], b, scale, softcap)
+                cap_all((z, bias, t * TILE_V + column0, V, scale, softcap))
             if (t + 1) * TILE_V > V:
                 # The ragged last tile: its columns beyond V are masked after the softcap, which would undo it.
                 for k in range(K):
@@ -147,12 +156,12 @@ def make_statistics(options):
                     for k in range(k0, k0 + WIDTH):
                         if PREDICTION and z[r, k] > block_m:
                             nth = 8 * (k >> 1) + (k & 1)
-                        block_m = max(block_m, z[r, k])
+                        block_m = maximum(block_m, z[r, k])
                     if PREDICTION and block_m > top[r]:
                         top[r], best[r] = block_m, (first_tile + t) * TILE_V + column0 + nth
                     if MAPS:
                         block_m = quad_max(block_m)
-                    new_m = max(m[r], block_m)
+                    new_m = maximum(m[r], block_m)
                     # Of a masked block the row's own: exp(0 - m) may be inf, and times its sum, 0, NaN.
                     shift = finite(new_m) if ONLINE or block_m == NEG_INF else block_m
                     block_s, block_gap = add_block(z, r, k0, WIDTH, shift, GAPS)
@@ -161,9 +170,9 @@ def make_statistics(options):
                         mine = column0 == 0 and row < N
                         total = quad_sum(block_s)
                         if mine:
-                            floats(tile_lse)[where] = shift + log2(total) * LN2
-                        if ELEMENT and mine:
+                            log_sum = log2(total) * LN2 + (shift - block_m)
                             floats(tile_max)[where] = block_m
+                            floats(tile_log_sum)[where] = ZERO if block_m == NEG_INF else log_sum
                         if TILE_ENTROPY:
                             total_gap = quad_sum(block_gap)
                             if mine:
@@ -182,7 +191,7 @@ def make_statistics(options):
                 for k in range(K):
                     place = t * TILE_V + column0 + 8 * (k >> 1) + (k & 1)
                     u = floats(weight)[min(place, V - 1)]
-                    if place < V and u != ZERO:
+                    if place < V:  # 0 times a masked entry is NaN, as in PyTorch
                         for r in range(R):
                             weighted[r] += z[r, k] * u
 

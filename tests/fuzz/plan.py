@@ -1,0 +1,263 @@
+"""One random call as data: what is called, sizes, dtypes, layouts, options. ``draw(seed, index)`` makes it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import sequences  # noqa: F401  adds to RECIPES
+from recipes import RECIPES
+
+FLOATS = ("float32", "float32", "bfloat16", "float16", "float64")
+TARGETS = ("int64", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
+LAYOUTS = ("plain", "plain", "strided", "offset", "transposed", "expanded", "flipped", "column", "windows")
+UPSTREAMS = ("random", "random", "random", "ones", "expanded", "zero", "nan", "strided")
+#: What the numbers of e and c are: normal, whole multiples of a power of two (logits are exact), rows of c that equal
+#: rows of e (a confident token), ties, near float16's largest number, near float32's least.
+DATA = ("normal", "normal", "whole", "whole", "confident", "zero", "equal", "large", "tiny")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call; everything random is in ``values``, the seed of the tensors' numbers.
+
+    Attributes:
+        call: "loss", "terms", "module" or a recipe's name.
+        lead: shape of the tokens; d, v: sizes; k: entries a token, 0 for ordinary targets.
+        dtypes, layouts: by tensor.
+        kinds: tensors beside e, c and targets, and what their numbers are.
+        data, offset: of e and c; the offset is common to the logits of a row.
+        ignored: share of the tokens that are.
+        broken: ("e", "nan"), ...: tensors with an entry that is no number.
+        options: numbers and names passed on. spec: fields of ``cce.Spec``, or None.
+        wants: tensors whose gradients are asked for. upstream: what arrives there.
+    """
+
+    values: int
+    call: str = "loss"
+    lead: tuple[int, ...] = (3,)
+    d: int = 4
+    v: int = 7
+    k: int = 0
+    heads: int = 0
+    dtypes: dict[str, str] = field(default_factory=dict)
+    layouts: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    data: str = "normal"
+    offset: float = 0.0
+    ignored: float = 0.0
+    broken: tuple[tuple[str, str], ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] | None = None
+    wants: tuple[str, ...] = ("e", "c")
+    upstream: str = "ones"
+
+    def to_json(self) -> str:
+        return json.dumps({name: x for name, x in asdict(self).items() if x != getattr(Plan(0), name)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        found = json.loads(text)
+        for name in ("lead", "wants"):
+            if name in found:
+                found[name] = tuple(found[name])
+        found["broken"] = tuple(tuple(x) for x in found.get("broken", ()))
+        return cls(**{"values": 0, **found})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large calls may be, and how many variants of kernels they take.
+
+    Attributes:
+        n, d, v: largest sizes.
+        kernels: only what the backends with kernels take.
+        variants: dtypes and options are those of ``index % variants`` then, and only the rest is drawn for every call.
+    """
+
+    n: int = 24
+    d: int = 40
+    v: int = 260
+    kernels: bool = False
+    variants: int = 0
+
+
+def draw(seed: int, index: int, limits: Limits) -> Plan:
+    """The call number ``index`` of ``seed``."""
+    own = random.Random(f"{seed} {index}")
+    variant = random.Random(f"{seed} variant {index % limits.variants}") if limits.variants else own
+    call = variant.choice(["loss"] * 8 + ["terms"] * 6 + ["module"] * 2 + list(RECIPES))
+    recipe = RECIPES.get(call)
+    pairs = call in ("clip_contrastive", "nt_xent")
+    dtypes = _dtypes(variant, limits)
+    options, kinds, k = _options(variant, call)
+    plan = Plan(
+        values=own.randrange(2**31),
+        call=call,
+        lead=_lead(own, limits, call),
+        d=_size(own, limits.d),
+        v=_size(own, limits.v),
+        k=k,
+        heads=variant.choice([1, 2, 3]) if call in ("multi_token", "multi_codebook") else 0,
+        dtypes=dtypes,
+        kinds=kinds,
+        data=own.choice(DATA),
+        offset=_offset(own, dtypes),
+        ignored=own.choice([0.0, 0.0, 0.3, 0.9, 1.0]),
+        broken=_broken(own, kinds, options),
+        options=options,
+        spec=_spec(variant, own, limits),
+    )
+    names = ["e", "c", *([] if pairs else ["targets"]), *kinds]
+    layouts = {name: own.choice(LAYOUTS) for name in names if own.random() < 0.5}
+    if call == "top_k_distillation" and layouts.get("target_weight") in ("expanded", "windows"):
+        del layouts["target_weight"]  # of other sums than at most 1
+    differentiable = ["e", "c", *(x for x in kinds if x in ("bias", "token_weight", "target_weight", "logit_scale"))]
+    if call == "top_k_distillation":
+        differentiable.remove("target_weight")
+    wants = tuple(x for x in differentiable if variant.random() < 0.8)
+    if own.random() < 0.1:
+        wants = ()
+    own_options = {name: x for name, x in _values_of_call(own, plan, recipe).items()}
+    arriving = own.choice([x for x in UPSTREAMS if x != "nan" or recipe is None])
+    if call == "evaluate":
+        wants = ()
+    return _with(plan, layouts=layouts, wants=wants, upstream=arriving, options={**options, **own_options})
+
+
+def _with(plan: Plan, **fields: Any) -> Plan:
+    return Plan(**{**{name: getattr(plan, name) for name in plan.__dataclass_fields__}, **fields})
+
+
+def _size(rng: random.Random, most: int) -> int:
+    return rng.choice([1, 2, 3, rng.randint(1, 8), rng.randint(1, most), rng.randint(1, most), most])
+
+
+def _lead(rng: random.Random, limits: Limits, call: str) -> tuple[int, ...]:
+    n = _size(rng, limits.n)
+    if call in ("clip_contrastive", "nt_xent"):
+        return (n,)
+    if call in ("dpo", "grpo"):
+        return (2 * rng.randint(1, 3), max(n // 4, 1))
+    if call == "multi_token":
+        return rng.choice([(n + 4,), (2, 4 + n // 4), (0, 5)])
+    shapes = [(n,), (n,), (n,), (2, n // 2), (n // 3, 3), (2, 1, n // 4), (0,), (1,), (2, 0), (0, 3)]
+    if RECIPES.get(call) is None or not RECIPES[call].least:
+        shapes.append(())
+    return rng.choice(shapes)
+
+
+def _dtypes(rng: random.Random, limits: Limits) -> dict[str, str]:
+    floats = [x for x in FLOATS if not (limits.kernels and x == "float64")]
+    e = rng.choice(floats)
+    found = {"e": e, "c": e if rng.random() < 0.7 else rng.choice(floats), "targets": rng.choice(TARGETS)}
+    for name in ("bias", "weight", "token_weight", "target_weight", "logit_scale", "head_weight"):
+        found[name] = found["c"] if rng.random() < 0.6 else rng.choice(FLOATS)
+    if rng.random() < 0.1:
+        found["token_weight"] = rng.choice(["bool", "int32", "uint8"])
+    return found
+
+
+def _options(rng: random.Random, call: str) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Options whose values a kernel is compiled for, tensors beside e, c and targets, and K."""
+    recipe, options, kinds = RECIPES.get(call), dict[str, Any](), dict[str, str]()
+    if call in ("clip_contrastive", "nt_xent"):
+        assert recipe is not None
+        options = {"reduction": rng.choice(recipe.reductions), **recipe.draw(rng)}
+        if call == "clip_contrastive" and rng.random() < 0.4:
+            kinds["logit_scale"] = "learned"
+            del options["logit_scale"]
+        return options, kinds, 0
+    if call != "multi_codebook" and rng.random() < 0.5:
+        kinds["bias"] = rng.choice(["normal", "normal", "masked", "all_masked", "large", "common"])
+    if rng.random() < 0.35:
+        options["softcap"] = rng.choice([0.5, 5.0, 30.0, 1e4])
+    if rng.random() < 0.35:
+        options["logit_scale"] = rng.choice([0.25, 2, 0.7, 1.3])
+    k = rng.choice([1, 2, 5]) if rng.random() < 0.25 else 0
+    if recipe is None:
+        if call == "terms":
+            options["outputs"] = rng.sample(["nll", "lse", "entropy", "prediction"], rng.randint(1, 4))
+        else:
+            options["reduction"] = rng.choice(["mean", "sum", "none"])
+            for name, values in {"label_smoothing": [0.1, 1.0], "z_loss": [1e-4, 0.5]}.items():
+                if rng.random() < 0.2:
+                    options[name] = rng.choice(values)
+            if rng.random() < 0.2:
+                kinds["weight"] = rng.choice(["positive", "zeros"])
+            if rng.random() < 0.3:
+                kinds["token_weight"] = rng.choice(["positive", "normal", "zeros", "nan_ignored"])
+        if k:
+            kinds["target_weight"] = rng.choice(["probabilities", "normal", "zeros", "nan_ignored"])
+        return options, kinds, k
+    options.update(recipe.draw(rng))
+    if recipe.reductions:
+        options["reduction"] = rng.choice(recipe.reductions)
+    if recipe.token_weight and rng.random() < 0.3:
+        kinds["token_weight"] = rng.choice(["positive", "zeros", "nan_ignored"])
+    k = rng.choice([1, 2, 5]) if {"negatives", "target_weight"} & set(recipe.needs) else 0
+    for name in recipe.needs:
+        if name in ("negatives", "target_weight", "ref_log_prob", "advantages", "rewards") or rng.random() < 0.6:
+            kinds[name] = {"target_weight": "probabilities"}.get(name, "normal")
+    if call in ("ppo", "grpo") and "ref_log_prob" in kinds:
+        if rng.random() < 0.5:
+            options["kl_coefficient"] = 0.3
+        else:
+            del kinds["ref_log_prob"]
+    return options, kinds, k
+
+
+def _values_of_call(rng: random.Random, plan: Plan, recipe: Any) -> Mapping[str, Any]:
+    """Options that no kernel hears of."""
+    found: dict[str, Any] = {}
+    if plan.call in ("clip_contrastive", "nt_xent"):
+        return found
+    if rng.random() < 0.3:
+        found["ignore_index"] = rng.choice([-1, rng.randrange(plan.v), 2**40, 255])
+    if plan.call == "multi_token":
+        if rng.random() < 0.5:
+            found["shift"] = rng.randint(0, plan.lead[-1] - plan.heads)
+    elif plan.lead and rng.random() < 0.3:
+        found["shift"] = rng.choice([1, 1, 2, plan.lead[-1], plan.lead[-1] + 3])
+    return found
+
+
+def _offset(rng: random.Random, dtypes: dict[str, str]) -> float:
+    found = rng.choice([0.0] * 6 + [2.0**10, 2.0**14, 2.0**17, 2.0**20, -(2.0**20)])
+    return max(min(found, 2.0**14), -(2.0**14)) if "float16" in (dtypes["e"], dtypes["c"]) else found
+
+
+def _broken(rng: random.Random, kinds: dict[str, str], options: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    if rng.random() > 0.12:
+        return ()
+    names = ["e", "e", "e", "c", *([x for x in ("bias",) if x in kinds])]
+    found = rng.choice(names), rng.choice(["nan", "inf", "-inf"])
+    # Not defined: whether an infinite product or a bias of -inf wins, and in which order inf and -inf are added.
+    undefined = "masked" in kinds.get("bias", "") or ("label_smoothing" in options and found[0] == "c")
+    return () if undefined and found[1] != "nan" else (found,)
+
+
+def _spec(variant: random.Random, own: random.Random, limits: Limits) -> dict[str, Any] | None:
+    if variant.random() < 0.25:
+        return None
+    blocks = [16, 32, 64, 128] if limits.kernels else [1, 7, 16, 50, 128, 1000]
+    found: dict[str, Any] = {"filter": variant.choice(["none", "none", "element", "tile"])}
+    if found["filter"] != "none":
+        # So small that what is left out is nothing beside a rounding error.
+        found["threshold"] = 1e-30  # of a filter
+        found["compensate"] = variant.random() < 0.6
+        found["row_order"] = variant.choice(["live", "natural"])
+    if variant.random() < 0.6:
+        found |= {"block_n": variant.choice(blocks), "block_v": variant.choice(blocks)}
+    if variant.random() < 0.3:
+        found["lse_accumulation"] = "online"
+    if variant.random() < 0.2 and not limits.kernels:
+        found["accumulate"] = variant.choice(["float32", "float64"])
+    if variant.random() < 0.3:
+        found["scratch_bytes"] = 2 ** own.randint(14, 18)
+    if variant.random() < 0.4:
+        found["vocab_order"] = variant.choice(["mean_logit", "natural", "given", "given"])
+    return found
