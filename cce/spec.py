@@ -36,7 +36,7 @@ _TIMES_UNIFORM = 12
 _BLOCK_N, _BLOCK_V = 128, 128
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Spec:
     """How a loss is computed, the same on every backend (design.md, sections 2 to 5).
 
@@ -89,6 +89,10 @@ class Spec:
         _check_choice("accumulate", self.accumulate, ACCUMULATES, optional=True)
         _check_choice("row_order", self.row_order, ROW_ORDERS)
         _check_threshold(self.threshold)
+        if self.threshold is not None and self.filter is None:
+            raise ValueError(
+                f"Spec.threshold: got {self.threshold!r} without a filter, expected filter='element' or 'tile'"
+            )
         if not isinstance(self.compensate, bool):
             raise TypeError(f"Spec.compensate: got {describe(self.compensate)}, expected True or False")
         if isinstance(self.vocab_order, str):
@@ -142,7 +146,7 @@ class Spec:
 
     def of_vocabulary(self, v: int, dtype: torch.dtype) -> Spec:
         """This spec for a part of a vocabulary of ``v`` entries: with the threshold that all of it would have."""
-        if self.threshold is not None:
+        if self.threshold is not None or self.filter is None:
             return self
         found = _with_threshold(self.key, _default_threshold(v, dtype))
         return found if self.permutation is None else self._with_permutation(found)
@@ -167,6 +171,13 @@ class Spec:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    def __repr__(self) -> str:
+        """The fields, with a short text for a permutation."""
+        fields = {name: repr(getattr(self, name)) for name in (*_KEPT, "vocab_order")}
+        if self.permutation is not None:
+            fields["vocab_order"] = f"<a permutation of {len(self.permutation)} entries>"
+        return f"Spec({', '.join(f'{name}={text}' for name, text in fields.items())})"
 
 
 #: Fields of a spec's key, in this order; after them comes the vocabulary order.

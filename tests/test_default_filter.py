@@ -51,18 +51,23 @@ def test_no_filter_of_what_it_would_leave_out(filter: str, output: str) -> None:
 )
 def test_threshold(v: int, dtype: torch.dtype, expected: float) -> None:
     problem = Problem(n=8, v=v, d=8, e_dtype=dtype, c_dtype=dtype)
-    assert cce.Spec().resolve(problem).threshold == expected
-    assert cce.Spec(threshold=0.5).resolve(problem).threshold == 0.5
+    assert cce.Spec(filter="element").resolve(problem).threshold == expected
+    assert cce.Spec(filter="element", threshold=0.5).resolve(problem).threshold == 0.5
+
+
+def test_a_threshold_wants_a_filter() -> None:
+    with pytest.raises(ValueError, match=r"^Spec.threshold: got 0.5 without a filter"):
+        cce.Spec(threshold=0.5)
 
 
 def test_threshold_of_a_part() -> None:
-    order = cce.Spec(vocab_order=[1, 0])
-    for spec in (cce.Spec(), order):
+    plain, order = cce.Spec(filter="element"), cce.Spec(filter="element", vocab_order=[1, 0])
+    for spec in (plain, order):
         part = spec.of_vocabulary(256_000, BF16)
         assert part.threshold == 12 / 256_000
         assert part.vocab_order is spec.vocab_order
-    assert cce.Spec(threshold=0.5).of_vocabulary(256_000, BF16).threshold == 0.5
+    assert cce.Spec(filter="tile", threshold=0.5).of_vocabulary(256_000, BF16).threshold == 0.5
     problem = Problem(n=8, v=100, d=8, e_dtype=BF16, c_dtype=BF16)
     part = Part("group", first=100, sizes=(255_900, 100))
-    assert ops._resolved(cce.Spec().key, problem, part.key).threshold == 12 / 256_000
-    assert ops._resolved(cce.Spec().key, problem, "").threshold == 2**-13
+    assert ops._resolved(plain.key, problem, part.key).threshold == 12 / 256_000
+    assert ops._resolved(plain.key, problem, "").threshold == 2**-13

@@ -62,7 +62,7 @@ def test_autocast(arguments: dict[str, Tensor]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = cce.explain(**arguments)
     assert found.problem.e_dtype == found.problem.c_dtype == torch.bfloat16
-    assert found.spec.filter == "element"
+    assert found.spec.filter == "none"
 
 
 def seen_by(**options: Any) -> Problem:
@@ -195,14 +195,14 @@ def test_live_fraction_of_a_batch() -> None:
     assert cce.live_fraction(e, inputs.c, targets, inputs.bias, spec=spec) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_exact_is_all_live(dtype: torch.dtype) -> None:
-    """``filter="none"``, which is the default of these dtypes; not so bfloat16's."""
+    """``filter="none"``, which is the default."""
     inputs = make_inputs(CASE, "cpu")
     e, c, targets = inputs.e.to(dtype), inputs.c.to(dtype), inputs.targets[:, 0]
     assert cce.live_fraction(e, c, targets) == 1.0
-    assert cce.live_fraction(e.bfloat16(), c.bfloat16(), targets, spec=cce.Spec(filter="none")) == 1.0
-    assert cce.live_fraction(e.bfloat16(), c.bfloat16(), targets, spec=cce.Spec(threshold=2.0**-6)) < 1.0
+    assert cce.live_fraction(e, c, targets, spec=cce.Spec(filter="none")) == 1.0
+    assert cce.live_fraction(e, c, targets, spec=cce.Spec(filter="element", threshold=2.0**-6)) < 1.0
 
 
 def test_all_rows_ignored() -> None:
@@ -212,9 +212,9 @@ def test_all_rows_ignored() -> None:
 
 
 def test_live_fraction_under_autocast() -> None:
-    """The filter that a loss under autocast would use: bfloat16's."""
+    """Of the dtype that a loss under autocast has: bfloat16."""
     inputs = make_inputs(CASE, "cpu")
-    arguments, spec = (inputs.e, inputs.c, inputs.targets[:, 0]), cce.Spec(threshold=2.0**-6)
+    arguments, spec = (inputs.e, inputs.c, inputs.targets[:, 0]), cce.Spec(filter="element", threshold=2.0**-6)
     with torch.autocast("cpu", torch.bfloat16):
         found = cce.live_fraction(*arguments, spec=spec)
     assert found == cce.live_fraction(inputs.e.bfloat16(), inputs.c.bfloat16(), inputs.targets[:, 0], spec=spec) < 1

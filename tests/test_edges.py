@@ -134,3 +134,10 @@ def test_smoothing_of_float64_is_float64(backend: str) -> None:
     found = cce.loss(e, c, targets, weight=weight, label_smoothing=0.3, backend=backend)
     expected = F.cross_entropy(e @ c.T, targets, weight.double(), label_smoothing=0.3)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+def test_a_spec_is_shown_in_a_line() -> None:
+    """Also in the refusal of a backend: not the whole permutation."""
+    spec = cce.Spec(filter="element", vocab_order=torch.randperm(1000))
+    assert "vocab_order=<a permutation of 1000 entries>" in repr(spec) and len(repr(spec)) < 300
+    assert repr(cce.Spec()).startswith("Spec(block_n=None, ")

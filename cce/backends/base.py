@@ -78,7 +78,8 @@ class Backend(ABC):
         """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``, in one pass over the logits.
 
         ``weights`` is (N, K), in the accumulation dtype; those of targets -1 are 0, or NaN in a mean over nothing, and
-        do not count. dE of rows without a target may be anything: the front end makes it 0. Only where :meth:`one_pass` says so.
+        do not count. dE of rows without a target may be anything: the front end makes it 0. Only where
+        :meth:`one_pass` says so.
         """
         raise NotImplementedError(f"backend {self.name!r} has no pass that computes gradients along with the loss")
 

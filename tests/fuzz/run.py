@@ -68,8 +68,7 @@ class Tally:
 
 def reasons(text: str) -> list[str]:
     """The reasons of a refusal, without their numbers and without the backend's name."""
-    lines = [line.strip() for line in text.splitlines() if line.startswith("  ")]
-    return [re.sub(r"\d+", "#", line.partition(": ")[2]) for line in lines]
+    return [re.sub(r"\d+", "#", reason) for reason in re.findall(r"^  \w+: (.*)$", text, re.MULTILINE)]
 
 
 def documented() -> set[str]:

@@ -6,13 +6,14 @@ was, and NaN lies around the operands.
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from contract_cases import CASES, Case
+from contract_case import Case
+from contract_cases import CASES
+from contract_data import drawn
 from contract_lists import Lists
 from contract_results import Results, compare, operand
 from plain import PlainKernels, logits
@@ -68,39 +69,8 @@ class Bench(Lists):
         self.plain = PlainKernels(self.sizes)
         self.rng = torch.Generator().manual_seed(case.n + case.v)
         self.dtype = self.problem.dtype
-        self.e, self.c, self.bias = self._data()
-        self.counts = torch.ones(case.n, dtype=torch.bool)
-        if case.nan_rows:
-            self.counts[3::14] = False
-            self.e[3::14] = torch.nan
-        self.odd = torch.zeros(case.n, dtype=torch.bool)  # rows that count, and have no softmax
-        if case.strange:
-            self.odd[1:20:6] = True
-            values = torch.tensor([torch.nan, -torch.inf, torch.inf]).to(self.e.dtype)
-            rows = self.odd.nonzero()[:, 0]
-            self.e[rows, 0], self.c[:, 0] = values[torch.arange(len(rows)) % 3], 1
-        if case.offset:
-            self.e[::2, 0], self.c[:, 0] = case.offset, 1
+        self.e, self.c, self.bias, self.counts, self.odd = drawn(case, self.rng)
         self.formula = Formula(self._to(self.bias), case.scale, case.softcap, case.ieee)
-
-    def _data(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        case, rng = self.case, self.rng
-        e = torch.randn(case.n, case.d, generator=rng)
-        c = torch.randn(case.v, case.d, generator=rng) * (1.5 / math.sqrt(case.d))
-        if case.integers:  # products are exact, and many of them equal
-            e, c = torch.randint(-1, 2, e.shape, generator=rng).float(), torch.randint(-1, 2, c.shape, generator=rng)
-        bias = torch.randn(case.v, generator=rng) if case.bias else None
-        if bias is not None and case.bias == "large":
-            bias += torch.where(torch.rand(case.v, generator=rng) < 0.5, 100.0, -100.0)
-        if bias is not None and case.bias.startswith("masked"):
-            bias -= 1500.0 if case.bias == "masked low" else 0.0
-            bias[40:300] = -torch.inf  # whole tiles
-            bias[::3] = -torch.inf
-        if bias is not None and case.bias == "few masked":
-            bias[15], bias[-1] = -torch.inf, -torch.inf
-        if bias is not None and case.integers:
-            bias = bias.round()
-        return e.to(case.e_dtype or case.dtype), c.to(case.c_dtype or case.dtype), bias
 
     def _to(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from contract_cases import Case
+from contract_case import Case
 from contract_results import Results, compare
 from plain import PlainKernels
 from plain_math import joined

@@ -34,8 +34,8 @@ CONTRACT = (
     "statistics maps online offset", "statistics maps windows", "statistics maps softcap", "statistics maps block_v=64",
     "gradient float16 k3", "gradient tf32", "gradient masked k3", "gradient everything", "gradient nan rows",
     "gradient wide d", "gradient offset 2^20", "gradient softcap large", "gradient strange softcap",
-    "live sorted ordered", "live offset 2^20", "live strange", "live nan rows", "live mixed", "live only de", "live odd d sorted",
-    "live everything float16", "live blocks 16 x 16", "live blocks 32 x 64",
+    "live sorted ordered", "live offset 2^20", "live strange", "live nan rows", "live mixed", "live only de",
+    "live odd d sorted", "live everything float16", "live blocks 16 x 16", "live blocks 32 x 64",
     "mean_rows", "mean_rows odd d", "mean_rows float32", "dead_mass", "dead_mass entropy softcap float32",
 )  # fmt: skip
 
