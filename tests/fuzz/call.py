@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import cce
 import dense
 import torch
+from compare import compare
 from noise import Noise
 from plan import Plan
 from recipes import RECIPES
 from tensors import DTYPES, Made, lay, make
 from torch import Tensor
 
-from compare import compare
+import cce
 
-
+KERNELS = ("triton", "cupy", "numba")
 FILTERED = "spec: a filter with a gradient of lse or entropy"
 
 
@@ -47,10 +47,11 @@ def run(plan: Plan, backend: str, device: str = "cpu") -> Outcome:
             return Outcome(refused=f"  {backend}: {FILTERED}")
         return Outcome([f"raised {type(error).__name__}: {str(error)[:300]}"])
     found = {**{f"value {i}": x.detach() for i, x in enumerate(results)}, **{f"d{n}": g for n, g in grads.items()}}
-    if plan.call == "comp_sum" and plan.options["tau"] < 1 and not bool(torch.isfinite(results[0]).all()):
-        found = {"value 0": results[0].detach()}  # it overflows, and where its gradient does is not defined
-    failures = _shapes(plan, made, found)
-    failures += compare({n: x.detach().cpu() for n, x in found.items()}, partial(_formula, plan, made), partial(_noise, plan, made))
+    if plan.call in ("comp_sum", "ppo", "grpo") and bool(torch.isinf(results[0]).any()):
+        found = {"value 0": results[0].detach()}  # an exponential overflows; where its gradient does is not defined
+    failures = _shapes(made, found)
+    found = {name: x.detach().cpu() for name, x in found.items()}
+    failures += compare(found, partial(_formula, plan, made), partial(_noise, plan, made, backend in KERNELS))
     if prediction is not None:
         failures += _prediction(plan, made, prediction.cpu())
     failures += [f"{name}: written to" for name in made.written()]
@@ -74,10 +75,10 @@ def _arguments(plan: Plan, made: Made) -> tuple[list[Tensor], dict[str, Any]]:
         options["head_weight"] = options["head_weight"].tolist()
     spec = dict(plan.spec or {})
     if spec.get("vocab_order") == "given":
-        order = torch.randperm(plan.v if plan.call not in ("clip_contrastive", "nt_xent") else plan.lead[0])
-        spec["vocab_order"] = lay(order.to(positional[0].device), plan.layouts.get("e", "plain") if plan.values % 2 else "plain")[0]
-        if sorted(spec["vocab_order"].tolist()) != list(range(len(order))):
-            spec["vocab_order"] = order
+        entries = plan.lead[0] if plan.call in ("clip_contrastive", "nt_xent") else plan.v
+        order = torch.randperm(entries, generator=torch.Generator().manual_seed(plan.values))
+        laid = lay(order.to(positional[0].device), plan.layouts.get("c", "plain"))[0]
+        spec["vocab_order"] = laid if sorted(laid.tolist()) == list(range(entries)) else order
     if plan.spec is not None:
         options["spec"] = cce.Spec(**spec)
     return positional, options
@@ -90,7 +91,9 @@ def _function(plan: Plan, positional: list[Tensor], options: dict[str, Any]) -> 
     e, c, targets = positional
     bias = options.pop("bias", None)
     weights = {name: options.pop(name) for name in ("token_weight", "target_weight") if name in options}
-    head = cce.LinearCrossEntropy(c.shape[1], c.shape[0], bias=bias is not None, device=c.device, dtype=c.dtype, **options)
+    head = cce.LinearCrossEntropy(
+        c.shape[1], c.shape[0], bias=bias is not None, device=c.device, dtype=c.dtype, **options
+    )
     # Views with the layouts and gradients of the plan in the parameters' places.
     for name, x in (("weight", c), ("bias", bias)):
         if x is not None:
@@ -123,31 +126,32 @@ def _results(plan: Plan, made: Made, backend: str) -> tuple[list[Tensor], Tensor
     if again:
         second = torch.autograd.grad(differentiable, list(wanted.values()), arriving, allow_unused=True)
         for name, x, y in zip(wanted, grads, second, strict=True):
-            assert x is None or torch.equal(x.nan_to_num(), y.nan_to_num()), f"d{name}: another value in a second backward"
-    return outputs, prediction, {
-        n: torch.zeros_like(made.tensors[n]) if g is None else g for n, g in zip(wanted, grads, strict=True)
-    }
+            same = x is None or torch.equal(x.nan_to_num(), y.nan_to_num())
+            assert same, f"d{name}: another value in a second backward"
+    pairs = zip(wanted.items(), grads, strict=True)
+    return outputs, prediction, {n: torch.zeros_like(x) if g is None else g for (n, x), g in pairs}
 
 
 def upstream(plan: Plan, place: int, x: Tensor) -> Tensor:
     """The gradient that arrives at output ``place``, of the dtype and device of ``x``."""
     g = torch.Generator().manual_seed(plan.values + 17 * place + 1)
-    found = torch.randn(x.shape, generator=g)
-    if plan.upstream in ("ones", "expanded"):
-        found = torch.ones(()).expand(x.shape) if plan.upstream == "expanded" else torch.ones(x.shape)
-    elif plan.upstream == "zero":
-        found = torch.zeros(x.shape)
-    elif plan.upstream == "nan" and x.numel():
+    found = torch.randn(x.shape, generator=g).to(x)
+    if plan.upstream == "expanded":
+        return torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)
+    if plan.upstream in ("ones", "zero"):
+        return torch.full_like(x, plan.upstream == "ones")
+    if plan.upstream == "nan" and x.numel():
         found.view(-1)[plan.values % x.numel()] = torch.nan
     elif plan.upstream == "strided":
-        return lay(found.to(x), ("strided", "transposed")[plan.values % 2])[0]
-    return found.to(x)
+        return lay(found, ("strided", "transposed")[plan.values % 2])[0]
+    return found
 
 
-def _noise(plan: Plan, made: Made, generator: torch.Generator | None = None) -> Noise:
+def _noise(plan: Plan, made: Made, apart: bool, generator: torch.Generator | None = None) -> Noise:
     e, c = (made.tensors[name].dtype for name in ("e", "c"))
     spec, problem = plan.spec or {}, e if plan.call == "nt_xent" else torch.promote_types(e, c)
-    return Noise(problem, generator, DTYPES[spec.get("accumulate", "float32")], spec.get("threshold", 0.0), e=e, c=c)
+    results, skipped = DTYPES[spec.get("accumulate", "float32")], spec.get("threshold", 0.0)
+    return Noise(problem, generator, results, skipped, apart, e=e, c=c)
 
 
 def _formula(plan: Plan, made: Made, noise: Noise) -> dict[str, Tensor]:
@@ -169,11 +173,13 @@ def _formula(plan: Plan, made: Made, noise: Noise) -> dict[str, Tensor]:
     return found
 
 
-def _shapes(plan: Plan, made: Made, found: dict[str, Tensor]) -> list[str]:
+def _shapes(made: Made, found: dict[str, Tensor]) -> list[str]:
+    """Gradients of another shape or dtype than their tensor's."""
+    pairs = [(name, x, made.tensors[name[1:]]) for name, x in found.items() if name[0] == "d"]
     return [
-        f"{name}: got {tuple(x.shape)} {x.dtype}, expected {tuple(made.tensors[name[1:]].shape)} {made.tensors[name[1:]].dtype}"
-        for name, x in found.items()
-        if name[0] == "d" and (x.shape, x.dtype) != (made.tensors[name[1:]].shape, made.tensors[name[1:]].dtype)
+        f"{name}: got {tuple(x.shape)} {x.dtype}, expected {tuple(of.shape)} {of.dtype}"
+        for name, x, of in pairs
+        if (x.shape, x.dtype) != (of.shape, of.dtype)
     ]
 
 
@@ -194,7 +200,10 @@ def _prediction(plan: Plan, made: Made, found: Tensor) -> list[str]:
     error = dense.logit_error(tokens.e, tokens.c, bias, tokens.z, tokens.scale, tokens.softcap, noise)
     z, most = tokens.z.gather(1, at[:, None])[:, 0], tokens.z.amax(1)
     wrong = (z + 2 * error.nan_to_num(0, 0, 0).amax(1) < most) & torch.isfinite(most)
-    return [f"prediction: row {int(i)} got entry {int(at[i])} of logit {z[i]:.9g}, the largest is {most[i]:.9g}" for i in wrong.nonzero()[:1]]
+    return [
+        f"prediction: row {int(i)} got entry {int(at[i])} of logit {z[i]:.9g}, the largest is {most[i]:.9g}"
+        for i in wrong.nonzero()[:1]
+    ]
 
 
 def _beside(plan: Plan, made: Made, backend: str) -> list[str]:

@@ -88,7 +88,12 @@ class Tokens:
 
     def each(self, entries: Tensor | None = None) -> Tensor:
         """(N, K) negative log-likelihoods of entries (N, K); of the targets."""
-        found = -self.logp.gather(-1, self.targets if entries is None else entries)
+        entries = self.targets if entries is None else entries
+        found = -self.logp.gather(-1, entries)
+        if self.noise.apart and self.noise.generator is not None and self.z.numel():
+            # The gradient at a target may be that of exp(-nll).
+            found = self.noise.on_gradient(found, lambda g: self.noise.by(g, self.error.gather(-1, entries) * g.abs()))
+            found = self.noise.by(found, self.error.gather(-1, entries))
         return self.noise.nll(found, len(self.c))
 
     def nll(self) -> Tensor:
@@ -97,7 +102,9 @@ class Tokens:
 
     def lse(self) -> Tensor:
         noise, z = self.noise, self.z
-        found: Tensor = LogSumExp.apply(noise.on_gradient(z, lambda dz: noise.by(dz, (8 * noise.u + self.error) * dz.abs())))
+        found: Tensor = LogSumExp.apply(
+            noise.on_gradient(z, lambda dz: noise.by(dz, (8 * noise.u + self.error) * dz.abs()))
+        )
         found = noise.nll(noise.few(found), len(self.c))
         return noise.on_gradient(found, lambda g: noise.note(g) or g)
 
@@ -109,7 +116,9 @@ class Tokens:
         return self.fill(self.z.detach().argmax(-1) + 1) - 1
 
 
-def reduce(noise: Noise, values: Tensor, weight: Tensor | None, reduction: str, divisor: Tensor | None = None) -> Tensor:
+def reduce(
+    noise: Noise, values: Tensor, weight: Tensor | None, reduction: str, divisor: Tensor | None = None
+) -> Tensor:
     """``values`` (N,) of rows in use, "mean" or "sum"; the divisor is the sum of the weights, if no other is given."""
     if weight is not None:
         weight = noise.few(weight)
@@ -157,7 +166,9 @@ def _smooth(tokens: Tokens, u: Tensor) -> Tensor:
     noise, found = tokens.noise, tokens.noise.sum(-(tokens.logp * u))
     if noise.generator is None or not found.numel():
         return found
-    common = (tokens.error * u).sum(-1) + 2 * UNIT[torch.float64] * (tokens.z.detach().abs() * u).nan_to_num(0, 0, 0).sum(-1)
+    common = (tokens.error * u).sum(-1) + 2 * UNIT[torch.float64] * (tokens.z.detach().abs() * u).nan_to_num(
+        0, 0, 0
+    ).sum(-1)
     if tokens.softcap is not None:  # a float32 sum; else a float64 product with the mean row
         common = common + 4 * noise.u * tokens.softcap * u.sum()
     return noise.by(found, common)

@@ -10,7 +10,8 @@ sums (float64's of float64 problems, else float32's) and u_in that of the produc
   where every partial sum is a multiple of one power of two and has at most 24 (53) bits: there it is exact;
 - ``p = exp(z - lse)`` by ``FEW u (1 + |z - lse|)`` relative: only differences count, so a common offset costs nothing;
 - a negative log-likelihood by ``(FEW + LAMBDA sqrt(V)) u``, an lse by that and ``FEW u |lse|``;
-- dz by ``FEW u`` of each of its parts, stored by ``u_in`` and by an underflow relative to the largest upstream gradient;
+- p of the backward by the error of its logit, which is computed again, and dz by ``FEW u`` of each of its parts;
+- dz is stored to ``u_in``, and with an underflow relative to the largest upstream gradient;
 - a sum of n terms by ``LAMBDA sqrt(n) u`` of their magnitudes; anything else computed by ``FEW u``.
 """
 
@@ -39,6 +40,7 @@ class Noise:
         generator: of the signs.
         results: the dtype of the results.
         skipped: largest probability that a filter may take for another one as small.
+        apart: the targets' logits are sums of their own, as kernels make them, with roundings of their own.
         dtypes: of e and c, in which a recipe may store what it makes of them.
     """
 
@@ -48,6 +50,7 @@ class Noise:
         generator: torch.Generator | None = None,
         results: torch.dtype = torch.float32,
         skipped: float = 0.0,
+        apart: bool = False,
         **dtypes: torch.dtype,
     ) -> None:
         sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -57,7 +60,7 @@ class Noise:
         self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[dtype], UNDERFLOW[sums])
         self.stored = {name: UNIT[x] for name, x in dtypes.items()}
         self.own = {name: UNIT[torch.promote_types(x, torch.float32)] for name, x in dtypes.items()}
-        self.generator, self.skipped = generator, skipped
+        self.generator, self.skipped, self.apart = generator, skipped, apart
         self.largest = 0.0  # upstream gradient of a logit met in this backward
         self.peak = 0.0  # number met on the way to a result
 
@@ -144,7 +147,9 @@ class Noise:
         return self.on_gradient(softcap * torch.tanh(inner / softcap), lambda g: met.append(g) or g)
 
 
-def logit_error(e: Tensor, c: Tensor, bias: Tensor | None, z: Tensor, scale: float, softcap: float | None, noise: Noise) -> Tensor:
+def logit_error(
+    e: Tensor, c: Tensor, bias: Tensor | None, z: Tensor, scale: float, softcap: float | None, noise: Noise
+) -> Tensor:
     """(N, V) how far a logit may err."""
     u = noise.u
     size = e.abs() @ c.abs().T

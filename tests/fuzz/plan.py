@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from recipes import RECIPES
 FLOATS = ("float32", "float32", "bfloat16", "float16", "float64")
 TARGETS = ("int64", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64")
 LAYOUTS = ("plain", "plain", "strided", "offset", "transposed", "expanded", "flipped", "column", "windows")
-UPSTREAMS = ("random", "random", "random", "ones", "expanded", "zero", "nan", "strided")
+UPSTREAMS = (*["random"] * 8, "ones", "expanded", "expanded", "strided", "strided", "zero", "nan")
 #: What the numbers of e and c are: normal, whole multiples of a power of two (logits are exact), rows of c that equal
 #: rows of e (a confident token), ties, near float16's largest number, near float32's least.
 DATA = ("normal", "normal", "whole", "whole", "confident", "zero", "equal", "large", "tiny")
@@ -94,6 +93,7 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     pairs = call in ("clip_contrastive", "nt_xent")
     dtypes = _dtypes(variant, limits)
     options, kinds, k = _options(variant, call)
+    data, spec = own.choice(DATA), _spec(variant, own, limits)
     plan = Plan(
         values=own.randrange(2**31),
         call=call,
@@ -104,12 +104,12 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
         heads=variant.choice([1, 2, 3]) if call in ("multi_token", "multi_codebook") else 0,
         dtypes=dtypes,
         kinds=kinds,
-        data=own.choice(DATA),
-        offset=_offset(own, dtypes),
-        ignored=own.choice([0.0, 0.0, 0.3, 0.9, 1.0]),
-        broken=_broken(own, kinds, options),
+        data=data,
+        offset=_offset(own, dtypes, data),
+        ignored=own.choice([0.0] * 6 + [0.3] * 4 + [0.9] * 2 + [1.0]),
+        broken=_broken(own, call, kinds, options, spec),
         options=options,
-        spec=_spec(variant, own, limits),
+        spec=spec,
     )
     names = ["e", "c", *([] if pairs else ["targets"]), *kinds]
     layouts = {name: own.choice(LAYOUTS) for name in names if own.random() < 0.5}
@@ -121,7 +121,7 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     wants = tuple(x for x in differentiable if variant.random() < 0.8)
     if own.random() < 0.1:
         wants = ()
-    own_options = {name: x for name, x in _values_of_call(own, plan, recipe).items()}
+    own_options = _values_of_call(own, plan)
     arriving = own.choice([x for x in UPSTREAMS if x != "nan" or recipe is None])
     if call == "evaluate":
         wants = ()
@@ -133,7 +133,9 @@ def _with(plan: Plan, **fields: Any) -> Plan:
 
 
 def _size(rng: random.Random, most: int) -> int:
-    return rng.choice([1, 2, 3, rng.randint(1, 8), rng.randint(1, most), rng.randint(1, most), most])
+    return (
+        1 if rng.random() < 0.08 else rng.choice([2, 3, rng.randint(2, 8), *(rng.randint(2, most) for _ in "ab"), most])
+    )
 
 
 def _lead(rng: random.Random, limits: Limits, call: str) -> tuple[int, ...]:
@@ -144,10 +146,10 @@ def _lead(rng: random.Random, limits: Limits, call: str) -> tuple[int, ...]:
         return (2 * rng.randint(1, 3), max(n // 4, 1))
     if call == "multi_token":
         return rng.choice([(n + 4,), (2, 4 + n // 4), (0, 5)])
-    shapes = [(n,), (n,), (n,), (2, n // 2), (n // 3, 3), (2, 1, n // 4), (0,), (1,), (2, 0), (0, 3)]
-    if RECIPES.get(call) is None or not RECIPES[call].least:
-        shapes.append(())
-    return rng.choice(shapes)
+    if rng.random() < 0.08:
+        single = RECIPES.get(call) is None or not RECIPES[call].least
+        return rng.choice([(0,), (2, 0), (0, 3), (1,), (2, 1, 1), *([(), ()] if single else [])])
+    return rng.choice([(n,), (n,), (2, 1 + n // 2), (1 + n // 3, 3), (2, 1, 1 + n // 4)])
 
 
 def _dtypes(rng: random.Random, limits: Limits) -> dict[str, str]:
@@ -172,7 +174,7 @@ def _options(rng: random.Random, call: str) -> tuple[dict[str, Any], dict[str, s
             del options["logit_scale"]
         return options, kinds, 0
     if call != "multi_codebook" and rng.random() < 0.5:
-        kinds["bias"] = rng.choice(["normal", "normal", "masked", "all_masked", "large", "common"])
+        kinds["bias"] = rng.choice(["normal"] * 3 + ["masked", "common"] * 2 + ["large", "all_masked"])
     if rng.random() < 0.35:
         options["softcap"] = rng.choice([0.5, 5.0, 30.0, 1e4])
     if rng.random() < 0.35:
@@ -198,6 +200,8 @@ def _options(rng: random.Random, call: str) -> tuple[dict[str, Any], dict[str, s
         options["reduction"] = rng.choice(recipe.reductions)
     if recipe.token_weight and rng.random() < 0.3:
         kinds["token_weight"] = rng.choice(["positive", "zeros", "nan_ignored"])
+    if options.get("top_entropy", 1) < 1 and "bias" in kinds:
+        kinds["bias"] = "normal"  # the order of entropies that are NaN is not defined
     k = rng.choice([1, 2, 5]) if {"negatives", "target_weight"} & set(recipe.needs) else 0
     for name in recipe.needs:
         if name in ("negatives", "target_weight", "ref_log_prob", "advantages", "rewards") or rng.random() < 0.6:
@@ -210,7 +214,7 @@ def _options(rng: random.Random, call: str) -> tuple[dict[str, Any], dict[str, s
     return options, kinds, k
 
 
-def _values_of_call(rng: random.Random, plan: Plan, recipe: Any) -> Mapping[str, Any]:
+def _values_of_call(rng: random.Random, plan: Plan) -> dict[str, Any]:
     """Options that no kernel hears of."""
     found: dict[str, Any] = {}
     if plan.call in ("clip_contrastive", "nt_xent"):
@@ -221,23 +225,32 @@ def _values_of_call(rng: random.Random, plan: Plan, recipe: Any) -> Mapping[str,
         if rng.random() < 0.5:
             found["shift"] = rng.randint(0, plan.lead[-1] - plan.heads)
     elif plan.lead and rng.random() < 0.3:
-        found["shift"] = rng.choice([1, 1, 2, plan.lead[-1], plan.lead[-1] + 3])
+        found["shift"] = rng.choice([1] * 5 + [2] * 3 + [plan.lead[-1], plan.lead[-1] + 3])
     return found
 
 
-def _offset(rng: random.Random, dtypes: dict[str, str]) -> float:
+def _offset(rng: random.Random, dtypes: dict[str, str], data: str) -> float:
+    """Mostly where the logits are exact, so that it costs nothing."""
     found = rng.choice([0.0] * 6 + [2.0**10, 2.0**14, 2.0**17, 2.0**20, -(2.0**20)])
+    if data not in ("normal", "whole", "zero") and rng.random() < 0.7:
+        return 0.0
     return max(min(found, 2.0**14), -(2.0**14)) if "float16" in (dtypes["e"], dtypes["c"]) else found
 
 
-def _broken(rng: random.Random, kinds: dict[str, str], options: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    if rng.random() > 0.12:
+def _broken(
+    rng: random.Random, call: str, kinds: dict[str, str], options: dict[str, Any], spec: dict[str, Any] | None
+) -> tuple[tuple[str, str], ...]:
+    """Mostly nothing; and only what has a defined outcome."""
+    if rng.random() > 0.12 or options.get("top_entropy", 1) < 1:
         return ()
-    names = ["e", "e", "e", "c", *([x for x in ("bias",) if x in kinds])]
-    found = rng.choice(names), rng.choice(["nan", "inf", "-inf"])
-    # Not defined: whether an infinite product or a bias of -inf wins, and in which order inf and -inf are added.
-    undefined = "masked" in kinds.get("bias", "") or ("label_smoothing" in options and found[0] == "c")
-    return () if undefined and found[1] != "nan" else (found,)
+    name = rng.choice(["e", "e", "e", "c", *(x for x in ("bias",) if x in kinds)])
+    value = rng.choice(["nan", "inf", "-inf"])
+    masked, filtered = "masked" in kinds.get("bias", ""), spec is not None and spec["filter"] != "none"
+    if masked and (name == "c" or value != "nan"):
+        return ()  # whether it wins over the bias of -inf
+    if value != "nan" and (call in ("clip_contrastive", "nt_xent") or (name == "c" and filtered)):
+        return ()  # inf - inf in a sum of several losses, 0 * inf in a row of c without probability
+    return () if value != "nan" and name == "c" and "label_smoothing" in options else ((name, value),)
 
 
 def _spec(variant: random.Random, own: random.Random, limits: Limits) -> dict[str, Any] | None:

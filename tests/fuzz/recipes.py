@@ -1,4 +1,4 @@
-"""The float64 definitions of ``cce.losses``, from the formulae in their documentation, dense and differentiated by PyTorch.
+"""The float64 definitions of ``cce.losses``: the formulae of its documentation, dense, differentiated by PyTorch.
 
 ``RECIPES`` has for each recipe: its own options (drawn by ``rng``), and its formula of ``(t, options, noise)``.
 """
@@ -40,13 +40,15 @@ class Recipe:
     least: int = 0
 
 
-def _reduced(noise: Noise, tokens: Tokens, t: Mapping[str, Tensor], options: Mapping[str, Any], values: Tensor) -> tuple[Tensor]:
+def _reduced(
+    noise: Noise, tokens: Tokens, t: Mapping[str, Tensor], options: Mapping[str, Any], values: Tensor
+) -> tuple[Tensor]:
     """From one loss a row in use."""
-    reduction = options.get("reduction", "mean")
+    reduction, values = options.get("reduction", "mean"), noise.few(values)
     weight = tokens.of_rows(t["token_weight"]) if "token_weight" in t else None
     if reduction == "none":
         return (tokens.fill(values if weight is None else noise.few(values * noise.few(weight))),)
-    return (reduce(noise, noise.few(values), weight, reduction),)
+    return (reduce(noise, values, weight, reduction),)
 
 
 def of_nll(f: Callable[..., Tensor]) -> Formula:
@@ -95,7 +97,7 @@ def generalized(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
 def dice(nll: Tensor, noise: Noise, o: Mapping[str, Any]) -> Tensor:
     alpha, gamma = o.get("alpha", 1.0), o.get("gamma", 1.0)
     w = _power(_log_rest(nll), alpha) * torch.exp(-nll)
-    return 1 - (2 * w + gamma) / (w + 1 + gamma)
+    return noise.by(1 - (2 * w + gamma) / (w + 1 + gamma), 4 * noise.u)
 
 
 def ldr(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
@@ -190,39 +192,40 @@ def multi_token(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Nois
 def multi_codebook(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
     q, reduction = len(t["c"]), options.get("reduction", "mean")
     shared = t["e"].ndim == t["targets"].ndim
-    losses = [
-        loss({"e": t["e"] if shared else t["e"].select(-2, i), "c": t["c"][i], "targets": t["targets"][..., i]}, options, noise)[0]
-        for i in range(q)
-    ]  # fmt: skip
+    losses = []
+    for i in range(q):
+        e = t["e"] if shared else t["e"].select(-2, i)
+        losses += loss({"e": e, "c": t["c"][i], "targets": t["targets"][..., i]}, options, noise)
     found = torch.stack(losses, -1)
     return (found if reduction == "none" else noise.sum(found) / (q if reduction == "mean" else 1),)
 
 
+def _one_of(**choices: list[Any]) -> Callable[[random.Random], dict[str, Any]]:
+    """Draws each number from its list."""
+    return lambda rng: {name: rng.choice(values) for name, values in choices.items()}
+
+
+def _ldr_numbers(rng: random.Random) -> dict[str, Any]:
+    lam = rng.choice([0.25, 1, 3.0])
+    return {"lam": lam, "margin": lam * rng.choice([0, 0.3, 2, 10])}
+
+
 RECIPES: dict[str, Recipe] = {
-    "focal": Recipe(of_nll(focal), lambda rng: {"gamma": rng.choice([0, 0.5, 1, 2.0, 5])}, token_weight=True),
-    "comp_sum": Recipe(of_nll(comp_sum), lambda rng: {"tau": rng.choice([0, 0.5, 1, 1.0, 1.7, 2, 3.5])}, token_weight=True),
-    "generalized_cross_entropy": Recipe(of_nll(generalized), lambda rng: {"q": rng.choice([1e-3, 0.7, 1])}, token_weight=True),
-    "dice": Recipe(
-        of_nll(dice), lambda rng: {"alpha": rng.choice([0, 0.5, 1, 2.0]), "gamma": rng.choice([0, 1, 3.0])}, token_weight=True
-    ),
-    "ldr": Recipe(
-        ldr,
-        lambda rng: (lambda lam: {"lam": lam, "margin": lam * rng.choice([0, 0.3, 2, 10])})(rng.choice([0.25, 1, 3.0])),
-        token_weight=True,
-    ),
-    "z_loss": Recipe(z_loss, lambda rng: {"coefficient": rng.choice([1e-4, 1, -2.0])}, token_weight=True),
+    "focal": Recipe(of_nll(focal), _one_of(gamma=[0, 0.5, 1, 2.0, 5]), token_weight=True),
+    "comp_sum": Recipe(of_nll(comp_sum), _one_of(tau=[0, 0.5, 1, 1.0, 1.7, 2, 3.5]), token_weight=True),
+    "generalized_cross_entropy": Recipe(of_nll(generalized), _one_of(q=[1e-3, 0.7, 1]), token_weight=True),
+    "dice": Recipe(of_nll(dice), _one_of(alpha=[0, 0.5, 1, 2.0], gamma=[0, 1, 3.0]), token_weight=True),
+    "ldr": Recipe(ldr, _ldr_numbers, token_weight=True),
+    "z_loss": Recipe(z_loss, _one_of(coefficient=[1e-4, 1, -2.0]), token_weight=True),
     "unlikelihood": Recipe(
-        unlikelihood,
-        lambda rng: {"alpha": rng.choice([0, 0.5, 1.0, 3]), "likelihood": rng.random() < 0.6},
-        ("negatives",),
-        token_weight=True,
+        unlikelihood, _one_of(alpha=[0, 0.5, 1.0, 3], likelihood=[True, True, False]), ("negatives",), token_weight=True
     ),
     "top_k_distillation": Recipe(
         top_k_distillation,
-        lambda rng: {"temperature": rng.choice([1.0, 0.5, 3]), "tail": rng.choice(["drop", "renormalize", "bucket"])},
+        _one_of(temperature=[1.0, 0.5, 3], tail=["drop", "renormalize", "bucket"]),
         ("target_weight",),
         token_weight=True,
     ),
     "multi_token": Recipe(multi_token, needs=("head_weight",), least=1),
     "multi_codebook": Recipe(multi_codebook, least=1),
-}  # fmt: skip
+}

@@ -32,11 +32,15 @@ ROOT = Path(__file__).parents[2]
 LIMITS = {
     "torch": Limits(),
     "reference": Limits(),
-    "triton": Limits(n=20, d=24, v=150, kernels=True),
-    "numba": Limits(n=10, d=12, v=40, kernels=True),
+    "triton": Limits(n=12, d=20, v=70, kernels=True),
+    "numba": Limits(n=6, d=6, v=20, kernels=True),
     "cupy": Limits(kernels=True),
 }
 ON_A_GPU = Limits(n=300, d=200, v=2100, kernels=True)
+
+
+def limits_of(backend: str, device: str, variants: int) -> Limits:
+    return replace(LIMITS.get(backend, Limits()) if device == "cpu" else ON_A_GPU, variants=variants)
 
 
 @dataclass
@@ -100,8 +104,7 @@ def fuzz(
     say: Callable[[str], None] = print,
 ) -> Tally:
     """Makes the calls ``first``, ``first + 1``, ... of ``seed``, until there are enough or time is over."""
-    limits = LIMITS[backend] if device == "cpu" else ON_A_GPU
-    limits = Limits(**{**asdict(limits), "variants": variants})
+    limits = limits_of(backend, device, variants)
     tally = Tally(backend, device, seed, variants)
     start = time.monotonic()
     for index in range(first, first + calls):
@@ -163,14 +166,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def record(tallies: list[Tally], device: str) -> dict[str, Any]:
     """What a claim is made from."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    return {**environment(device), "commit": commit.strip(), "runs": [asdict(replace(tally, refused=dict(tally.refused))) for tally in tallies]}
+    runs = [asdict(replace(tally, refused=dict(tally.refused))) for tally in tallies]
+    return {**environment(device), "commit": commit.strip(), "runs": runs}
 
 
 def _once(a: argparse.Namespace) -> int:
     failed = 0
     for backend in a.backend:
-        limits = LIMITS[backend] if a.device == "cpu" else ON_A_GPU
-        limits = Limits(**{**asdict(limits), "variants": a.variants})
+        limits = limits_of(backend, a.device, a.variants)
         plan = Plan.from_json(a.plan) if a.plan is not None else draw(a.seed, a.index, limits)
         outcome = judged(plan, backend, a.device)
         print(f"{plan.to_json()}\n{backend}: {outcome.refused or outcome.failures or 'passed'}")

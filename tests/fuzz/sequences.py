@@ -45,7 +45,9 @@ def pass_at_n(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise)
 def _minus_log(miss: Tensor) -> Tensor:
     """- log(1 - exp(miss))."""
     small = torch.where(miss < -0.7, -1.0, miss)
-    return -torch.where(miss < -0.7, torch.log1p(-torch.exp(torch.where(miss > -0.1, -1.0, miss))), torch.log(-torch.expm1(small)))
+    return -torch.where(
+        miss < -0.7, torch.log1p(-torch.exp(torch.where(miss > -0.1, -1.0, miss))), torch.log(-torch.expm1(small))
+    )
 
 
 def dpo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
@@ -53,7 +55,9 @@ def dpo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tu
     ahead = noise.few(_log_prob(tokens, noise) - noise.few(t["ref_log_prob"]))
     chosen, rejected = ahead.chunk(2)
     h = beta * noise.few(chosen - rejected)
-    value = noise.few(-(1 - eps) * F.logsigmoid(h)) - noise.few(eps * F.logsigmoid(-h))
+    value = noise.few(-(1 - eps) * F.logsigmoid(h))
+    if eps:
+        value = value - noise.few(eps * F.logsigmoid(-h))
     first, second = tokens.in_use.any(-1).chunk(2)
     return _of_sequences(noise, value, first | second, options.get("reduction", "mean"))
 
@@ -76,7 +80,11 @@ def ppo(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tu
     if share < 1 and len(value):
         entropy = tokens.entropy().detach()
         least = entropy.sort(descending=True).values[math.ceil(round(share * len(value), 6)) - 1]
-        value = torch.where((entropy >= least) | entropy.isnan(), value, 0)
+        among = (entropy >= least) | entropy.isnan()
+        if noise.generator is not None:  # which of those with as good as the same entropy counts is left to rounding
+            near = (entropy - least).abs() <= 64 * noise.u * (1 + least.abs())
+            among = torch.where(near, noise.signs(entropy) > 0, among)
+        value = torch.where(among, value, 0)
     if options.get("entropy_coefficient", 0.0):
         value = noise.few(value - options["entropy_coefficient"] * tokens.entropy())
     if "ref_log_prob" in t:
@@ -107,7 +115,9 @@ def evaluate(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) 
 
 def clip_contrastive(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
     a, b = _embeddings(t, options, noise)
-    scale = t["logit_scale"] if "logit_scale" in t else torch.tensor(options.get("logit_scale", 1 / 0.07), dtype=a.dtype)
+    scale = (
+        t["logit_scale"] if "logit_scale" in t else torch.tensor(options.get("logit_scale", 1 / 0.07), dtype=a.dtype)
+    )
     targets = torch.arange(len(a))
     both = [
         Tokens({"e": _stored(noise, x * scale, name), "c": y, "targets": targets}, {}, noise).nll()

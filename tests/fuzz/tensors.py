@@ -27,17 +27,16 @@ class Made:
     def float64(self) -> dict[str, Tensor]:
         """Copies for the formulae."""
         return {
-            name: x.detach().cpu().to(torch.float64 if x.is_floating_point() or is_weight(name) else torch.int64).clone()
+            name: x.detach()
+            .cpu()
+            .to(torch.float64 if x.is_floating_point() or name.endswith("_weight") else torch.int64)
+            .clone()
             for name, x in self.tensors.items()
         }
 
     def written(self) -> list[str]:
         """Tensors whose memory, surroundings included, is no longer what it was."""
         return [name for name, x in self.memory.items() if not torch.equal(_bits(x), self.before[name])]
-
-
-def is_weight(name: str) -> bool:
-    return name.endswith("_weight")
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -50,8 +49,9 @@ def make(plan: Plan, device: str) -> Made:
     values = _values(plan, g)
     made = Made({})
     for name, x in values.items():
-        # Advantages are made of rewards in the rewards' dtype.
-        dtype = torch.float64 if name == "rewards" else DTYPES[plan.dtypes.get(name, "int64" if not x.is_floating_point() else "float32")]
+        dtype = DTYPES[plan.dtypes.get(name, "float32" if x.is_floating_point() else "int64")]
+        if name == "rewards":
+            dtype = torch.float64  # as the advantages are then
         if name in ("targets", "negatives") and not fits(x, dtype):
             dtype = torch.int64
         laid, memory = lay(x.to(dtype).to(device), plan.layouts.get(name, "plain"))
@@ -98,7 +98,9 @@ def around(x: Tensor, shape: list[int]) -> Tensor:
     """Memory that no call may read."""
     if x.is_floating_point():
         return x.new_full(shape, torch.nan)
-    return torch.full(shape, torch.iinfo(x.dtype).max if x.dtype != torch.bool else True, dtype=x.dtype, device=x.device)
+    return torch.full(
+        shape, torch.iinfo(x.dtype).max if x.dtype != torch.bool else True, dtype=x.dtype, device=x.device
+    )
 
 
 def _values(plan: Plan, g: torch.Generator) -> dict[str, Tensor]:
@@ -133,7 +135,9 @@ def _values(plan: Plan, g: torch.Generator) -> dict[str, Tensor]:
         left_out &= False
     found["targets"] = targets = targets.masked_fill(left_out, ignore)
     if plan.call == "unlikelihood":
-        found["negatives"] = found["negatives"].masked_fill(torch.rand(found["negatives"].shape, generator=g) < plan.ignored / 2, ignore)
+        found["negatives"] = found["negatives"].masked_fill(
+            torch.rand(found["negatives"].shape, generator=g) < plan.ignored / 2, ignore
+        )
     for name, kind in plan.kinds.items():
         if kind == "nan_ignored":
             none = targets == ignore
