@@ -88,8 +88,11 @@ class Tokens:
 
     def each(self, entries: Tensor | None = None) -> Tensor:
         """(N, K) negative log-likelihoods of entries (N, K); of the targets."""
-        found = -self.logp.gather(-1, self.targets if entries is None else entries)
-        return self.noise.nll(found, len(self.c))
+        entries = self.targets if entries is None else entries
+        found = self.noise.nll(-self.logp.gather(-1, entries), len(self.c))
+        if isinstance(self.error, Tensor):  # the entry's logit may come from another product than the log-sum-exp's
+            found = self.noise.by(found, self.error.gather(-1, entries))
+        return found
 
     def nll(self) -> Tensor:
         """(N,)"""

@@ -9,7 +9,8 @@ sums (float64's of float64 problems, else float32's) and u_in that of the produc
 - a logit errs by ``(LAMBDA sqrt(D) + 2) u |e|.|c|`` times the softcap's slope, and by ``FEW u |z|``; but not at all
   where every partial sum is a multiple of one power of two and has at most 24 (53) bits: there it is exact;
 - ``p = exp(z - lse)`` by ``FEW u (1 + |z - lse|)`` relative: only differences count, so a common offset costs nothing;
-- a negative log-likelihood by ``(FEW + LAMBDA sqrt(V)) u``, an lse by that and ``FEW u |lse|``;
+- a negative log-likelihood by its logit, which is computed apart, and ``(FEW + LAMBDA sqrt(V)) u``;
+- an lse by the same and ``FEW u |lse|``;
 - p of the backward by the error of its logit, which is computed again, and dz by ``FEW u`` of each of its parts;
 - dz is stored to ``u_in``, and with an underflow relative to the largest upstream gradient;
 - a sum of n terms by ``LAMBDA sqrt(n) u`` of their magnitudes; anything else computed by ``FEW u``.
