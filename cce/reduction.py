@@ -37,8 +37,10 @@ def reduce(values: Tensor, in_use: Tensor, reduction: str, weights: Tensor | Non
     if reduction == "none":
         return values
     if reduction == "sequence":
-        # A row without a weight is left out before the division, as the derivative of 0 / 0 is NaN too.
+        # A row without a weight is left out before the division, as the derivative of 0 / 0 is NaN too; and after it,
+        # as its weights have no gradient.
         of_row = (in_use.to(values.dtype) if weights is None else weights).sum(-1)
-        values = values.sum(-1) / of_row.masked_fill(of_row == 0, 1)
-        return values.sum() / total(of_row != 0, None, values.dtype)
+        empty = of_row == 0
+        values = (values.sum(-1) / of_row.masked_fill(empty, 1)).masked_fill(empty, 0)
+        return values.sum() / total(~empty, None, values.dtype)
     return values.sum() if reduction == "sum" else values.sum() / total(in_use, weights, values.dtype)

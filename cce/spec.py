@@ -218,9 +218,14 @@ def _key(spec: Spec) -> str:
     return ", ".join([f"{getattr(spec, name)!r}" for name in _KEPT] + [f"{order!r}"])
 
 
+def fields_of(key: str) -> dict[str, Any]:
+    """The fields of the spec whose key this is, by name."""
+    return dict(zip((*_KEPT, "vocab_order"), ast.literal_eval(f"({key},)"), strict=True))
+
+
 @lru_cache(maxsize=256)
 def _from_key(key: str) -> Spec:
-    return Spec(**dict(zip((*_KEPT, "vocab_order"), ast.literal_eval(f"({key},)"), strict=True)))
+    return Spec(**fields_of(key))
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from cce import agreement
 from cce.agreement import Said
-from cce.spec import Spec
+from cce.spec import Spec, fields_of
 
 TOKENS = ("same", "own")
 
@@ -246,7 +245,7 @@ def _fields(
     e_dtype, c_dtype, bias, grads, device = tensors
     wanted = grads.split(",")
     key, no_permutation = key_of_spec
-    spec = json.loads(key)
+    spec = fields_of(key)
     if not no_permutation:
         spec["vocab_order"] = None  # each process orders its own entries
     fields = {

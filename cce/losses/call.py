@@ -119,8 +119,11 @@ class Call:
 
     def of_results(self, x: Tensor, dim: int = -1) -> Tensor:
         """``x[..., shift:]`` along ``dim``, which stands beside the results."""
-        shift = min(self.options.get("shift", 0), x.shape[dim])
-        return x.narrow(dim, shift, x.shape[dim] - shift) if shift else x
+        shift = self.options.get("shift", 0)
+        if not shift:  # then there may be no dimension to move along
+            return x
+        shift = min(shift, x.shape[dim])
+        return x.narrow(dim, shift, x.shape[dim] - shift)
 
     def reduce(self, per_token: Tensor) -> Tensor:
         """The recipe's result from one loss a token."""

@@ -188,7 +188,7 @@ def _hiding_blocks(x: Tensor, wide: Tensor, codes: Tensor, temperature: float) -
     if x.dtype == torch.float16:
         x = wide  # whose square of the norm float16 may not hold
     # |x_i . x_k| is at most the largest square of a norm. Beyond twice that, 256 t more are e^-256 of any other.
-    norm = wide.detach().square().sum(1).amax()
+    norm = wide.detach().square().sum(1).nan_to_num(0, 0, 0).amax()  # an infinite one is no better hidden by NaN
     far = (codes * (4 * norm + 256 * temperature).sqrt()).to(x.dtype)
     return torch.cat([x, -far], 1), torch.cat([x, far], 1)
 
@@ -206,6 +206,8 @@ def _inside_blocks(x: Tensor, pair: Tensor, temperature: float) -> Tensor:
     own = z.gather(-1, (pairs - first).clamp(0, size - 1))
     away = (tiles * F.pad(x[pair], (0, 0, 0, -m % size)).view_as(tiles)).sum(-1, keepdim=True) / temperature
     hidden = torch.eye(size, dtype=torch.bool, device=x.device) | (place.mT >= m)
-    # A finite number: the block of one row has nothing else, and the gradient of a sum of -inf alone is NaN.
-    z = (z - torch.where(here, own, away)).masked_fill(hidden, torch.finfo(z.dtype).min)
-    return z.logsumexp(-1).flatten()[:m]
+    # Of several blocks a finite number, as one of them may have nothing else, and the gradient of -inf alone is NaN.
+    z = z.masked_fill(hidden, -torch.inf if len(tiles) == 1 else torch.finfo(z.dtype).min)
+    largest = z.detach().amax(-1, keepdim=True)
+    found = (z - largest).logsumexp(-1, keepdim=True) + (largest - torch.where(here, own, away))
+    return found.flatten()[:m]

@@ -57,13 +57,14 @@ def multi_token(
     check_options(options)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_float_tensor("e", e)
+    checks.check_float_tensor("c", c)
     checks.check_integers("targets", targets, dtypes=(*checks.INTEGERS, *checks.UNSIGNED))
     if e.ndim < 3 or e.shape[1:-1] != targets.shape or len(e) < 1:
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected {('H', *targets.shape, 'D')} with H >= 1")
     rest: dict[str, Any] = dict(options)
     shift = rest.pop("shift", 1)
     targets = targets.to(torch.int64)  # as uint8 holds no -100
-    weight = _head_weight(head_weight, e)
+    weight = _head_weight(head_weight, e, c)
     ignore_index = rest.get("ignore_index", -100)
     ahead = torch.stack([_ahead(targets, shift + h, ignore_index) for h in range(len(e))])
     if reduction == "mean":
@@ -130,9 +131,9 @@ def _ahead(targets: Tensor, by: int, ignore_index: int) -> Tensor:
     return torch.cat([rest, torch.full_like(targets[..., : min(by, targets.shape[-1])], ignore_index)], -1)
 
 
-def _head_weight(value: Any, e: Tensor) -> Tensor:
-    """(H,) floating."""
-    dtype = torch.promote_types(e.dtype, torch.float32)
+def _head_weight(value: Any, e: Tensor, c: Tensor) -> Tensor:
+    """(H,) of the results' dtype."""
+    dtype = torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32)
     if value is None:
         return torch.ones(len(e), dtype=dtype, device=e.device)
     if not isinstance(value, Tensor):

@@ -253,6 +253,8 @@ def _beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any, *, of_sequence:
 
 def _among_largest(entropy: Tensor, in_use: Tensor, share: float) -> Tensor:
     """Bool: tokens whose entropy is at least that of the ``share`` N-th largest; nothing waits for a GPU."""
+    if not entropy.numel():
+        return in_use
     ranked = entropy.flatten().sort(descending=True).values  # ignored tokens have 0, and come last
     # In millionths, exactly: 0.1 * 30 is 3, where floating point may say a little more and round up to 4.
     k = (in_use.sum() * round(share * 10**6) + 10**6 - 1) // 10**6

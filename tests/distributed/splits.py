@@ -95,13 +95,19 @@ def call(
 def call_terms(
     data: Data, part: slice = slice(None), spec: dict[str, Any] | None = None, backend: str = "torch", **options: Any
 ) -> list[Tensor]:
-    """All outputs of ``cce.terms``, and gradients that every differentiable one takes part in."""
+    """All outputs of ``cce.terms``, and gradients that every differentiable one takes part in.
+
+    With a filter, that takes no gradient of lse and entropy, all but these two.
+    """
     e, c, bias = (x.clone().requires_grad_() for x in (data.e, data.c[part], data.bias[part]))
     fields = cce.Spec(**(spec or {"filter": "none"}))
-    found = cce.terms(e, c, data.targets, bias, spec=fields, backend=backend, **options)
+    outputs = ("nll", "lse", "entropy", "prediction") if fields.filter == "none" else ("nll", "prediction")
+    found = cce.terms(e, c, data.targets, bias, outputs=outputs, spec=fields, backend=backend, **options)
     up = torch.linspace(-1, 2, N, dtype=found.nll.dtype)
-    total = (found.nll * up + found.lse * up.flip(0) + found.entropy * up.square()).sum()
-    return [x.detach() for x in found] + list(torch.autograd.grad(total, (e, c, bias)))
+    total = (found.nll * up).sum()
+    if fields.filter == "none":
+        total = total + (found.lse * up.flip(0) + found.entropy * up.square()).sum()
+    return [x.detach() for x in found if x is not None] + list(torch.autograd.grad(total, (e, c, bias)))
 
 
 def of_part(whole: list[Tensor], part: slice) -> list[Tensor]:

@@ -191,7 +191,7 @@ def test_same_bits(workers: Workers) -> None:
     for runs in found:
         assert all(torch.equal(x, y) for other in runs[1:] for x, y in zip(runs[0], other, strict=True))
     for runs in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(runs[0][:5], found[0][0][:5], strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(runs[0][:3], found[0][0][:3], strict=True))  # all but dC, dbias
 
 
 def compiled(group: dist.ProcessGroup) -> list[float]:

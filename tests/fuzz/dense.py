@@ -89,10 +89,12 @@ class Tokens:
     def each(self, entries: Tensor | None = None) -> Tensor:
         """(N, K) negative log-likelihoods of entries (N, K); of the targets."""
         entries = self.targets if entries is None else entries
-        found = self.noise.nll(-self.logp.gather(-1, entries), len(self.c))
-        if isinstance(self.error, Tensor):  # the entry's logit may come from another product than the log-sum-exp's
+        found = -self.logp.gather(-1, entries)
+        if self.noise.apart and self.noise.generator is not None and self.z.numel():
+            # The gradient at a target may be that of exp(-nll).
+            found = self.noise.on_gradient(found, lambda g: self.noise.by(g, self.error.gather(-1, entries) * g.abs()))
             found = self.noise.by(found, self.error.gather(-1, entries))
-        return found
+        return self.noise.nll(found, len(self.c))
 
     def nll(self) -> Tensor:
         """(N,)"""

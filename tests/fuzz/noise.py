@@ -41,6 +41,7 @@ class Noise:
         generator: of the signs.
         results: the dtype of the results.
         skipped: largest probability that a filter may take for another one as small.
+        apart: the targets' logits are sums of their own, as kernels make them, with roundings of their own.
         dtypes: of e and c, in which a recipe may store what it makes of them.
     """
 
@@ -50,6 +51,7 @@ class Noise:
         generator: torch.Generator | None = None,
         results: torch.dtype = torch.float32,
         skipped: float = 0.0,
+        apart: bool = False,
         **dtypes: torch.dtype,
     ) -> None:
         sums = torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,7 +61,7 @@ class Noise:
         self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[dtype], UNDERFLOW[sums])
         self.stored = {name: UNIT[x] for name, x in dtypes.items()}
         self.own = {name: UNIT[torch.promote_types(x, torch.float32)] for name, x in dtypes.items()}
-        self.generator, self.skipped = generator, skipped
+        self.generator, self.skipped, self.apart = generator, skipped, apart
         self.largest = 0.0  # upstream gradient of a logit met in this backward
         self.peak = 0.0  # number met on the way to a result
 

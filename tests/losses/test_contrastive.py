@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import cce
 from cce import losses
@@ -135,6 +137,20 @@ def test_nt_xent_at_its_edges(
     error = 64 * steepest * (torch.finfo(dtype).eps + eps * z)  # of 8 rows
     for g, dense in zip(torch.autograd.grad(found.sum(), mine), torch.autograd.grad(expected.sum(), wide), strict=True):
         assert (g - dense).abs().max() <= error, f"{g} instead of {dense}"
+
+
+def test_infinite_similarities() -> None:
+    """As in a cross-entropy: of the pair, -inf costs inf; of another, -inf costs nothing and inf is NaN."""
+    patterns = set()
+    for row in ([-torch.inf, 0.0], [torch.inf, 1.0], [-torch.inf, -torch.inf]):
+        x = torch.tensor([row, [1.0, 1.0], [2.0, -1.0], [1.0, 0.5], [-1.0, 0.0], [1.0, 3.0]])
+        for views in (x, x[[0, 1, 2, 3]], x[[4, 0]]):
+            found = losses.nt_xent(*views.chunk(2), normalize=False, reduction="none")
+            z = (2 * views @ views.T).fill_diagonal_(-torch.inf)
+            expected = F.cross_entropy(z, torch.arange(len(views)).roll(len(views) // 2), reduction="none")
+            torch.testing.assert_close(found, expected, equal_nan=True)
+            patterns.update(str(y) for y in found.tolist() if not math.isfinite(y) or y > 0)
+    assert {"nan", "inf"} < patterns
 
 
 def test_a_filtered_spec(monkeypatch: pytest.MonkeyPatch) -> None:

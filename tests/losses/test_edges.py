@@ -120,6 +120,15 @@ def test_a_token_that_is_not_a_number_is_seen(recipe: Recipe, dtype: torch.dtype
     assert found.isnan().tolist() == [False, False, True, False, False]
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith(("pass_at_n", "distillation"))])
+def test_one_token_without_a_dimension(name: str) -> None:
+    """e (D,) and a target that is a number."""
+    x, recipe = Edge.of("random", torch.float64, n=1, v=4, d=3, ignored="none", seed=2), RECIPES[name]
+    own = {key: y[0] if isinstance(y, Tensor) else y for key, y in recipe.own(x).items()}
+    found = recipe.recipe(x.e[0], x.c, x.targets[0], bias=x.bias, reduction="none", **own)
+    assert found.shape == () and torch.equal(found, run(recipe, x, x.e, x.c, reduction="none")[0])
+
+
 def test_what_a_mean_divides_by() -> None:
     """The weights in use, whatever the others are."""
     weights, used = torch.tensor([0.5, torch.nan, 2.0, torch.inf]), torch.tensor([True, False, True, False])

@@ -64,6 +64,13 @@ def test_a_head_without_tokens_costs_nothing(problem: Any, same: Any) -> None:
     same(both, one, [e, *problem.inputs[1:]])
 
 
+def test_weights_of_heads_have_the_digits_of_the_classifier() -> None:
+    e, c = torch.randn(1, 7, 4), torch.randn(6, 4, dtype=torch.float64)
+    targets = torch.arange(7) % 6
+    found = losses.multi_token(e, c, targets, shift=0)
+    torch.testing.assert_close(found, F.cross_entropy(e[0].double() @ c.T, targets), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("shift", [3, 5, 9])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_head_that_sees_beyond_the_sequence_costs_nothing(reduction: str, shift: int) -> None:

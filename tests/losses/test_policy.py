@@ -241,3 +241,20 @@ def test_equal_rewards_have_no_gradient_that_is_nan() -> None:
     rewards = torch.ones(4, requires_grad=True)
     (g,) = torch.autograd.grad(losses.group_advantages(rewards, group_size=2).square().sum(), rewards)
     assert (g == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+def test_no_tokens_at_all(shape: tuple[int, ...]) -> None:
+    given: dict[str, Any] = {"advantages": torch.ones(shape), "top_entropy": 0.5, "entropy_coefficient": 0.1}
+    targets = torch.zeros(shape, dtype=torch.int64)
+    assert losses.ppo(torch.ones(*shape, 4), C, targets, reduction="sum", **given) == 0
+    assert losses.ppo(torch.ones(*shape, 4), C, targets, **given).isnan()
+
+
+def test_a_sequence_without_weight_has_no_gradient() -> None:
+    """It is left out of the mean over the sequences: its weights, too, have no influence there."""
+    weight = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.5]], requires_grad=True)
+    found = losses.ppo(E, C, T, advantages=A, token_weight=weight, reduction="sequence")
+    other = losses.ppo(E[1:], C, T[1:], advantages=A[1:], token_weight=weight[1:], reduction="sequence")
+    g, expected = (torch.autograd.grad(x, weight)[0] for x in (found, other))
+    assert found == other and torch.equal(g, expected)

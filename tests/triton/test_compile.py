@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -123,6 +124,22 @@ def test_operands_are_boxes(architecture: Architecture, name: str) -> None:
     assert len(products) == 3
     for kernel, boxes in products.items():
         assert {"e", "c"} <= set(boxes) if architecture.capability >= (9, 0) else not boxes, kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_logits_are_rounded_before_they_are_subtracted(architecture: Architecture) -> None:
+    """No difference to a maximum or a log-sum-exp became part of a multiply-add: each exponential has its own.
+
+    The targets' logits, of another kernel, would else differ from these by a rounding: at a large offset, by much.
+    """
+    products = [kernel for kernel in compiled("filtered-bias", architecture) if kernel.multiplies]
+    checked = [kernel for kernel in products if kernel.name in ("forward_kernel", "sparse_kernel")]
+    assert len(checked) == 2
+    for kernel in checked:  # with a logit scale
+        exponentials, differences = (
+            len(re.findall(name, kernel.ptx)) for name in (r"\bex2\.approx", r"\bsub(\.rn)?(\.ftz)?\.f32\b")
+        )
+        assert 0 < exponentials <= differences, kernel.name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)

@@ -48,6 +48,9 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
     vocabulary = chunks(problem, spec, plan.columns)
     rows = Rows(inputs, arithmetic, keep=False)
     targets = target_positions(inputs)
+    closed_form = None
+    if "weighted_logit" in problem.outputs and problem.softcap is None:
+        closed_form = weighted_logit(inputs, problem, spec)  # before the buffer takes what memory there is
     buffer = inputs.e.new_empty(plan.rows * plan.columns, dtype=arithmetic.result)
     blocks = []
     for n0, n1 in plan.row_blocks(problem.n):
@@ -60,9 +63,7 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
             block.add(chunk, z, maps)
         blocks.append(block.finish(maps))
     outputs = _concatenate(blocks)
-    if "weighted_logit" in problem.outputs and problem.softcap is None:
-        return replace(outputs, weighted_logit=weighted_logit(inputs, problem, spec))
-    return outputs
+    return outputs if closed_form is None else replace(outputs, weighted_logit=closed_form)
 
 
 def weights_along(inputs: Inputs[Tensor], problem: Problem, v0: int, v1: int, like: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def rows_at_once(problem: Problem, spec: Spec) -> int:
     arithmetic = Arithmetic.choose(problem, spec)
     wide = arithmetic.result
     plain = spec.filter == "none" and spec.permutation is None and problem.softcap is None and not problem.outputs
-    if problem.device != "cpu" or not plain or (problem.grad_c and problem.c_dtype != wide):
+    if problem.device != "cpu" or problem.n == 0 or not plain or (problem.grad_c and problem.c_dtype != wide):
         return 0
     copies = problem.d * wide.itemsize  # of a row of e, and of c
     fixed = _COLUMNS * (copies if problem.c_dtype != wide else 0)

@@ -65,6 +65,18 @@ def test_pair(name: str) -> None:
     assert (found["lse_low"].abs() <= found["lse"].abs() * EPS).all()
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("name", ["filtered", "filtered by mass, online"])
+def test_masses(name: str, offset: float) -> None:
+    """The map holds each block's softmax mass, whatever maximum its sums were taken about."""
+    maps = shifted(offset, 70, name).forward()[1]
+    assert maps.tile_mass is not None
+    call = shifted(0.0, 70, name)
+    p = (call.inputs.e.double() @ call.inputs.c.double().T).softmax(1)
+    p = torch.nn.functional.pad(p, (0, 80 - 70))
+    assert torch.allclose(maps.tile_mass.abs().double().T, p.view(5, 5, 16).sum(2), rtol=64 * EPS, atol=0)
+
+
 def test_backward_without_the_low_part() -> None:
     """None stands for 0."""
     call = shifted(0.0, 70, "exact")
