@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from noise import UNIT, Noise, logit_error
+from noise import FEW, LAMBDA, UNIT, Noise, logit_error
 from torch import Tensor
 
 
@@ -166,9 +167,10 @@ def _smooth(tokens: Tokens, u: Tensor) -> Tensor:
     noise, found = tokens.noise, tokens.noise.sum(-(tokens.logp * u))
     if noise.generator is None or not found.numel():
         return found
-    common = (tokens.error * u).sum(-1) + 2 * UNIT[torch.float64] * (tokens.z.detach().abs() * u).nan_to_num(
-        0, 0, 0
-    ).sum(-1)
+    size = (tokens.z.detach().abs() * u).nan_to_num(0, 0, 0)
+    # In float64, whatever the problem's dtype: a product with the mean row, and two sums.
+    product = (LAMBDA * math.sqrt(tokens.e.shape[1]) + FEW) * UNIT[torch.float64]
+    common = (tokens.error * u + product * size).sum(-1)
     if tokens.softcap is not None:  # a float32 sum; else a float64 product with the mean row
         common = common + 4 * noise.u * tokens.softcap * u.sum()
     return noise.by(found, common)

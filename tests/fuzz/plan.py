@@ -122,7 +122,8 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     if own.random() < 0.1:
         wants = ()
     own_options = _values_of_call(own, plan)
-    arriving = own.choice([x for x in UPSTREAMS if x != "nan" or recipe is None])
+    left_out = ["nan"] * (recipe is not None) + ["zero"] * bool(plan.broken)  # a filter skips rows of upstream 0
+    arriving = own.choice([x for x in UPSTREAMS if x not in left_out])
     if call == "evaluate":
         wants = ()
     return _with(plan, layouts=layouts, wants=wants, upstream=arriving, options={**options, **own_options})
@@ -245,6 +246,8 @@ def _broken(
         return ()
     name = rng.choice(["e", "e", "e", "c", *(x for x in ("bias",) if x in kinds)])
     value = rng.choice(["nan", "inf", "-inf"])
+    if "zeros" in kinds.values() or call in ("grpo", "unlikelihood"):
+        return ()  # a filter skips rows of upstream 0, whatever they hold
     masked, filtered = "masked" in kinds.get("bias", ""), spec is not None and spec["filter"] != "none"
     if masked and (name == "c" or value != "nan"):
         return ()  # whether it wins over the bias of -inf
