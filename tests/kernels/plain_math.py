@@ -113,10 +113,8 @@ def joined(
     m, s, named = m.double(), s.double(), targets >= 0
     largest = m.amax(0)
     log_sum = (s * torch.exp(m - finite(largest))).sum(0).log()
-    z = torch.where(named, target_logits.double(), -torch.inf)
     lse = torch.where(largest == torch.inf, largest, largest + log_sum)
-    lse = torch.where(z.amax(1) > lse, z.amax(1), lse)
-    nll = torch.where(lse.isfinite()[:, None], lse[:, None] - target_logits.double(), torch.nan)
+    nll = torch.where(lse.isfinite()[:, None], (lse[:, None] - target_logits.double()).clamp(min=0), torch.nan)
     high = lse.float().double()
     low = torch.where(lse.isfinite(), lse - high, torch.nan)
     nll = torch.where(named & in_use[:, None], nll, 0.0)

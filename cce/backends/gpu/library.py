@@ -66,7 +66,8 @@ class LibraryOperations:
 
         With M the largest of the splits' maxima and l = log sum_k exp(m_k - M) s_k: lse = M + l rounded, lse_low what
         was rounded off, nll = l + (M - target's logit). A target's logit comes from another kernel, and may exceed the
-        log-sum-exp by its rounding: where an nll were negative, lse is that logit and lse_low is 0.
+        log-sum-exp by its rounding: where an nll were negative, it is 0. (The log-sum-exp stays that of the logits that
+        p is made from, or the softmax would not sum to 1.)
 
         A row whose log-sum-exp is NaN or infinite has no softmax: its nll and lse_low are NaN. Which of a row's maxima
         and sums are NaN then makes no difference.
@@ -80,12 +81,7 @@ class LibraryOperations:
         named = targets >= 0
         nll = log_sum[:, None] + (m[:, None] - target_logits)
         lse, lse_low = pair(m, log_sum)
-        # Where a named logit is the larger, the others' nll is relative to it, too.
-        largest = torch.where(named, target_logits, -torch.inf).amax(1)
-        is_above = torch.where(named, nll, 0).amin(1) < 0
-        lse = torch.where(is_above, largest, lse)
-        lse_low = torch.where(is_above, lse - lse, lse_low)  # 0, but NaN where that logit is inf
-        nll = torch.where(is_above[:, None], (largest[:, None] - target_logits) + lse_low[:, None], nll)
+        nll = torch.where(lse.isfinite()[:, None], nll.clamp(min=0), torch.nan)
         nll = torch.where(named & in_use[:, None], nll, 0)
         return torch.where(in_use, lse, 0), torch.where(in_use, lse_low, 0), nll
 

@@ -99,7 +99,7 @@ def test_confident_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", WAYS)
 def test_target_above_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its logit comes from another kernel: by a rounding above the log-sum-exp it takes its place."""
+    """Its logit comes from another kernel: by a rounding above the log-sum-exp, its loss is 0; p is as it was."""
     from cce.backends.triton import forward, onepass
 
     call = shifted(0.0, 70, name)
@@ -115,6 +115,6 @@ def test_target_above_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, original.__name__, target_logits)
     plain = dense(call)
     found = call.run()
-    assert found["nll"][0] == 0 and found["lse_low"][0] == 0
-    assert found["lse"][0].item() == pytest.approx(1e3 + (plain["lse"] - plain["nll"][:, 0])[0].item(), rel=EPS)
+    assert found["nll"][0] == 0
+    assert torch.allclose(found["lse"].double(), plain["lse"], rtol=16 * EPS)
     assert torch.allclose(found["nll"][1:].double(), plain["nll"][1:], atol=16 * EPS)

@@ -17,22 +17,14 @@ __device__ __forceinline__ Pair pair_of(float m, float log_s) {
 }
 
 // Of a row with the maximum m and the sum s about it: its pair, and nll_k = lse - target_logits_k of its K targets, 0 for
-// none. A target's logit comes from another kernel, and may exceed the log-sum-exp by its rounding: then the largest of
-// them is the log-sum-exp, and no nll is negative.
+// none. A target's logit comes from another kernel, and may exceed the log-sum-exp by its rounding: no nll is negative.
 __device__ __forceinline__ Pair join_targets(
     float m, float s, const float* target_logits, const long long* targets, long long K, float* nll) {
-    float log_s = logf(s), largest = NEG_INF;
-    for (long long k = 0; k < K; ++k) {
-        if (targets[k] >= 0) largest = fmaxf(largest, target_logits[k]);
-    }
-    if (log_s + (m - largest) < 0) {
-        m = largest;
-        log_s = 0;
-    }
+    const float log_s = logf(s);
     const Pair pair = pair_of(m, log_s);
     for (long long k = 0; k < K; ++k) {
         const float value = isfinite(pair.lse) ? log_s + (m - target_logits[k]) : NOT_A_NUMBER;
-        nll[k] = targets[k] >= 0 ? value : 0.0f;
+        nll[k] = targets[k] >= 0 && !(value < 0) ? value : 0.0f;
     }
     return pair;
 }

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from cce.backends.triton.kernels.tiles import INF, LN2, NEG_INF
+from cce.backends.triton.kernels.tiles import INF, LN2
 
 
 @triton.jit
@@ -26,15 +26,6 @@ def store_totals(m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_
     Returns which have a finite log-sum-exp, and so a softmax.  # [BLOCK_N] each
     """
     where = rows.to(tl.int64) * K
-    largest = tl.full(m.shape, NEG_INF, tl.float32)
-    for k in range(K):
-        target = tl.load(targets + where + k, mask=used, other=-1)
-        largest = tl.maximum(largest, tl.load(target_logits + where + k, mask=target >= 0, other=NEG_INF))
-    # The targets' logits come from another kernel: where one exceeds the log-sum-exp it takes its place, so that no
-    # loss is negative.
-    exceeds = log_sum + (m - largest) < 0
-    m = tl.where(exceeds, largest, m)
-    log_sum = tl.where(exceeds, 0.0, log_sum)
     # The rounded sum, and what rounding took off.
     total = m + log_sum
     added = total - m
@@ -45,6 +36,9 @@ def store_totals(m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_
     for k in range(K):
         target = tl.load(targets + where + k, mask=used, other=-1)
         z = tl.load(target_logits + where + k, mask=target >= 0, other=0.0)
-        loss = tl.where(has_softmax, log_sum + (m - z), float("nan"))
+        # The targets' logits come from another kernel, and may exceed the log-sum-exp by their rounding: no loss is
+        # negative. (Not a NaN: there is none where there is a softmax, but for the logit of the other kernel.)
+        loss = log_sum + (m - z)
+        loss = tl.where(has_softmax, tl.where(loss < 0, 0.0, loss), float("nan"))
         tl.store(nll + where + k, tl.where(target >= 0, loss, 0.0), mask=rows < N)
     return has_softmax
