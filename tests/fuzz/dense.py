@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from noise import FEW, LAMBDA, UNIT, Noise, logit_error
+from noise import FEW, LAMBDA, UNIT, Noise, logit_error, product_error
 from torch import Tensor
 
 
@@ -63,8 +63,9 @@ class Tokens:
         return x.narrow(self.lead - 1, start, length - start)
 
     def _logits(self, bias: Tensor | None) -> Tensor:
-        noise = self.noise
-        z = self.scale * noise.product(self.e, self.c, bias)
+        noise, z = self.noise, self.noise.product(self.e, self.c, bias)
+        delta = product_error(self.e, self.c, bias, noise).detach() if noise.generator is not None else torch.zeros(())
+        z = self.scale * (z if self.softcap is None else noise.by(z, delta))  # the softcap's slope errs, too
         if self.softcap is not None:
             z = noise.capped(z, self.softcap)
             if bias is not None:
@@ -72,8 +73,7 @@ class Tokens:
                 z = z + torch.zeros_like(bias.detach()).masked_fill(torch.isneginf(bias), -torch.inf)
         if noise.generator is None or not z.numel():
             return z
-        with torch.no_grad():
-            error = logit_error(self.e, self.c, bias, z, self.scale, self.softcap, noise)
+        error = logit_error(delta, z.detach(), self.scale, self.softcap, noise)
         self.error = torch.where(torch.isfinite(z), error, 0)
         return noise.by(z, self.error)
 
