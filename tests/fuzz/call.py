@@ -10,7 +10,7 @@ from typing import Any
 import dense
 import torch
 from compare import compare
-from noise import Noise
+from noise import Noise, logit_error, product_error
 from plan import Plan
 from recipes import RECIPES
 from tensors import DTYPES, Made, lay, make
@@ -196,8 +196,8 @@ def _prediction(plan: Plan, made: Made, found: Tensor) -> list[str]:
         return []
     if int(at.min()) < 0 or int(at.max()) >= plan.v:
         return [f"prediction: got {at.tolist()}, expected entries of range({plan.v})"]
-    bias = t.get("bias")
-    error = dense.logit_error(tokens.e, tokens.c, bias, tokens.z, tokens.scale, tokens.softcap, noise)
+    delta = product_error(tokens.e, tokens.c, t.get("bias"), noise)
+    error = logit_error(delta, tokens.z, tokens.scale, tokens.softcap, noise)
     z, most = tokens.z.gather(1, at[:, None])[:, 0], tokens.z.amax(1)
     wrong = (z + 2 * error.nan_to_num(0, 0, 0).amax(1) < most) & torch.isfinite(most)
     return [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from noise import UNIT, Noise, logit_error
+from noise import FEW, LAMBDA, UNIT, Noise, logit_error, product_error
 from torch import Tensor
 
 
@@ -62,8 +63,9 @@ class Tokens:
         return x.narrow(self.lead - 1, start, length - start)
 
     def _logits(self, bias: Tensor | None) -> Tensor:
-        noise = self.noise
-        z = self.scale * noise.product(self.e, self.c, bias)
+        noise, z = self.noise, self.noise.product(self.e, self.c, bias)
+        delta = product_error(self.e, self.c, bias, noise).detach() if noise.generator is not None else torch.zeros(())
+        z = self.scale * (z if self.softcap is None else noise.by(z, delta))  # the softcap's slope errs, too
         if self.softcap is not None:
             z = noise.capped(z, self.softcap)
             if bias is not None:
@@ -71,8 +73,7 @@ class Tokens:
                 z = z + torch.zeros_like(bias.detach()).masked_fill(torch.isneginf(bias), -torch.inf)
         if noise.generator is None or not z.numel():
             return z
-        with torch.no_grad():
-            error = logit_error(self.e, self.c, bias, z, self.scale, self.softcap, noise)
+        error = logit_error(delta, z.detach(), self.scale, self.softcap, noise)
         self.error = torch.where(torch.isfinite(z), error, 0)
         return noise.by(z, self.error)
 
@@ -166,9 +167,10 @@ def _smooth(tokens: Tokens, u: Tensor) -> Tensor:
     noise, found = tokens.noise, tokens.noise.sum(-(tokens.logp * u))
     if noise.generator is None or not found.numel():
         return found
-    common = (tokens.error * u).sum(-1) + 2 * UNIT[torch.float64] * (tokens.z.detach().abs() * u).nan_to_num(
-        0, 0, 0
-    ).sum(-1)
+    size = (tokens.z.detach().abs() * u).nan_to_num(0, 0, 0)
+    # In float64, whatever the problem's dtype: a product with the mean row, and two sums.
+    product = (LAMBDA * math.sqrt(tokens.e.shape[1]) + FEW) * UNIT[torch.float64]
+    common = (tokens.error * u + product * size).sum(-1)
     if tokens.softcap is not None:  # a float32 sum; else a float64 product with the mean row
         common = common + 4 * noise.u * tokens.softcap * u.sum()
     return noise.by(found, common)

@@ -9,7 +9,8 @@ sums (float64's of float64 problems, else float32's) and u_in that of the produc
 - a logit errs by ``(LAMBDA sqrt(D) + 2) u |e|.|c|`` times the softcap's slope, and by ``FEW u |z|``; but not at all
   where every partial sum is a multiple of one power of two and has at most 24 (53) bits: there it is exact;
 - ``p = exp(z - lse)`` by ``FEW u (1 + |z - lse|)`` relative: only differences count, so a common offset costs nothing;
-- a negative log-likelihood by ``(FEW + LAMBDA sqrt(V)) u``, an lse by that and ``FEW u |lse|``;
+- a negative log-likelihood by its logit, where kernels sum it apart, and ``(FEW + LAMBDA sqrt(V)) u``;
+- an lse by the same and ``FEW u |lse|``;
 - p of the backward by the error of its logit, which is computed again, and dz by ``FEW u`` of each of its parts;
 - dz is stored to ``u_in``, and with an underflow relative to the largest upstream gradient;
 - a sum of n terms by ``LAMBDA sqrt(n) u`` of their magnitudes; anything else computed by ``FEW u``.
@@ -39,7 +40,8 @@ class Noise:
         dtype: of the problem: the wider of e's and c's.
         generator: of the signs.
         results: the dtype of the results.
-        skipped: largest probability that a filter may take for another one as small.
+        skipped: largest probability that a filter may take for another one as small; 0 without a filter, which would
+            also leave out rows with an upstream gradient of 0, whatever they hold.
         apart: the targets' logits are sums of their own, as kernels make them, with roundings of their own.
         dtypes: of e and c, in which a recipe may store what it makes of them.
     """
@@ -91,6 +93,9 @@ class Noise:
         """``x``, whose gradient is changed on its way back."""
         if self.generator is None or not x.requires_grad:
             return x
+        return self._changed(x, change)
+
+    def _changed(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         x = x * 1  # a node of its own
         x.register_hook(change)
         return x
@@ -108,8 +113,13 @@ class Noise:
             dz = self.by(dz, FEW * self.u * (g.abs() + row.abs()) + error * row.abs())
             return dz + _finite(lse * row) * self.signs(z, len(z), 1)
 
+        if not z.requires_grad:
+            return F.log_softmax(z, -1)
+        if self.skipped:
+            # Or not, beside a row that counts: the exact formula has NaN there, a disturbed one 0, and both are right.
+            z = self.on_gradient(z, lambda dz: torch.where((met[-1] == 0).all(-1, keepdim=True), 0, dz))
         found = F.log_softmax(self.on_gradient(z, at_z), -1)
-        return self.on_gradient(found, lambda g: self._meet(met, g))
+        return self._changed(found, lambda g: self._meet(met, g))
 
     def _meet(self, met: list[Tensor], g: Tensor) -> Tensor:
         met.append(g)
@@ -131,7 +141,10 @@ class Noise:
             return stored - torch.sign(_finite(g)) * _finite(lost)
 
         def summed(x: Tensor, size: Callable[[], Tensor], terms: int) -> Tensor:
-            return self.on_gradient(x, lambda g: self.by(g, (LAMBDA * math.sqrt(terms) + 2) * self.u * size()))
+            unit = (LAMBDA * math.sqrt(terms) + 2) * self.u
+            # Stored in e's or c's dtype: the sum of several calls' gradients has the rounding of each.
+            own = max(self.stored.values(), default=0.0)
+            return self.on_gradient(x, lambda g: self.by(g, unit * size() + own * g.abs()))
 
         left = summed(e, lambda: dx[-1] @ c.detach().abs(), len(c))
         right = summed(c, lambda: dx[-1].T @ e.detach().abs(), len(e))
@@ -147,26 +160,25 @@ class Noise:
         return self.on_gradient(softcap * torch.tanh(inner / softcap), lambda g: met.append(g) or g)
 
 
-def logit_error(
-    e: Tensor, c: Tensor, bias: Tensor | None, z: Tensor, scale: float, softcap: float | None, noise: Noise
-) -> Tensor:
-    """(N, V) how far a logit may err."""
-    u = noise.u
+def product_error(e: Tensor, c: Tensor, bias: Tensor | None, noise: Noise) -> Tensor:
+    """(N, V) how far e c^T + bias may err; 0 where it is exact."""
     size = e.abs() @ c.abs().T
-    b = torch.zeros(len(c), dtype=z.dtype) if bias is None else torch.where(bias.isinf(), 0, bias)
+    b = torch.zeros(len(c), dtype=e.dtype) if bias is None else torch.where(bias.isinf(), 0, bias)
     unit = grid(e) * grid(c)
     exact = ((size + b.abs()) <= unit * 2.0**noise.bits) & (b / unit == (b / unit).round())
-    delta = (LAMBDA * math.sqrt(e.shape[1]) + 2) * u * size + 2 * u * b.abs()
-    delta = torch.where(exact, 0, delta) * scale
+    delta = (LAMBDA * math.sqrt(e.shape[1]) + 2) * noise.u * size + 2 * noise.u * b.abs()
+    return torch.where(exact, 0, delta)
+
+
+def logit_error(delta: Tensor, z: Tensor, scale: float, softcap: float | None, noise: Noise) -> Tensor:
+    """(N, V) how far a logit may err, if e c^T + bias does by ``delta``."""
+    u, exact = noise.u, delta == 0
+    delta = delta * scale
     if softcap is not None:
-        slope = 1 - (z / softcap) ** 2
-        delta = (slope + 2 * delta / softcap) * delta
-    if softcap is not None or math.frexp(scale)[0] != 0.5:
-        delta = delta + FEW * u * z.abs()
-    else:
-        delta = delta + torch.where(exact, 0, FEW * u * z.abs())
+        delta = (1 - (z / softcap) ** 2 + 2 * delta / softcap) * delta
+    own = torch.where(exact, float(softcap is not None or math.frexp(scale)[0] != 0.5), 1.0)
     lse = torch.logsumexp(z, -1, keepdim=True)
-    return delta + FEW * u * (1 + (z - lse).abs())
+    return delta + FEW * u * (own * z.abs() + 1 + (z - lse).abs())
 
 
 def normalized(x: Tensor, name: str, noise: Noise) -> Tensor:

@@ -74,7 +74,8 @@ class Limits:
     Attributes:
         n, d, v: largest sizes.
         kernels: only what the backends with kernels take.
-        variants: dtypes and options are those of ``index % variants`` then, and only the rest is drawn for every call.
+        variants: dtypes, options, layouts and kinds of sizes are those of ``index % variants`` then, and only the rest
+            is drawn for every call.
     """
 
     n: int = 24
@@ -97,9 +98,9 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     plan = Plan(
         values=own.randrange(2**31),
         call=call,
-        lead=_lead(own, limits, call),
-        d=_size(own, limits.d),
-        v=_size(own, limits.v),
+        lead=_lead(own, limits, call, variant),
+        d=_size(own, limits.d, variant),
+        v=_size(own, limits.v, variant),
         k=k,
         heads=variant.choice([1, 2, 3]) if call in ("multi_token", "multi_codebook") else 0,
         dtypes=dtypes,
@@ -112,9 +113,10 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
         spec=spec,
     )
     names = ["e", "c", *([] if pairs else ["targets"]), *kinds]
-    layouts = {name: own.choice(LAYOUTS) for name in names if own.random() < 0.5}
-    if call == "top_k_distillation" and layouts.get("target_weight") in ("expanded", "windows"):
-        del layouts["target_weight"]  # of other sums than at most 1
+    layouts = {name: variant.choice(LAYOUTS) for name in names if variant.random() < 0.5}
+    if call == "top_k_distillation" or "nan_ignored" in kinds.values():
+        # With other values their sum may be above 1, and what is NaN not what is ignored.
+        layouts = {name: x for name, x in layouts.items() if name in "ec" or x not in ("expanded", "windows")}
     differentiable = ["e", "c", *(x for x in kinds if x in ("bias", "token_weight", "target_weight", "logit_scale"))]
     if call == "top_k_distillation":
         differentiable.remove("target_weight")
@@ -122,7 +124,8 @@ def draw(seed: int, index: int, limits: Limits) -> Plan:
     if own.random() < 0.1:
         wants = ()
     own_options = _values_of_call(own, plan)
-    arriving = own.choice([x for x in UPSTREAMS if x != "nan" or recipe is None])
+    left_out = ["nan"] * (recipe is not None) + ["zero"] * bool(plan.broken)  # a filter skips rows of upstream 0
+    arriving = own.choice([x for x in UPSTREAMS if x not in left_out])
     if call == "evaluate":
         wants = ()
     return _with(plan, layouts=layouts, wants=wants, upstream=arriving, options={**options, **own_options})
@@ -132,14 +135,17 @@ def _with(plan: Plan, **fields: Any) -> Plan:
     return Plan(**{**{name: getattr(plan, name) for name in plan.__dataclass_fields__}, **fields})
 
 
-def _size(rng: random.Random, most: int) -> int:
-    return (
-        1 if rng.random() < 0.08 else rng.choice([2, 3, rng.randint(2, 8), *(rng.randint(2, most) for _ in "ab"), most])
-    )
+def _size(rng: random.Random, most: int, variant: random.Random) -> int:
+    if variant is not rng:  # compiled kernels know whether a size is 1 or a multiple of 16
+        kind, size = variant.choice([1, *[16] * 4, *[0] * 5]), rng.randint(2, most)
+        return 1 if kind == 1 else max(size // 16, 1) * 16 if kind else size - (size % 16 == 0)
+    if rng.random() < 0.08:
+        return 1
+    return rng.choice([2, 3, rng.randint(2, 8), rng.randint(2, most), rng.randint(2, most), most])
 
 
-def _lead(rng: random.Random, limits: Limits, call: str) -> tuple[int, ...]:
-    n = _size(rng, limits.n)
+def _lead(rng: random.Random, limits: Limits, call: str, variant: random.Random) -> tuple[int, ...]:
+    n = _size(rng, limits.n, variant)
     if call in ("clip_contrastive", "nt_xent"):
         return (n,)
     if call in ("dpo", "grpo"):
@@ -199,7 +205,9 @@ def _options(rng: random.Random, call: str) -> tuple[dict[str, Any], dict[str, s
     if recipe.reductions:
         options["reduction"] = rng.choice(recipe.reductions)
     if recipe.token_weight and rng.random() < 0.3:
-        kinds["token_weight"] = rng.choice(["positive", "zeros", "nan_ignored"])
+        # 0 times the NaN of a masked row, or the slope at an infinite loss, is not defined.
+        masked = "masked" in kinds.get("bias", "")
+        kinds["token_weight"] = "positive" if masked else rng.choice(["positive", "zeros", "nan_ignored"])
     if options.get("top_entropy", 1) < 1 and "bias" in kinds:
         kinds["bias"] = "normal"  # the order of entropies that are NaN is not defined
     k = rng.choice([1, 2, 5]) if {"negatives", "target_weight"} & set(recipe.needs) else 0
@@ -245,11 +253,13 @@ def _broken(
         return ()
     name = rng.choice(["e", "e", "e", "c", *(x for x in ("bias",) if x in kinds)])
     value = rng.choice(["nan", "inf", "-inf"])
+    if "zeros" in kinds.values() or call in ("grpo", "unlikelihood"):
+        return ()  # a filter skips rows of upstream 0, whatever they hold
     masked, filtered = "masked" in kinds.get("bias", ""), spec is not None and spec["filter"] != "none"
     if masked and (name == "c" or value != "nan"):
         return ()  # whether it wins over the bias of -inf
-    if value != "nan" and (call in ("clip_contrastive", "nt_xent") or (name == "c" and filtered)):
-        return ()  # inf - inf in a sum of several losses, 0 * inf in a row of c without probability
+    if value != "nan" and (call in ("clip_contrastive", "nt_xent") or (name != "bias" and filtered)):
+        return ()  # inf - inf in a sum of several losses, 0 * inf of an entry without probability
     return () if value != "nan" and name == "c" and "label_smoothing" in options else ((name, value),)
 
 

@@ -218,7 +218,7 @@ RECIPES: dict[str, Recipe] = {
     "ldr": Recipe(ldr, _ldr_numbers, token_weight=True),
     "z_loss": Recipe(z_loss, _one_of(coefficient=[1e-4, 1, -2.0]), token_weight=True),
     "unlikelihood": Recipe(
-        unlikelihood, _one_of(alpha=[0, 0.5, 1.0, 3], likelihood=[True, True, False]), ("negatives",), token_weight=True
+        unlikelihood, _one_of(alpha=[0.5, 1.0, 3], likelihood=[True, True, False]), ("negatives",), token_weight=True
     ),
     "top_k_distillation": Recipe(
         top_k_distillation,

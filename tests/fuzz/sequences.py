@@ -150,7 +150,9 @@ def _stored(noise: Noise, x: Tensor, like: str) -> Tensor:
     """Rounded to the dtype of e or c, its gradient too."""
     unit = noise.stored[like]
     x = noise.on_gradient(x, lambda g: noise.by(g, unit * g.abs()))
-    return noise.by(x, (unit + 4 * noise.own[like]) * x.detach().abs())
+    # Numbers that are multiples of each other by powers of two are rounded alike.
+    common = unit * x.detach() * noise.signs(x, 1) if noise.generator is not None else 0
+    return noise.by(x + common, (unit + 4 * noise.own[like]) * x.detach().abs())
 
 
 def _of_pairs(noise: Noise, values: Tensor, options: Mapping[str, Any]) -> tuple[Tensor]:

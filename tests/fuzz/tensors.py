@@ -203,7 +203,7 @@ def _other(plan: Plan, g: torch.Generator, name: str, targets: Tensor) -> Tensor
         return x / x.sum(-1, keepdim=True) * (0.5 + 0.5 * torch.rand((), generator=g))
     if kind == "zeros":
         return x.abs() * (torch.rand(shape, generator=g) < 0.5)
-    return x if kind == "normal" else x.abs() + 0.1
+    return x if kind == "normal" else x.abs() + 1  # as an integer, too
 
 
 def _break(plan: Plan, g: torch.Generator, found: dict[str, Tensor]) -> dict[str, Tensor]:
