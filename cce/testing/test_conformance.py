@@ -20,6 +20,20 @@ from cce.testing.patterns import PATTERNS, Pattern, check_pattern
 from cce.testing.report import product_roundoff
 
 
+# Hooks and fixtures are here and not in a conftest.py: where tests run beside a checkout, pytest would load the
+# checkout's for the installed package's.
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # The plugin's options exist only where the kit was named; our own suite runs the CPU backends. A case's oracle is
+    # the reference, which would be compared with itself.
+    names = ["torch"] if metafunc.function is test_case else ["torch", "reference"]
+    metafunc.parametrize("backend_name", metafunc.config.getoption("backend", None) or names)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("device", "cpu"))
+
+
 def marked(check: Placed | Pattern) -> Any:
     return pytest.param(check, marks=() if check.short else pytest.mark.long)
 
