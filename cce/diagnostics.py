@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce import checks, ops, registry
+from cce import registry
+from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.resolve import resolve
+from cce.backends.shared.rows import rows_in_use
+from cce.backends.shared.worklist import live_fraction as fraction_of
+from cce.backends.shared.worklist import work_list
+from cce.distributed.vocab_parallel import operands
 from cce.errors import BackendUnavailable
-from cce.flat import autocast, wanted_gradients
+from cce.frontend import checks, operators
+from cce.frontend.flatten import autocast, wanted_gradients
+from cce.frontend.mean_logit import mean_logit_order
 from cce.functional import LOSS_OPTIONS
-from cce.order import mean_logit_order
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import rows_in_use
 from cce.spec import Spec
-from cce.vocab_parallel import operands
-from cce.worklist import live_fraction as fraction_of
-from cce.worklist import work_list
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def explain(
         "weighted_logit" if options.get("label_smoothing") else "",
         wanted_gradients(e, c, bias),
     )
-    resolved = (spec or Spec()).resolve(problem)
-    reasons = {name: registry.reasons(name, problem, resolved) for name in registry.backends()}
+    resolved = resolve(spec or Spec(), problem)
+    reasons = {name: registry.reasons(name, problem, resolved) for name in registry.list_backends()}
     reasons |= registry.passed_over()
     try:
         chosen = registry.choose_name(backend, problem, resolved)
@@ -136,11 +138,11 @@ def live_fraction(
     )
     spec = spec or Spec()
     checks.check_vocab_order(spec, c.shape[0])
-    flat = ops.prepare_targets(targets.reshape(-1, 1), c.shape[0], ignore_index)
+    flat = operators.prepare_targets(targets.reshape(-1, 1), c.shape[0], ignore_index)
     e, c, bias = autocast(e, c, bias)
     rows, used = rows_in_use(flat)
     problem = Problem.of(e.reshape(-1, c.shape[1]), c, bias, used, softcap, logit_scale, "", "e,c")
-    resolved = spec.resolve(problem)
+    resolved = resolve(spec, problem)
     if resolved.filter == "none" or problem.n == 0:
         return 1.0
     flat_e, c = e.detach().reshape(-1, c.shape[1]), c.detach()

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cce import again, checks
-from cce import reduction as reductions
-from cce.backends.mean_logit import finest_dtype
-from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
+from cce.backends.shared.weighted_logit import finest_dtype
+from cce.frontend import again, checks
+from cce.frontend import reduction as reductions
+from cce.frontend.flatten import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
+from cce.frontend.transforms import eager_if_transformed
 from cce.spec import Spec
-from cce.transforms import eager_if_transformed
 
 
 class Terms(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce import checks
-from cce.ops import prepare_targets
+from cce.frontend import checks
+from cce.frontend.operators import prepare_targets
 from cce.spec import Spec
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import cce
-from cce import again, checks, registry
+from cce import registry
 from cce.backends.torch import TorchBackend
+from cce.frontend import again, checks
 
 N, V, D = 6, 11, 4
 

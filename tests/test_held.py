@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import cce
-from cce import held, onepass
+from cce.frontend import held, one_pass
 
 N, D, V = 8, 16, 300
 SIZE = 4 * D * (N + V)
@@ -19,13 +19,13 @@ SIZE = 4 * D * (N + V)
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Filled with an entry for each time that a loss is computed along with its gradients."""
     runs: list[int] = []
-    whole = onepass.Call.run
+    whole = one_pass.Call.run
 
-    def run(self: onepass.Call, *arguments: torch.Tensor) -> object:
+    def run(self: one_pass.Call, *arguments: torch.Tensor) -> object:
         runs.append(1)
         return whole(self, *arguments)
 
-    monkeypatch.setattr(onepass.Call, "run", run)
+    monkeypatch.setattr(one_pass.Call, "run", run)
     return runs
 
 

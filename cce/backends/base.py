@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cce import reduction
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.worklist import WorkList, work_list
 from cce.spec import Spec
-from cce.worklist import WorkList, work_list
 
 
 class Backend(ABC):
@@ -86,7 +85,7 @@ class Backend(ABC):
     def mean_weights(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
         """(N, K) the weights of :meth:`loss_and_gradients` in a mean: 1 / their number for targets, 0 for none."""
         in_use = targets >= 0
-        return in_use / reduction.total(in_use, None, dtype)
+        return in_use / in_use.sum(dtype=dtype)
 
     def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
         """What the front end makes of ordinary targets before :meth:`loss_and_gradients`, where kernels can do better.

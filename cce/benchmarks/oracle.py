@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from cce import registry
+from cce.backends.problem import Inputs, Problem, Upstream
 from cce.benchmarks.float64 import pieces, relative_error, row_lse
 from cce.benchmarks.heads import CHUNK_LOGITS, Head
 from cce.diagnostics import run_forward
-from cce.order import mean_logit_order
-from cce.problem import Inputs, Problem, Upstream
+from cce.frontend.mean_logit import mean_logit_order
 from cce.reference.roundoff import LAMBDA
 from cce.spec import Spec
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cce import transforms
+from cce.frontend import transforms
 
 
 def check_values(name: str, x: Tensor, bad: Callable[[Tensor], Tensor], expected: str) -> None:

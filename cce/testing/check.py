@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.reference import as_array, to_numpy
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.reference import bounds, clear_threshold, error_norm, tiled
+from cce.reference.backend import as_array, to_numpy
 from cce.registry import refusals
 from cce.spec import Spec
 from cce.testing.cases import Case
@@ -77,7 +78,7 @@ class Oracle:
 def solve(case: Case, device: str, product_roundoff: float = 0.0) -> Oracle:
     """Runs the reference, with a threshold that no backend's rounding can cross."""
     problem = make_problem(case, device)
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     inputs = make_inputs(case, device)
     upstream = make_upstream(case, device, _DTYPES[str(spec.accumulate)])
     given, gradients_in = to_numpy(inputs), to_numpy(upstream)

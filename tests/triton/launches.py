@@ -24,8 +24,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from cce.backends.problem import Maps
+from cce.backends.resolve import resolve
 from cce.backends.triton import TritonBackend, call, filtered, run
-from cce.problem import Maps
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
 
@@ -181,7 +182,7 @@ def cache_folder_of(factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def _call(case: Case) -> None:
     problem = make_problem(case, "cpu")
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     inputs, upstream = make_inputs(case, "cpu"), make_upstream(case, "cpu", torch.float32)
     shape, dtype = (spec.tiles(problem.v), problem.n), problem.map_dtype(spec)
     maps = Maps(**{name: torch.zeros(shape, dtype=dtype) for name in problem.maps(spec)})

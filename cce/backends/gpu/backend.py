@@ -18,10 +18,10 @@ from cce.backends.gpu.layouts import contiguous
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.refusals import common_refusals
 from cce.backends.gpu.sizes import MOST_WEIGHED
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import used_rows
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.worklist import WorkList, work_list
 from cce.spec import Spec
-from cce.worklist import WorkList, work_list
 
 
 class KernelBackend(Backend):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from cce.backends.base import Backend
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.torch.backward import backward
 from cce.backends.torch.forward import forward
 from cce.backends.torch.onepass import loss_and_gradients, rows_at_once
 from cce.backends.torch.plan import minimum_scratch
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from cce.backends.base import Backend
 from cce.backends.gpu.refusals import common_refusals, missing_gpu
 from cce.backends.gpu.sizes import MOST_WEIGHED, logits_bytes
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.worklist import WorkList
 from cce.spec import Spec
-from cce.worklist import WorkList
 
 
 class TritonBackend(Backend):

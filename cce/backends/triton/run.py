@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cce.backends.gpu.device import on_device_of
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.worklist import WorkList
 from cce.backends.triton.call import INTERPRETED, Call
 from cce.backends.triton.exact import exact
 from cce.backends.triton.filtered import filtered, live_tiles
@@ -16,9 +18,7 @@ from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
 from cce.backends.triton.onepass import multiply
 from cce.backends.triton.onepass import value as launch_value
 from cce.backends.triton.targets import prepare, prepare_mean, weigh
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
-from cce.worklist import WorkList
 
 if INTERPRETED:
     from cce.backends.triton.interpreter import correct_bfloat16
@@ -59,7 +59,7 @@ def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
 
 
 def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """As :func:`cce.ops.prepare_targets`."""
+    """As :func:`cce.frontend.operators.prepare_targets`."""
     with on_device_of(targets):
         return prepare(targets, v, ignore_index)
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from cce.checks import FLOATS
-from cce.flat import autocast
+from cce.frontend.checks import FLOATS
+from cce.frontend.flatten import autocast
 from cce.integrations.transformers.logits import Call, Logits
 from cce.integrations.transformers.product import Product
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce import ops, registry, transforms
-from cce.flat import Flat, wanted_gradients
-from cce.onepass import Call, choose, weighted_loss
+from cce import registry
+from cce.frontend import operators, transforms
+from cce.frontend.flatten import Flat, wanted_gradients
+from cce.frontend.one_pass import Call, choose, weighted_loss
 from cce.spec import Spec
 
 _MOST = 256  # kinds kept; a training step has one
@@ -114,7 +115,7 @@ def run(
     call, made, (v, d), mean = known.call, None, c.shape, reduction == "mean"
     if targets.is_cuda and os.environ.get("CCE_CHECK_TARGETS") != "1":
         made = call.backend.prepared(targets, v, ignore_index, mean)
-    rows, weights = made or (ops.prepare_targets(targets.reshape(-1, 1), v, ignore_index), None)
+    rows, weights = made or (operators.prepare_targets(targets.reshape(-1, 1), v, ignore_index), None)
     if weights is None:
         weights = call.backend.mean_weights(rows, known.wide) if mean else (rows >= 0).to(known.wide)
     return weighted_loss(e if e.ndim == 2 else e.reshape(-1, d), c, bias, rows, weights, call)

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from cce.backends.base import Backend
-from cce.backends.mean_logit import finest_dtype
-from cce.backends.pair import joined, pair
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import used_rows
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.pair import joined, pair
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.weighted_logit import finest_dtype
 from cce.spec import Spec
 
 

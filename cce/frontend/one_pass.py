@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce import registry, transforms
+from cce import registry
 from cce.backends.base import Backend
-from cce.held import Held
-from cce.ops import no_second_derivative
-from cce.problem import Inputs, Problem
-from cce.rows import own_dtypes, placed_gradients, rows_in_use, select, zero_gradients
+from cce.backends.problem import Inputs, Problem
+from cce.backends.resolve import resolve
+from cce.backends.shared.rows import rows_in_use, select
+from cce.frontend import transforms
+from cce.frontend.held import Held
+from cce.frontend.operators import no_second_derivative
+from cce.frontend.rows import own_dtypes, placed_gradients, zero_gradients
 from cce.spec import Spec
 
 
@@ -86,7 +89,7 @@ def choose(
     # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.
     if problem.n == 0 or torch.float16 in (problem.e_dtype, problem.c_dtype):
         return None
-    resolved = spec.resolve(problem)
+    resolved = resolve(spec, problem)
     chosen = registry.choose(backend, problem, resolved)
     return Call(chosen, problem, resolved, grads) if chosen.one_pass(problem, resolved) else None
 

@@ -17,14 +17,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cce import parallel, registry
-from cce.backends.mean_logit import finest_dtype
-from cce.operators import differentiable, fake, operator
-from cce.order import mean_logit_order
-from cce.parallel import Part
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import own_dtypes, place_gradients, place_outputs, rows_in_use, select, zero_gradients
+from cce import registry
+from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.resolve import resolve
+from cce.backends.shared.rows import rows_in_use, select
+from cce.backends.shared.weighted_logit import finest_dtype
+from cce.distributed import join
+from cce.distributed.join import Part
+from cce.frontend.mean_logit import mean_logit_order
+from cce.frontend.rows import own_dtypes, place_gradients, place_outputs, zero_gradients
 from cce.spec import Spec
+from cce.torch_private import differentiable, fake, operator
 
 _MAPS = ("tile_mass", "tile_entropy")
 
@@ -111,7 +114,7 @@ def forward(
         if split is None:
             found = chosen.forward(inputs, problem, resolved, maps)
         else:
-            found = parallel.forward(split, chosen, inputs, problem, resolved, maps)
+            found = join.forward(split, chosen, inputs, problem, resolved, maps)
     return (*place_outputs(found, empty[:6], rows), *empty[6:])  # type: ignore[return-value]
 
 
@@ -186,7 +189,7 @@ def backward(
             _upstream(upstream, used, rows, lse),
         )
         split = Part.from_key(part)
-        found = chosen.backward(*arguments) if split is None else parallel.backward(split, chosen, *arguments)
+        found = chosen.backward(*arguments) if split is None else join.backward(split, chosen, *arguments)
     return place_gradients(found, e, c, bias, rows)
 
 
@@ -260,7 +263,7 @@ def _number(number: float, tensor: Tensor | None) -> float:
 def _resolved(key: str, problem: Problem, part: str) -> Spec:
     """The spec of a call; its default threshold is that of the whole vocabulary."""
     spec, split = Spec.from_key(key), Part.from_key(part)
-    return (spec if split is None else spec.of_vocabulary(split.total, problem.dtype)).resolve(problem)
+    return resolve(spec, problem, None if split is None else split.total)
 
 
 def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:

@@ -13,8 +13,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from cce import ops
-from cce.flops import tell_counters
+from cce.frontend import operators
+from cce.frontend.flops import tell_counters
 
 _NOT_INSIDE = (
     "transforms of torch.func and forward-mode derivatives inside of torch.compile are not implemented; "
@@ -92,13 +92,13 @@ def active() -> bool:
 
 
 def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """``ops.prepare_targets``."""
+    """``operators.prepare_targets``."""
     found: tuple[Tensor] = _Targets.apply(targets, v, ignore_index)  # type: ignore[no-untyped-call]
     return found[0]
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """``ops.forward``."""
+    """``operators.forward``."""
     found: tuple[Tensor, ...] = _Forward.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
@@ -127,7 +127,7 @@ class _Sampled(torch.autograd.Function):
 class _Targets(_Sampled):
     @staticmethod
     def forward(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor]:
-        return (ops.prepare_targets(targets, v, ignore_index),)
+        return (operators.prepare_targets(targets, v, ignore_index),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:
@@ -141,15 +141,15 @@ class _Targets(_Sampled):
 class _Forward(_Sampled):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return ops.forward(*arguments)
+        return operators.forward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ops.setup_context(ctx, inputs, output)
+        operators.setup_context(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return ops.differentiate(_backward, ctx, *grads)
+        return operators.differentiate(_backward, ctx, *grads)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -162,10 +162,10 @@ class _Backward(_Sampled):
     @staticmethod
     def forward(saved: int, *arguments: Any) -> tuple[Tensor, ...]:
         tensors, saved_tensors, rest = arguments[:6], arguments[6 : 6 + saved], arguments[6 + saved :]
-        return ops.backward(*tensors, saved_tensors, rest[:4], *rest[4:])
+        return operators.backward(*tensors, saved_tensors, rest[:4], *rest[4:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         return None
 
-    backward = staticmethod(ops.no_second_derivative)
+    backward = staticmethod(operators.no_second_derivative)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce import checks, ops, tokens, transforms
-from cce.parallel import Part
+from cce.distributed import tokens
+from cce.distributed.join import Part
+from cce.distributed.vocab_parallel import VocabParallel, agree, operands, tell_refusal
+from cce.frontend import checks, operators, transforms
 from cce.spec import Spec
-from cce.vocab_parallel import VocabParallel, agree, operands, tell_refusal
 
 _DEFAULT_SPEC = Spec()
 
@@ -121,7 +122,7 @@ def flatten(
         raise
     if split is not None:
         flat = _split(flat, split, options)
-    prepare = ops.prepare_targets_op if transforms.traced(e) else ops.prepare_targets
+    prepare = operators.prepare_targets_op if transforms.traced(e) else operators.prepare_targets
     if transforms.active():
         prepare = transforms.prepare_targets
     rows = prepare(rows, flat.v, ignore_index)
@@ -159,7 +160,7 @@ def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = N
     if transforms.symbolic(scale):
         # As a number it would be a constant of the compiled code, which is compiled anew for the next one.
         scale, scale_tensor = 1.0, torch.ones((), dtype=torch.float64, device="cpu") * scale
-    found = (transforms.forward if transforms.active() else ops.forward)(
+    found = (transforms.forward if transforms.active() else operators.forward)(
         flat.e,
         flat.c,
         flat.bias,

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce import checks, ops, registry
+from cce import registry
 from cce.backends.gpu.sizes import power_of_two
+from cce.backends.problem import EXTRA_OUTPUTS, Inputs, Problem
+from cce.backends.resolve import resolve
 from cce.backends.triton.call import gpu_of
 from cce.backends.triton.launch import Device, Launch, shipped
 from cce.backends.triton.tunecache import key_of
-from cce.backends.triton.tuning import Runner, Timer, Trial
-from cce.backends.triton.work import Work
 from cce.diagnostics import explain
 from cce.errors import BackendUnavailable
-from cce.flat import autocast
-from cce.order import mean_logit_order
-from cce.problem import EXTRA_OUTPUTS, Inputs, Problem
-from cce.rows import own_dtypes
+from cce.frontend import checks, operators
+from cce.frontend.flatten import autocast
+from cce.frontend.mean_logit import mean_logit_order
+from cce.frontend.rows import own_dtypes
 from cce.spec import Spec
+from cce.tuning.phases import Work
+from cce.tuning.search import Runner, Timer, Trial
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def prepare(
     timer: Timer | None,
     options: Mapping[str, Any],
 ) -> Prepared:
-    """Checks the arguments of :func:`cce.backends.triton.autotune` and has the shipped configuration run once."""
+    """Checks the arguments of :func:`cce.tuning.autotune` and has the shipped configuration run once."""
     problem, resolved = _problem(e, c, targets, bias, spec, outputs, options)
     if timer is None and e.device.type != "cuda":
         raise ValueError(f"e: got device {e.device}, expected a CUDA device: Triton's interpreter tells no times")
@@ -88,7 +90,7 @@ def _problem(
     extra, softcap = frozenset(outputs) & set(EXTRA_OUTPUTS), found.problem.softcap
     softcap = None if softcap is None else float(softcap)  # an int would make another kernel
     problem = replace(found.problem, outputs=found.problem.outputs | extra, softcap=softcap)
-    resolved = (spec or Spec()).resolve(problem)
+    resolved = resolve(spec or Spec(), problem)
     reasons = registry.reasons("triton", problem, resolved)
     if reasons:
         raise BackendUnavailable("\n".join([f"backend 'triton' cannot run {problem} with {resolved}:", *reasons]))
@@ -113,7 +115,7 @@ def _inputs(
         along = targets.ndim - 1 - soft
         moved = targets.narrow(along, shift, targets.shape[along] - shift)
         targets = torch.cat([moved, torch.full_like(targets.narrow(along, 0, shift), ignore_index)], dim=along)
-    flat = ops.prepare_targets(targets.reshape(-1, targets.shape[-1] if soft else 1), c.shape[0], ignore_index)
+    flat = operators.prepare_targets(targets.reshape(-1, targets.shape[-1] if soft else 1), c.shape[0], ignore_index)
     e, c, bias = autocast(e, c, bias)
     e, c = e.detach().reshape(-1, c.shape[1]), c.detach()
     bias = None if bias is None else bias.detach()
