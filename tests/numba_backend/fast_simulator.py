@@ -3,7 +3,7 @@
 The simulator's own threads compete with a loop that asks all of them again and again whether they have arrived. Here
 each hands on to the next, in one order before a barrier and in the other behind it, so that a missing barrier shows
 either way. Each call of a device function puts the simulator's ``cuda`` in the place of the real one, and takes it out
-again; here it stays for a launch. Importing this module makes it so for the process.
+again; here it stays for a launch.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ class Swapped:
 
 
 _NOTHING = nullcontext()
-_swapped = Swapped()
-kernel.BlockManager = Block
-kernel._push_kernel_context, kernel.swapped_cuda_module = _swapped.launch, _swapped.call
-kernelapi.numpy_support = SimpleNamespace(as_dtype=cache(kernelapi.numpy_support.as_dtype))
+
+
+def hasten() -> None:
+    swapped = Swapped()
+    kernel.BlockManager = Block
+    kernel._push_kernel_context, kernel.swapped_cuda_module = swapped.launch, swapped.call
+    kernelapi.numpy_support = SimpleNamespace(as_dtype=cache(kernelapi.numpy_support.as_dtype))
