@@ -9,7 +9,7 @@ import cce
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
 from cce.distributed.join import Part
-from cce.frontend import operators
+from cce.frontend.decision import Request, described
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -70,5 +70,7 @@ def test_threshold_of_a_part() -> None:
         assert found.permutation is spec.permutation
     assert resolve(cce.Spec(filter="tile", threshold=0.5), problem, 256_000).threshold == 0.5
     part = Part("group", first=100, sizes=(255_900, 100))
-    assert operators._resolved(plain.key, problem, part.key).threshold == 12 / 256_000
-    assert operators._resolved(plain.key, problem, "").threshold == 2**-13
+    e, c, targets = (torch.empty(*size, dtype=BF16, device="meta") for size in ((8, 8), (100, 8), (8, 1)))
+    for key, threshold in ((part.key, 12 / 256_000), ("", 2**-13)):
+        request = Request("torch", plain.key, None, 1.0, "", "e,c", key)
+        assert described(e, c, None, targets, request)[1].threshold == threshold

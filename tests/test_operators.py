@@ -11,7 +11,9 @@ import torch
 
 import cce
 from cce import torch_private
+from cce.backends.shared.targets import prepare
 from cce.frontend import operators
+from cce.frontend.decision import Request
 
 
 def test_a_step_imports_no_compiler() -> None:
@@ -72,10 +74,10 @@ def test_operators_are_checked_by_torch() -> None:
     rng = torch.Generator().manual_seed(0)
     e, c = (torch.randn(*size, generator=rng, requires_grad=True) for size in ((6, 4), (9, 4)))
     labels = torch.tensor([0, 8, -100, 3, 3, 1])
-    torch.library.opcheck(operators.prepare_targets_op, (labels[:, None], 9, -100))
-    targets = operators.prepare_targets(labels[:, None], 9, -100)
-    key = cce.Spec(filter="none").key
-    options = ("torch", key, None, 1.0, torch.tensor(0.5, dtype=torch.float64), "entropy", "e,c", "")
+    torch.library.opcheck(operators.prepare_targets, (labels[:, None], 9, -100))
+    targets = prepare(labels[:, None], 9, -100)
+    request = Request("torch", cce.Spec(filter="none").key, None, 1.0, "entropy", "e,c")
+    options = (torch.tensor(0.5, dtype=torch.float64), request.key)
     torch.library.opcheck(operators.forward, (e, c, None, targets, None, None, *options))
     found = operators.forward(e, c, None, targets, None, None, *options)
     lse, nll, lse_low, entropy, _, _, *maps, _ = (x.detach() for x in found)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from cce import torch_private
 from cce.backends.base import Backend
 from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.shared.pair import joined, pair
@@ -112,7 +112,7 @@ def backward(
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of this name."""
-    found: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    found: dist.ProcessGroup = torch_private.process_group(name)
     return found
 
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce.distributed import tokens
 from cce.distributed.join import Part
 from cce.distributed.vocab_parallel import VocabParallel, agree, operands, tell_refusal
-from cce.frontend import checks, operators, transforms
+from cce.frontend import checks, decision, tracing
+from cce.frontend.decision import Call, Request
+from cce.frontend.targets import prepare
 from cce.spec import Spec
 
 _DEFAULT_SPEC = Spec()
@@ -24,19 +25,20 @@ class Flat(NamedTuple):
     c: Tensor
     bias: Tensor | None
     targets: Tensor  # (M, K), -1 where ignored
-    coefficients: Tensor | None  # (M, K) target_weight, 0 where ignored
     shape: torch.Size  # of one value a token, before the shift
     shift: int
-    softcap: float | None
-    logit_scale: float
-    backend: str
     spec: Spec
+    request: Request
+    scale: Tensor | None = None  # logit_scale where compiled code has it as an input
+    call: Call | None = None  # None where compiled or transformed code decides when it runs
+    coefficients: Tensor | None = None  # (M, K) target_weight, 0 where ignored
+    mean_weights: Tensor | None = None  # (M, 1) those of a plain mean, where wanted
     part: Part | None = None
     own: tuple[int, ...] | None = None  # tokens of every process, where each passes its own
 
     @property
     def v(self) -> int:
-        """Of the whole vocabulary."""
+        """V of the whole vocabulary."""
         return self.c.shape[0] if self.part is None else self.part.total
 
     @property
@@ -46,20 +48,9 @@ class Flat(NamedTuple):
 
     @property
     def wide(self) -> torch.dtype:
-        """Of the outputs: the accumulation dtype."""
+        """Dtype of the outputs: the accumulation dtype."""
         inputs = torch.promote_types(self.e.dtype, self.c.dtype)
         return torch.float64 if "float64" in (self.spec.accumulate, str(inputs)[6:]) else torch.float32
-
-
-class Rows(NamedTuple):
-    """What the operator returns, per row of the flattened ``e`` (M,)."""
-
-    lse: Tensor
-    nll: Tensor  # (M, K)
-    lse_low: Tensor
-    entropy: Tensor
-    weighted_logit: Tensor
-    prediction: Tensor
 
 
 def flatten(
@@ -77,106 +68,157 @@ def flatten(
     spec: Spec | None,
     vocab_parallel: Any,
     signature: Mapping[str, Any],
+    outputs: tuple[str, ...] = (),
+    plain_mean: bool = False,
+    known: Call | None = None,
 ) -> Flat:
-    """Checks the arguments; makes one row a token of them.
+    """Check the arguments, make one row a token of them, and decide how the call runs.
 
-    ``signature``: what else must be the same on all processes of a split vocabulary, numbers and strings by name.
+    Args:
+        signature: what else must be the same on all processes of a split vocabulary, numbers and strings by name.
+        outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
+        plain_mean: the weights of a mean may be wanted, no tensor being one of them.
+        known: what an earlier call of this kind was decided to be; all but the targets' values is good then.
     """
-    e, c, bias, targets, split = operands(e, c, bias, targets, vocab_parallel)
+    if known is not None:
+        return _again(e, c, targets, bias, ignore_index, shift, spec, plain_mean, known)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "shift": shift,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "backend": backend,
     }
-    options |= {"backend": backend, "target_weight": target_weight is not None, **signature}
+    e, c, bias, targets, split = operands(e, c, bias, targets, vocab_parallel)
     try:
-        checks.check_tensors(e, c, targets, bias, target_weight, part=split is not None)
-        checks.check_options(
-            ignore_index=ignore_index,
-            shift=shift,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            backend=backend,
-            spec=spec,
-        )
-        spec = _DEFAULT_SPEC if spec is None else spec
-        checks.check_vocab_order(spec, c.shape[0])
-        lead = targets.ndim - (target_weight is not None)
-        checks.check_shift(shift, targets, lead)
-        shape = targets.shape[:lead]
-        k = 1 if target_weight is None else targets.shape[-1]
-        if shift:
-            shift = min(shift, shape[-1])  # nothing is predicted in a sequence that is no longer
-        if shift or targets.dtype in checks.UNSIGNED:
-            targets = _as_int64(targets)  # narrower ones may not hold ignore_index
-        rows = shifted(targets, shift, lead, ignore_index).reshape(-1, k)
-        e, c, bias = autocast(e, c, bias)
-        softcap = None if softcap is None else float(softcap)
-        if not transforms.symbolic(logit_scale):
-            logit_scale = float(logit_scale)
-        flat = Flat(e.reshape(-1, c.shape[1]), c, bias, rows, None, shape, shift, softcap, logit_scale, backend, spec)
-        checks.check_range(flat.wide, softcap=softcap, logit_scale=logit_scale)
+        flat = arrange(e, c, targets, bias, target_weight, spec, outputs, options, part=split is not None)
+        if not tracing.traced(flat.e) and not tracing.active():
+            # Of a split vocabulary too: a backend that cannot run it is to be told before the processes agree.
+            call = decision.decide(flat.e, flat.c, flat.bias, flat.targets, flat.request.key)
+            flat = flat._replace(call=call)
     except Exception as error:
         tell_refusal(split, error, e, c, targets)
         raise
     if split is not None:
-        flat = _split(flat, split, options)
-    prepare = operators.prepare_targets_op if transforms.traced(e) else operators.prepare_targets
-    if transforms.active():
-        prepare = transforms.prepare_targets
-    rows = prepare(rows, flat.v, ignore_index)
-    flat = flat._replace(targets=rows)
+        flat = _split(flat, split, {**options, "target_weight": target_weight is not None, **signature})
+    return _prepared(flat, ignore_index, target_weight, plain_mean)
+
+
+def arrange(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    target_weight: Tensor | None,
+    spec: Spec | None,
+    outputs: tuple[str, ...],
+    options: Mapping[str, Any],
+    *,
+    part: bool = False,
+) -> Flat:
+    """Check the arguments, but for the targets' values, and make one row a token of them.
+
+    Args:
+        part: ``c`` is a part of a vocabulary, so that no number of entries is expected of it.
+        options: ignore_index, shift, softcap, logit_scale and backend.
+    """
+    checks.check_tensors(e, c, targets, bias, target_weight, part=part)
+    checks.check_options(**options, spec=spec)
+    checks.check_vocab_order(spec or _DEFAULT_SPEC, c.shape[0])
+    checks.check_shift(options["shift"], targets, targets.ndim - (target_weight is not None))
+    flat = _arranged(e, c, targets, bias, target_weight, spec, outputs, options)
+    checks.check_range(flat.wide, softcap=flat.request.softcap, logit_scale=options["logit_scale"])
+    return flat
+
+
+def _arranged(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    target_weight: Tensor | None,
+    spec: Spec | None,
+    outputs: tuple[str, ...],
+    options: Mapping[str, Any],
+) -> Flat:
+    """One row a token of arguments that have been checked."""
+    spec = _DEFAULT_SPEC if spec is None else spec
+    lead = targets.ndim - (target_weight is not None)
+    rows, shift = _rows(targets, options["shift"], lead, options["ignore_index"])
+    e, c, bias = autocast(e, c, bias)
+    e = e if e.ndim == 2 else e.reshape(-1, c.shape[1])
+    softcap = None if options["softcap"] is None else float(options["softcap"])
+    scale, number = _scale(options["logit_scale"])
+    request = Request(
+        options["backend"], spec.key, softcap, number, ",".join(outputs), wanted_gradients(e, c, bias)
+    )  # fmt: skip
+    return Flat(e, c, bias, rows, targets.shape[:lead], shift, spec, request, scale)
+
+
+def _again(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    shift: int,
+    spec: Spec | None,
+    plain_mean: bool,
+    known: Call,
+) -> Flat:
+    """One row a token of a call whose kind is known (plain tensors, no target weights); host time counts here."""
+    rows, shift = _rows(targets, shift, targets.ndim, ignore_index)
+    e = e if e.ndim == 2 else e.reshape(-1, known.problem.d)
+    spec = _DEFAULT_SPEC if spec is None else spec
+    wide = known.wide if plain_mean and known.one_pass is not None else None
+    rows, weights = prepare(rows, known.problem.v, ignore_index, known.backend, wide)
+    return Flat(e, c, bias, rows, targets.shape, shift, spec, known.request, None, known, None, weights)
+
+
+def _rows(targets: Tensor, shift: int, lead: int, ignore_index: int) -> tuple[Tensor, int]:
+    """Targets (M, K), a row for each row of ``e``, and the shift; ``lead`` dimensions of the targets are tokens."""
+    if shift:
+        shift = min(shift, targets.shape[lead - 1])  # nothing is predicted in a sequence that is no longer
+    if shift or targets.dtype in checks.UNSIGNED:
+        targets = _as_int64(targets)  # narrower ones may not hold ignore_index
+    k = 1 if lead == targets.ndim else targets.shape[-1]
+    return shifted(targets, shift, lead, ignore_index).reshape(-1, k), shift
+
+
+def _scale(logit_scale: float) -> tuple[Tensor | None, float]:
+    """The number as a tensor, if it is an input of compiled code, and the number that the request holds instead."""
+    if not tracing.symbolic(logit_scale):
+        return None, float(logit_scale)
+    # A number of an operator's arguments would be a constant of the compiled code, which would be compiled anew.
+    return torch.ones((), dtype=torch.float64, device="cpu") * logit_scale, 1.0
+
+
+def _prepared(flat: Flat, ignore_index: int, target_weight: Tensor | None, plain_mean: bool) -> Flat:
+    """The same call with its targets' values checked, and weights that are 0 where targets are ignored."""
+    backend = None if flat.call is None else flat.call.backend
+    weighted = plain_mean and flat.call is not None and flat.call.one_pass is not None
+    rows, weights = prepare(flat.targets, flat.v, ignore_index, backend, flat.wide if weighted else None)
+    flat = flat._replace(targets=rows, mean_weights=weights)
     if target_weight is None:
         return flat
-    coefficients = shifted(target_weight, shift, lead, 0).reshape(-1, k).to(flat.wide)
+    lead = target_weight.ndim - 1
+    coefficients = shifted(target_weight, flat.shift, lead, 0).reshape(rows.shape).to(flat.wide)
     return flat._replace(coefficients=coefficients.masked_fill(rows < 0, 0))
 
 
 def _as_int64(targets: Tensor) -> Tensor:
-    """The targets; those of uint64 beyond int64 become its largest number, which is no entry, not one below 0."""
+    """The targets as int64; those of uint64 beyond it become its largest number, which is no entry, not one below 0."""
     found = targets.to(torch.int64)
     return found.where(found >= 0, 2**63 - 1) if targets.dtype == torch.uint64 else found
 
 
 def _split(flat: Flat, split: VocabParallel, options: Mapping[str, Any]) -> Flat:
-    """What the other processes hold of the vocabulary, and of the tokens where each has its own."""
-    wanted = wanted_gradients(flat.e, flat.c, flat.bias)
-    found = agree(split, flat.e, flat.c, flat.bias, flat.targets, flat.spec, wanted, options)
+    """Agree with the other processes on the parts of the vocabulary, and on each one's tokens if it has its own."""
+    found = agree(split, flat.e, flat.c, flat.bias, flat.targets, flat.spec, flat.request.grads, options)
     first = sum(found.sizes[: found.rank])
     part = Part(found.group, first, found.sizes, split.reduce_de)
-    return flat._replace(part=part, own=found.rows if split.tokens == "own" else None)
-
-
-def run(flat: Flat, extra: tuple[str, ...] = (), logit_weight: Tensor | None = None) -> Rows:
-    """The operator: lse, nll and the ``extra`` outputs of every row."""
-    if flat.own is not None and flat.part is not None:
-        group, own = flat.part.group, flat.own
-        every = flat._replace(
-            e=tokens.gather_rows(flat.e, group, own), targets=tokens.gather_rows(flat.targets, group, own), own=None
-        )
-        return Rows(*(tokens.own_rows(x, group, own) if x.numel() else x for x in run(every, extra, logit_weight)))
-    scale, scale_tensor = flat.logit_scale, None
-    if transforms.symbolic(scale):
-        # As a number it would be a constant of the compiled code, which is compiled anew for the next one.
-        scale, scale_tensor = 1.0, torch.ones((), dtype=torch.float64, device="cpu") * scale
-    found = (transforms.forward if transforms.active() else operators.forward)(
-        flat.e,
-        flat.c,
-        flat.bias,
-        flat.targets,
-        logit_weight,
-        flat.order,
-        flat.backend,
-        flat.spec.key,
-        flat.softcap,
-        scale,
-        scale_tensor,
-        ",".join(extra),
-        wanted_gradients(flat.e, flat.c, flat.bias),
-        "" if flat.part is None else flat.part.key,
-    )
-    return Rows(*found[:6])
+    request = flat.request._replace(part=part.key)
+    return flat._replace(part=part, request=request, own=found.rows if split.tokens == "own" else None)
 
 
 def unflatten(x: Tensor, flat: Flat) -> Tensor:
@@ -195,7 +237,7 @@ def shifted(x: Tensor, shift: int, lead: int, fill: int) -> Tensor:
 
 
 def wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:
-    """Which gradients may be asked for, so that the forward keeps maps only if they will be used."""
+    """Names of the gradients that may be asked for, so that the forward keeps maps only if they will be used."""
     if not torch.is_grad_enabled():
         return ""
     return ",".join(n for n, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad)

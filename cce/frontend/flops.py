@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # there is no public question
+
+from cce.torch_private import dispatch_modes
 
 
 def tell_counters() -> None:
-    """Tells the counters that are active now, and those to come, what the operators cost."""
+    """Register the operators' costs with the counters that are active now, and with those to come."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    counters = (getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack())
+    counters = (getattr(mode, "counter", None) for mode in dispatch_modes())
     tables = [counter.flop_registry for counter in counters if isinstance(counter, module.FlopCounterMode)]
     for table in (module.flop_registry, *tables):
         table.setdefault(torch.ops.cce.forward, _forward)
@@ -31,6 +32,6 @@ def _forward(e: Tensor, c: Tensor, *rest: Any, **others: Any) -> int:
 
 
 def _backward(e: Tensor, c: Tensor, *rest: Any, **others: Any) -> int:
-    """Operations of the logits, made again, and of a product for each matrix whose gradient is wanted."""
+    """Operations of recomputing the logits and of one product for each matrix whose gradient is wanted."""
     wanted = rest[-1].split(",")
     return (1 + ("e" in wanted) + ("c" in wanted)) * _forward(e, c)

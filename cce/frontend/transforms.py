@@ -6,105 +6,29 @@ style does not. What is computed is the same, by the same operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from cce.backends.shared import targets as shared_targets
 from cce.frontend import operators
-from cce.frontend.flops import tell_counters
-
-_NOT_INSIDE = (
-    "transforms of torch.func and forward-mode derivatives inside of torch.compile are not implemented; "
-    "transform a compiled function, or leave this one out with torch.compiler.disable"
-)
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-#: Types of tensors that hold values here; another may be fake, or stand for a tensor somewhere else.
-PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
-
-def traced(e: Tensor) -> bool:
-    """Whether values cannot be looked at, or somebody watches the operators: a tracer, fake or meta tensors, a mode.
-
-    Then a call is its operators and nothing else, as under torch.compile.
-    """
-    if torch.compiler.is_compiling():
-        return True
-    # There is no public question whether a mode of torch.utils._python_dispatch is active.
-    if torch._C._len_torch_dispatch_stack() > 0:
-        tell_counters()
-        return True
-    return e.is_meta or type(e) not in PLAIN
-
-
-def _transformed() -> bool:
-    # There is no public question; the first is that of torch.autograd.Function.apply.
-    found: bool = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return found
-
-
-def eager_if_transformed(function: Callable[P, T]) -> Callable[P, T]:
-    """The decorator of a function into which torch.compile does not look where the compiled code is transformed.
-
-    ``torch.func.grad(torch.compile(f))`` traces f with its transform active, of which the operators know nothing.
-    """
-
-    def outside(*arguments: P.args, **options: P.kwargs) -> T:
-        return torch.compiler.disable(function)(*arguments, **options)
-
-    # What torch.compiler.disable sets; calling it here would import the compiler.
-    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-    outside._torchdynamo_disable_msg = f"cce: {_NOT_INSIDE}"  # type: ignore[attr-defined]
-
-    @wraps(function)
-    def run(*arguments: P.args, **options: P.kwargs) -> T:
-        if torch.compiler.is_compiling() and _transformed():
-            return outside(*arguments, **options)
-        return function(*arguments, **options)
-
-    return run
-
-
-def symbolic(number: float) -> bool:
-    """Whether a number is an input of the code being compiled, not a constant of it."""
-    if not torch.compiler.is_compiling():
-        return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return not has_static_value(number)
-
-
-def active() -> bool:
-    """Whether the call is transformed, or differentiated in forward mode, of which the operators know nothing.
-
-    Raises:
-        RuntimeError: it is, and torch.compile is about to take the operators as they are.
-    """
-    found = _transformed()
-    if found and torch.compiler.is_compiling():
-        raise RuntimeError(f"cce: {_NOT_INSIDE}")
-    return found
 
 
 def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """``operators.prepare_targets``."""
+    """``shared.targets.prepare`` under a transform."""
     found: tuple[Tensor] = _Targets.apply(targets, v, ignore_index)  # type: ignore[no-untyped-call]
     return found[0]
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """``operators.forward``."""
+    """``operators.forward`` under a transform."""
     found: tuple[Tensor, ...] = _Forward.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Sampled(torch.autograd.Function):
-    """Under vmap one sample runs after the other: each has gradients of its own."""
+    """Base of functions that run one sample after the other under vmap: each has gradients of its own."""
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], Any]:
@@ -127,7 +51,7 @@ class _Sampled(torch.autograd.Function):
 class _Targets(_Sampled):
     @staticmethod
     def forward(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor]:
-        return (operators.prepare_targets(targets, v, ignore_index),)
+        return (shared_targets.prepare(targets, v, ignore_index),)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor]) -> None:

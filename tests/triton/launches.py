@@ -186,13 +186,12 @@ def _call(case: Case) -> None:
     inputs, upstream = make_inputs(case, "cpu"), make_upstream(case, "cpu", torch.float32)
     shape, dtype = (spec.tiles(problem.v), problem.n), problem.map_dtype(spec)
     maps = Maps(**{name: torch.zeros(shape, dtype=dtype) for name in problem.maps(spec)})
-    run.prepare_targets(inputs.targets, problem.v, -100)
+    run.prepare(inputs.targets, problem.v, -100, False)
     outputs = run.forward(inputs, problem, spec, maps)
     run.backward(inputs, problem, spec, outputs, maps, upstream)
     if TritonBackend().one_pass(problem, spec):
         outputs, gradients = run.loss_and_gradients(inputs, problem, spec, upstream.g)
-        run.mean_weights(inputs.targets)
-        run.prepared(inputs.targets, problem.v, -100)
+        run.prepare(inputs.targets, problem.v, -100, True)
         run.value(outputs, upstream.g)
         run.scale([x for x in vars(gradients).values() if x is not None], torch.ones(()))
 
