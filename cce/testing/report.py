@@ -37,7 +37,8 @@ _CHECKS: dict[str, dict[str, Callable[[str, str], Any]]] = {
 }
 _LONG = frozenset(
     [f"{group}, {x}" for group, xs in OPTIONS.items() for x in xs if not x.short]
-    + [str(x) for x in (*LAYOUTS, *PATTERNS) if not x.short]
+    + [str(x) for x in LAYOUTS if not x.short]
+    + [str(x) for x in PATTERNS if not x.short]
     + ["compiled"]
 )
 
