@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cce import plugins
-from cce.backends.base import Backend
+from cce.backends.base import Backend, OnePass
 from cce.backends.problem import Problem
 from cce.errors import BackendUnavailable
 from cce.spec import Spec
@@ -138,12 +138,14 @@ def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
     if found or ours or not problem.needs_grad or problem.outputs:
         return found
     try:
-        backend.one_pass(problem, spec)  # as the front end will ask
+        steps = backend.one_pass(problem, spec)  # as the front end will ask
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return [f"its method one_pass raised {described(error)}"]
-    return []
+    if steps is None or isinstance(steps, OnePass):
+        return []
+    return [f"its method one_pass returned a {type(steps).__name__}, expected a cce.backends.base.OnePass or None"]
 
 
 def refusals(backend: Backend, problem: Problem, spec: Spec) -> list[str]:
