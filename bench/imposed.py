@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cce import registry
-from cce.problem import Gradients, Inputs, Maps, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Maps, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 
 
@@ -59,7 +60,7 @@ def imposed(e: Tensor, c: Tensor, live: Tensor, scratch_bytes: int, backend: str
     problem = Problem(
         n=n, v=v, d=e.shape[1], e_dtype=e.dtype, c_dtype=c.dtype, device=e.device.type, grad_e=True, grad_c=True
     )
-    spec = Spec(filter="element", vocab_order="natural", scratch_bytes=scratch_bytes).resolve(problem)
+    spec = resolve(Spec(filter="element", vocab_order="natural", scratch_bytes=scratch_bytes), problem)
     assert spec.block_n is not None and spec.block_v is not None
     chosen = registry.load(backend)
     inputs = Inputs(e, c, torch.arange(n, device=e.device)[:, None] % spec.block_v)

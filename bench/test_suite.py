@@ -19,7 +19,7 @@ from cce.benchmarks.peers import PEERS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SHAPES = shapes.GPU_SHAPES if DEVICE == "cuda" else shapes.QUICK["cpu"]
-CASES = [(name, mode) for name in cce.backends() for mode in MODES] + [(name, "") for name in PEERS]
+CASES = [(name, mode) for name in cce.list_backends() for mode in MODES] + [(name, "") for name in PEERS]
 
 
 @pytest.fixture(scope="module", params=["random", "synthetic"])

@@ -8,13 +8,13 @@ torch.Size([])
 from typing import TYPE_CHECKING, Any
 
 from cce.diagnostics import Explanation, explain, live_fraction
+from cce.distributed.vocab_parallel import VocabParallel
 from cce.errors import BackendUnavailable
 from cce.functional import Terms, loss, terms
 from cce.modules import LinearCrossEntropy
-from cce.registry import backends, register_backend, unregister_backend
+from cce.registry import list_backends, register_backend, unregister_backend
 from cce.spec import Spec
 from cce.vocab_order import VocabOrder
-from cce.vocab_parallel import VocabParallel
 
 if TYPE_CHECKING:
     from cce import losses
@@ -29,8 +29,8 @@ __all__ = [
     "Terms",
     "VocabOrder",
     "VocabParallel",
-    "backends",
     "explain",
+    "list_backends",
     "live_fraction",
     "loss",
     "losses",

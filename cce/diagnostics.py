@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cce import checks, ops, registry
+from cce import registry
+from cce.backends.problem import Problem, Upstream
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.worklist import live_fraction as fraction_of
+from cce.distributed.vocab_parallel import operands
 from cce.errors import BackendUnavailable
-from cce.flat import autocast, wanted_gradients
-from cce.functional import LOSS_OPTIONS
-from cce.order import mean_logit_order
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import rows_in_use
+from cce.frontend import checks, operators
+from cce.frontend.decision import described
+from cce.frontend.flatten import arrange, flatten
+from cce.functional import LOSS_DEFAULTS, LOSS_OPTIONS
 from cce.spec import Spec
-from cce.vocab_parallel import operands
-from cce.worklist import live_fraction as fraction_of
-from cce.worklist import work_list
 
 
 @dataclass(frozen=True)
@@ -77,28 +77,21 @@ def explain(
     unknown = sorted(set(options) - LOSS_OPTIONS)
     if unknown:
         raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option of cce.loss")
-    soft = options.get("target_weight") is not None
-    e, c, bias, targets, split = operands(e, c, bias, targets, options.get("vocab_parallel"))
-    checks.check_tensors(e, c, targets, bias, options.get("target_weight"), part=split is not None)
-    checks.check_options(**_shared_options(options), backend=backend, spec=spec)
-    lead = targets.shape[:-1] if soft else targets.shape
-    v = c.shape[0] if split is None else None  # other processes are not asked
-    checks.check_loss_options(**_loss_options(options), v=v, lead=lead, device=c.device)
-    checks.check_shift(options.get("shift", 0), targets, len(lead))
-    checks.check_vocab_order(spec or Spec(), c.shape[0])
-    e, c, bias = autocast(e, c, bias)
-    problem = Problem.of(
-        e.reshape(-1, c.shape[1]),
-        c,
-        bias,
-        targets.reshape(-1, targets.shape[-1] if soft else 1),
-        options.get("softcap"),
-        float(options.get("logit_scale", 1.0)),
-        "weighted_logit" if options.get("label_smoothing") else "",
-        wanted_gradients(e, c, bias),
+    given = {**LOSS_DEFAULTS, **options, "backend": backend}
+    e, c, bias, targets, split = operands(e, c, bias, targets, given["vocab_parallel"])
+    shared = {name: given[name] for name in ("ignore_index", "shift", "softcap", "logit_scale", "backend")}
+    outputs = ("weighted_logit",) if given["label_smoothing"] else ()
+    flat = arrange(e, c, targets, bias, given["target_weight"], spec, outputs, shared, part=split is not None)
+    checks.check_loss_options(
+        **{name: given[name] for name in ("reduction", "label_smoothing", "z_loss", "weight", "token_weight")},
+        v=flat.v if split is None else None,  # other processes are not asked
+        lead=flat.shape,
+        device=flat.c.device,
     )
-    resolved = (spec or Spec()).resolve(problem)
-    reasons = {name: registry.reasons(name, problem, resolved) for name in registry.backends()}
+    problem, resolved, _ = described(flat.e, flat.c, flat.bias, flat.targets, flat.request)
+    if flat.spec.permutation is not None:
+        resolved = resolved.with_permutation_of(flat.spec)
+    reasons = {name: registry.reasons(name, problem, resolved) for name in registry.list_backends()}
     reasons |= registry.passed_over()
     try:
         chosen = registry.choose_name(backend, problem, resolved)
@@ -128,47 +121,31 @@ def live_fraction(
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`.
     """
-    checks.check_tensors(e, c, targets, bias, None)
-    checks.check_options(
-        **_shared_options({"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}),
-        backend=backend,
-        spec=spec,
-    )
-    spec = spec or Spec()
-    checks.check_vocab_order(spec, c.shape[0])
-    flat = ops.prepare_targets(targets.reshape(-1, 1), c.shape[0], ignore_index)
-    e, c, bias = autocast(e, c, bias)
-    rows, used = rows_in_use(flat)
-    problem = Problem.of(e.reshape(-1, c.shape[1]), c, bias, used, softcap, logit_scale, "", "e,c")
-    resolved = spec.resolve(problem)
-    if resolved.filter == "none" or problem.n == 0:
+    options = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale, "backend": backend}
+    with torch.enable_grad():  # a filter is for a backward
+        flat = flatten(
+            _leaf(e), _leaf(c), targets, bias, spec=spec, signature={}, **{**_WITHOUT, **options}
+        )  # fmt: skip
+    call = flat.call
+    if call is None or call.spec.filter == "none":
         return 1.0
-    flat_e, c = e.detach().reshape(-1, c.shape[1]), c.detach()
-    order = None if spec.permutation is None else spec.permutation.to(e.device)
-    if resolved.vocab_order == "mean_logit":
-        order = mean_logit_order(flat_e, c, bias, flat)
-    inputs = Inputs(flat_e, c, used, bias, rows, None, order)
-    outputs, maps = run_forward(backend, inputs, problem, resolved)
-    one = torch.ones_like(outputs.lse)
-    work = work_list(inputs, problem, resolved, maps, Upstream(one, one[:, None]))
-    return fraction_of(work, problem, resolved)
+    found = operators.forward_of(call, flat.e, flat.c, flat.bias, flat.targets, None, flat.order)
+    if found is None:
+        return 1.0
+    used = used_rows(found.inputs)
+    count, g = int(used.sum()), used.to(found.outputs.lse.dtype)
+    if count == 0:
+        return 1.0
+    work = call.backend.work_list(found.inputs, found.problem, call.spec, found.maps, Upstream(g, g[:, None]))
+    return fraction_of(work, replace(found.problem, n=count), call.spec)
 
 
-def run_forward(
-    backend: str, inputs: Inputs[Tensor], problem: Problem, spec: Spec
-) -> tuple[Outputs[Tensor], Maps[Tensor]]:
-    """One forward of a backend outside autograd, with maps allocated for it."""
-    shape = (spec.tiles(problem.v), problem.n)
-    maps = Maps(**{name: inputs.e.new_empty(shape, dtype=problem.map_dtype(spec)) for name in problem.maps(spec)})
-    with torch.no_grad():
-        return registry.choose(backend, problem, spec).forward(inputs, problem, spec, maps), maps
+#: Options of the front end that :func:`live_fraction` has not.
+_WITHOUT: dict[str, Any] = {"shift": 0, "target_weight": None, "vocab_parallel": None}
 
 
-def _loss_options(options: dict[str, Any]) -> dict[str, Any]:
-    names = {"reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0, "weight": None, "token_weight": None}
-    return {name: options.get(name, default) for name, default in names.items()}
-
-
-def _shared_options(options: dict[str, Any]) -> dict[str, Any]:
-    defaults = {"ignore_index": -100, "shift": 0, "softcap": None, "logit_scale": 1.0}
-    return {name: options.get(name, default) for name, default in defaults.items()}
+def _leaf(x: Any) -> Any:
+    """The tensor, cut off from what it was computed by, whose gradient is wanted."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().requires_grad_()
+    return x

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cce import again, checks
-from cce import reduction as reductions
-from cce.backends.mean_logit import finest_dtype
-from cce.flat import Flat, Rows, flatten, run, shifted, unflatten, wanted_gradients
+from cce.backends.shared.weighted_logit import finest_dtype
+from cce.frontend import checks, decision
+from cce.frontend import reduction as reductions
+from cce.frontend.apply import Rows, run
+from cce.frontend.flatten import Flat, flatten, shifted, unflatten
+from cce.frontend.one_pass import total_loss
+from cce.frontend.tracing import eager_if_transformed
 from cce.spec import Spec
-from cce.transforms import eager_if_transformed
 
 
 class Terms(NamedTuple):
@@ -103,9 +105,10 @@ def terms(
         spec=spec,
         vocab_parallel=vocab_parallel,
         signature={"outputs": extra},
+        outputs=extra,
     )
     _check_filter(flat, outputs)
-    rows = run(flat, extra)
+    rows = run(flat)
     found = {
         "nll": _nll(rows, flat.coefficients) if "nll" in outputs else None,
         "lse": rows.lse if "lse" in outputs else None,
@@ -160,14 +163,11 @@ def loss(
     >>> loss(e, c, torch.tensor([0, 1, 2]))
     tensor(0.5514)
     """
-    kind = None
-    if weight is None and token_weight is None and target_weight is None and vocab_parallel is None:
+    kind, plain = None, weight is None and token_weight is None and target_weight is None
+    if plain and vocab_parallel is None:
         numbers = (ignore_index, shift, softcap, logit_scale, label_smoothing, z_loss)
-        kind = again.kind_of(e, c, targets, bias, spec, (reduction, backend, *numbers))
-        if kind is not None:
-            value = again.run(kind, e, c, targets, bias, ignore_index, reduction)
-            if value is not None:
-                return value
+        kind = decision.kind_of(e, c, targets, bias, spec, (reduction, backend, *numbers))
+    known = decision.recall(kind)
     flat = flatten(
         e,
         c,
@@ -188,17 +188,22 @@ def loss(
             "weight": weight is not None,
             "token_weight": token_weight is not None,
         },
+        outputs=("weighted_logit",) if _asked(label_smoothing) else (),
+        plain_mean=plain and reduction == "mean" and not _asked(z_loss),
+        known=known,
     )
-    checks.check_loss_options(
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        weight=weight,
-        token_weight=token_weight,
-        v=flat.v,
-        lead=flat.shape,
-        device=flat.e.device,
-    )
+    if known is None:
+        checks.check_loss_options(
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            weight=weight,
+            token_weight=token_weight,
+            v=flat.v,
+            lead=flat.shape,
+            device=flat.e.device,
+        )
+        decision.remember(kind, flat.call)
     coefficients = _class_weighted(flat, weight)
     of_tokens = None if token_weight is None else _token_weights(flat, token_weight)
     total = None
@@ -206,10 +211,10 @@ def loss(
         of_target = coefficients if weight is not None and target_weight is None else None
         total = partial(_total, flat, of_target, of_tokens)
     if reduction != "none" and not label_smoothing and not z_loss:
-        value = again.first(flat, coefficients, of_tokens, total, kind)
+        value = total_loss(flat, coefficients, of_tokens, total)
         if value is not None:
             return value
-    rows = run(flat, ("weighted_logit",), _smoothing(flat, weight)) if label_smoothing else run(flat)
+    rows = run(flat, _smoothing(flat, weight) if label_smoothing else None)
     per_token = _nll(rows, coefficients)
     if label_smoothing:
         per_token = (1 - label_smoothing) * per_token + label_smoothing * _uniform_nll(rows, weight)
@@ -222,10 +227,15 @@ def loss(
     return per_token.sum() if total is None else per_token.sum() / total()
 
 
+def _asked(number: float) -> bool:
+    """Whether an option is not 0; one of a wrong type is asked for, and refused later."""
+    return not isinstance(number, (int, float)) or number != 0
+
+
 def _check_filter(flat: Flat, outputs: Sequence[str]) -> None:
     """Refuses a filter where a gradient of lse or entropy is wanted: it may consist of what the filter leaves out."""
     filter, asked = flat.spec.filter, [name for name in ("lse", "entropy") if name in outputs]
-    if filter not in (None, "none") and asked and wanted_gradients(flat.e, flat.c, flat.bias):
+    if filter not in (None, "none") and asked and flat.request.grads:
         raise ValueError(
             f"spec: got filter={filter!r} with outputs {asked} and gradients enabled, expected filter='none': a "
             "gradient of lse or entropy is not concentrated where the filter looks; or ask for other outputs, or "
@@ -317,5 +327,6 @@ SHARED_DEFAULTS: dict[str, Any] = {
     for name, value in (unwrap(terms).__kwdefaults__ or {}).items()
     if name not in ("outputs", "target_weight")
 }
-#: Names of :func:`loss`'s keyword options.
-LOSS_OPTIONS = frozenset(unwrap(loss).__kwdefaults__ or ())
+#: :func:`loss`'s keyword options, and their names.
+LOSS_DEFAULTS: dict[str, Any] = dict(unwrap(loss).__kwdefaults__ or {})
+LOSS_OPTIONS = frozenset(LOSS_DEFAULTS)

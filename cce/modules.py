@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cce import checks
+from cce.distributed.vocab_parallel import VocabParallel
+from cce.frontend import checks
 from cce.functional import LOSS_OPTIONS, SHARED_DEFAULTS, loss
-from cce.vocab_parallel import VocabParallel
 
 
 class LinearCrossEntropy(nn.Module):

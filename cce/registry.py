@@ -13,8 +13,8 @@ from typing import Any
 
 from cce import plugins
 from cce.backends.base import Backend
+from cce.backends.problem import Problem
 from cce.errors import BackendUnavailable
-from cce.problem import Problem
 from cce.spec import Spec
 
 #: By device, the backends ``backend="auto"`` tries, in this order; it takes the first that supports the problem. The
@@ -27,7 +27,7 @@ _BUILT_IN = {
     "cupy": "cce.backends.cupy:CupyBackend",
     "numba": "cce.backends.numba:NumbaBackend",
     "torch": "cce.backends.torch:TorchBackend",
-    "reference": "cce.backends.reference:ReferenceBackend",
+    "reference": "cce.reference.backend:ReferenceBackend",
 }
 _RESERVED = ("", "auto")
 _registered: dict[str, Callable[[], Backend]] = {}
@@ -53,7 +53,7 @@ def register_backend(name: str, factory: Callable[[], Backend], *, replace: bool
         raise ValueError(f"name: got {name!r}, expected a non-empty name other than 'auto'")
     if not callable(factory):
         raise TypeError(f"factory: got {factory!r}, expected a callable that returns a Backend")
-    if name in backends() and not replace:
+    if name in list_backends() and not replace:
         raise ValueError(f"name: a backend called {name!r} exists already, expected another name or replace=True")
     _registered[name] = factory
     _forget(name)
@@ -80,10 +80,10 @@ def generation() -> int:
     return _changes
 
 
-def backends() -> list[str]:
+def list_backends() -> list[str]:
     """Names of all backends: the built-in ones, those of entry points, those registered.
 
-    >>> "torch" in backends()
+    >>> "torch" in list_backends()
     True
     """
     added = (name for name in plugins.entry_points() if name not in _RESERVED)
@@ -104,8 +104,8 @@ def check_name(name: object) -> None:
     """ValueError/TypeError if ``name`` is neither "auto" nor a backend's name."""
     if not isinstance(name, str):
         raise TypeError(f"backend: got {name!r} of type {type(name).__name__}, expected a string")
-    if name != "auto" and name not in backends():
-        raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, backends()))}")
+    if name != "auto" and name not in list_backends():
+        raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, list_backends()))}")
 
 
 def load(name: str) -> Backend:

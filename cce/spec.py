@@ -9,14 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from cce.errors import describe
-
-if TYPE_CHECKING:
-    from cce.problem import Problem
 
 FILTERS = ("none", "element", "tile")
 LSE_ACCUMULATIONS = ("tile", "online")
@@ -24,25 +21,14 @@ ROW_ORDERS = ("live", "natural")
 VOCAB_ORDERS = ("mean_logit", "natural")
 ACCUMULATES = ("float32", "float64")
 
-# What is skipped below these thresholds, once compensated, errs no more than a dense computation in the dtype
-# (docs/numerics.md has the measurements); float32 and float64 are filtered only on request. The more entries there are,
-# the smaller is each one's share: in a large vocabulary, the threshold is a multiple of 1/V (docs/decisions/0005).
-_THRESHOLD = {torch.float16: 2.0**-16}
-_THRESHOLD_ELSE = 2.0**-13
-_TIMES_UNIFORM = 12
-
-# What a GPU's matrix unit works on. Narrower blocks would skip more on a CPU, but also err more at a given
-# threshold (docs/numerics.md); and so every device finds the same live tiles.
-_BLOCK_N, _BLOCK_V = 128, 128
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Spec:
     """How a loss is computed, the same on every backend (design.md, sections 2 to 5).
 
-    A field left at None is chosen for the problem by :meth:`resolve`. The default is exact for every dtype. A filter
-    is asked for: its error depends on the state of the model (docs/numerics.md), and it cannot be combined with a
-    gradient of the log-sum-exp or the entropy.
+    A field left at None is chosen for the problem (:func:`cce.explain` shows it). The default is exact for every dtype.
+    A filter is asked for: its error depends on the state of the model (docs/numerics.md), and it cannot be combined
+    with a gradient of the log-sum-exp or the entropy.
 
     Args:
         block_n: token rows of a tile of the filter.
@@ -105,11 +91,6 @@ class Spec:
     key: str = dataclasses.field(init=False, repr=False, default="")
 
     @classmethod
-    def auto(cls, problem: Problem, **fields: Any) -> Spec:
-        """The spec with every field chosen for ``problem``, except those given."""
-        return cls(**fields).resolve(problem)
-
-    @classmethod
     def from_key(cls, key: str) -> Spec:
         """The spec (without its vocabulary order) whose ``key`` this is; ValueError if it is none."""
         try:
@@ -117,39 +98,11 @@ class Spec:
         except (TypeError, ValueError, SyntaxError) as error:
             raise ValueError(f"key: got {key!r}, expected the key of a cce.Spec ({error})") from error
 
-    def resolve(self, problem: Problem) -> Spec:
-        """This spec with no field left at None; what the backends receive."""
-        # Asked several times a call. Sizes may be symbols under torch.compile.
-        if self.permutation is not None:
-            return self._with_permutation(_from_key(self.key).resolve(problem))
-        if isinstance(problem.n, int) and isinstance(problem.v, int):
-            return _resolved(self.key, problem)
-        return self._resolve(problem)
-
-    def _with_permutation(self, other: Spec) -> Spec:
-        """``other`` with this spec's permutation, which was checked when given: a GPU need not be waited for again."""
-        found = copy.copy(other)
-        object.__setattr__(found, "vocab_order", self.permutation)
+    def with_permutation_of(self, other: Spec) -> Spec:
+        """This spec with the permutation of another, checked when that was made: no GPU need be waited for again."""
+        found = copy.copy(self)
+        object.__setattr__(found, "vocab_order", other.permutation)
         return found
-
-    def _resolve(self, problem: Problem) -> Spec:
-        filter = _resolve_filter(self.filter, problem)
-        return dataclasses.replace(
-            self,
-            block_n=self.block_n or _BLOCK_N,
-            block_v=self.block_v or _BLOCK_V,
-            filter=filter,
-            threshold=self.threshold or _default_threshold(problem.v, problem.dtype),
-            accumulate=_resolve_accumulate(self.accumulate, problem),
-            vocab_order=_resolve_order(self.vocab_order, filter, problem),
-        )
-
-    def of_vocabulary(self, v: int, dtype: torch.dtype) -> Spec:
-        """This spec for a part of a vocabulary of ``v`` entries: with the threshold that all of it would have."""
-        if self.threshold is not None or self.filter is None:
-            return self
-        found = _with_threshold(self.key, _default_threshold(v, dtype))
-        return found if self.permutation is None else self._with_permutation(found)
 
     @property
     def permutation(self) -> torch.Tensor | None:
@@ -184,34 +137,6 @@ class Spec:
 _KEPT = tuple(f.name for f in dataclasses.fields(Spec) if f.init and f.name != "vocab_order")
 
 
-def _resolve_filter(filter: str | None, problem: Problem) -> str:
-    # A weighted sum of capped logits has a gradient of the same size in every tile: nothing may be skipped.
-    if problem.softcap is not None and "weighted_logit" in problem.outputs:
-        return "none"
-    return filter or "none"
-
-
-def _default_threshold(v: int, dtype: torch.dtype) -> float:
-    most = _THRESHOLD.get(dtype, _THRESHOLD_ELSE)
-    # While torch.compile traces, V may be a symbol; what runs asks again with the number.
-    return min(most, _TIMES_UNIFORM / v) if isinstance(v, int) and v > 0 else most
-
-
-def _resolve_order(
-    order: torch.Tensor | Sequence[int] | str | None, filter: str, problem: Problem
-) -> torch.Tensor | Sequence[int] | str:
-    if isinstance(order, torch.Tensor):
-        return order
-    # An order is worth its gathers only where tiles will be skipped.
-    if filter == "none" or not problem.needs_grad:
-        return "natural"
-    return order or "mean_logit"
-
-
-def _resolve_accumulate(accumulate: str | None, problem: Problem) -> str:
-    return "float64" if problem.dtype == torch.float64 else accumulate or "float32"
-
-
 def _key(spec: Spec) -> str:
     """The fields as Python literals, one after the other; in a form that torch.compile can trace, too."""
     order = spec.vocab_order if spec.permutation is None else "natural"  # a permutation travels beside the key
@@ -226,16 +151,6 @@ def fields_of(key: str) -> dict[str, Any]:
 @lru_cache(maxsize=256)
 def _from_key(key: str) -> Spec:
     return Spec(**fields_of(key))
-
-
-@lru_cache(maxsize=256)
-def _with_threshold(key: str, threshold: float) -> Spec:
-    return dataclasses.replace(_from_key(key), threshold=threshold)
-
-
-@lru_cache(maxsize=256)
-def _resolved(key: str, problem: Problem) -> Spec:
-    return _from_key(key)._resolve(problem)
 
 
 def _check_positive_int(name: str, value: object, *, optional: bool) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce import checks
-from cce.ops import prepare_targets
+from cce.backends.shared.targets import prepare
+from cce.frontend import checks
 from cce.spec import Spec
 
 
@@ -75,7 +75,7 @@ class VocabOrder:
         """
         checks.check_integers("targets", targets)
         checks.check_ignore_index(ignore_index)
-        found = prepare_targets(targets.reshape(-1), self.v, ignore_index)
+        found = prepare(targets.reshape(-1), self.v, ignore_index)
         # Entry V takes what does not count. A count is exact in the order of any sum, so the same on every run.
         slots = found.masked_fill(found < 0, self.v)
         ones = torch.ones_like(slots, dtype=_dtype(slots.device))

@@ -13,9 +13,9 @@ import torch
 
 import cce
 from cce import registry
-from cce.backends.reference import ReferenceBackend
 from cce.backends.torch import TorchBackend
 from cce.errors import describe
+from cce.reference.backend import ReferenceBackend
 
 N, D, V, K = 4, 3, 7, 2
 E = torch.ones(N, D, requires_grad=True)

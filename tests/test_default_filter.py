@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import cce
-from cce import ops
-from cce.parallel import Part
-from cce.problem import Problem
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
+from cce.distributed.join import Part
+from cce.frontend.decision import Request, described
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -23,8 +24,8 @@ BF16, F32 = torch.bfloat16, torch.float32
 )
 def test_exact_unless_a_filter_is_asked_for(device: str, dtype: torch.dtype) -> None:
     problem = Problem(n=8192, v=50_000, d=2048, e_dtype=dtype, c_dtype=dtype, device=device, grad_e=True, grad_c=True)
-    assert cce.Spec().resolve(problem).filter == "none"
-    assert cce.Spec(filter="element").resolve(problem).filter == "element"
+    assert resolve(cce.Spec(), problem).filter == "none"
+    assert resolve(cce.Spec(filter="element"), problem).filter == "element"
 
 
 @pytest.mark.parametrize("filter", ["element", "tile"])
@@ -51,8 +52,8 @@ def test_no_filter_of_what_it_would_leave_out(filter: str, output: str) -> None:
 )
 def test_threshold(v: int, dtype: torch.dtype, expected: float) -> None:
     problem = Problem(n=8, v=v, d=8, e_dtype=dtype, c_dtype=dtype)
-    assert cce.Spec(filter="element").resolve(problem).threshold == expected
-    assert cce.Spec(filter="element", threshold=0.5).resolve(problem).threshold == 0.5
+    assert resolve(cce.Spec(filter="element"), problem).threshold == expected
+    assert resolve(cce.Spec(filter="element", threshold=0.5), problem).threshold == 0.5
 
 
 def test_a_threshold_wants_a_filter() -> None:
@@ -62,12 +63,14 @@ def test_a_threshold_wants_a_filter() -> None:
 
 def test_threshold_of_a_part() -> None:
     plain, order = cce.Spec(filter="element"), cce.Spec(filter="element", vocab_order=[1, 0])
-    for spec in (plain, order):
-        part = spec.of_vocabulary(256_000, BF16)
-        assert part.threshold == 12 / 256_000
-        assert part.vocab_order is spec.vocab_order
-    assert cce.Spec(filter="tile", threshold=0.5).of_vocabulary(256_000, BF16).threshold == 0.5
     problem = Problem(n=8, v=100, d=8, e_dtype=BF16, c_dtype=BF16)
+    for spec in (plain, order):
+        found = resolve(spec, problem, 256_000)
+        assert found.threshold == 12 / 256_000
+        assert found.permutation is spec.permutation
+    assert resolve(cce.Spec(filter="tile", threshold=0.5), problem, 256_000).threshold == 0.5
     part = Part("group", first=100, sizes=(255_900, 100))
-    assert ops._resolved(plain.key, problem, part.key).threshold == 12 / 256_000
-    assert ops._resolved(plain.key, problem, "").threshold == 2**-13
+    e, c, targets = (torch.empty(*size, dtype=BF16, device="meta") for size in ((8, 8), (100, 8), (8, 1)))
+    for key, threshold in ((part.key, 12 / 256_000), ("", 2**-13)):
+        request = Request("torch", plain.key, None, 1.0, "", "e,c", key)
+        assert described(e, c, None, targets, request)[1].threshold == threshold

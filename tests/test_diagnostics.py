@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import cce
-from cce.backends.reference import to_numpy
+from cce.backends.problem import Inputs, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.backends.torch import TorchBackend
-from cce.order import mean_logit_order
-from cce.problem import Inputs, Problem, Upstream
+from cce.frontend.mean_logit import mean_logit_order
 from cce.reference import clear_threshold, tiled
+from cce.reference.backend import to_numpy
 from cce.testing import Case
 from cce.testing.data import make_inputs
 
@@ -33,7 +34,7 @@ def arguments() -> dict[str, Tensor]:
 def test_fields(arguments: dict[str, Tensor]) -> None:
     found = cce.explain(**arguments, bias=torch.zeros(V), softcap=30, logit_scale=2, label_smoothing=0.1)
     assert found.backend == "torch"
-    assert list(found.reasons) == cce.backends() and found.reasons["torch"] == found.reasons["reference"] == []
+    assert list(found.reasons) == cce.list_backends() and found.reasons["torch"] == found.reasons["reference"] == []
     assert found.problem == Problem(
         n=N,
         v=V,
@@ -46,7 +47,7 @@ def test_fields(arguments: dict[str, Tensor]) -> None:
         grad_e=True,
         grad_c=True,
     )
-    assert found.spec == cce.Spec().resolve(found.problem)
+    assert found.spec == resolve(cce.Spec(), found.problem)
     assert None not in (found.spec.block_n, found.spec.block_v, found.spec.filter, found.spec.threshold)
 
 
@@ -157,7 +158,7 @@ def plain_mean_loss(fields: dict[str, Any], options: dict[str, Any], rows: Tenso
         order = mean_logit_order(inputs.e, inputs.c, inputs.bias, used) if order == "mean_logit" else None
     used = replace(inputs, targets=inputs.targets[rows], rows=rows, vocab_order=order)
     problem = Problem(n=len(rows), v=CASE.v, d=CASE.d, bias=True, grad_e=True, grad_c=True, **options)
-    spec = cce.Spec(**fields).resolve(problem)
+    spec = resolve(cce.Spec(**fields), problem)
     arrays, one = to_numpy(used), torch.ones(len(rows), 1)
     upstream = to_numpy(Upstream(one[:, 0], one))
     outputs, maps = tiled.forward(arrays, problem, spec)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import cce
-from cce import held, onepass
+from cce.frontend import held, one_pass
 
 N, D, V = 8, 16, 300
 SIZE = 4 * D * (N + V)
@@ -19,13 +20,13 @@ SIZE = 4 * D * (N + V)
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Filled with an entry for each time that a loss is computed along with its gradients."""
     runs: list[int] = []
-    whole = onepass.Call.run
+    whole = one_pass._run
 
-    def run(self: onepass.Call, *arguments: torch.Tensor) -> object:
+    def run(*arguments: Any) -> one_pass.Found:
         runs.append(1)
-        return whole(self, *arguments)
+        return whole(*arguments)
 
-    monkeypatch.setattr(onepass.Call, "run", run)
+    monkeypatch.setattr(one_pass, "_run", run)
     return runs
 
 

@@ -14,9 +14,10 @@ import torch
 from meter import peak_of, size_of
 from torch import Tensor
 
+from cce.backends.problem import Maps, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.backends.torch import TorchBackend
 from cce.backends.torch.plan import minimum_scratch
-from cce.problem import Maps, Problem, Upstream
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
@@ -100,7 +101,7 @@ def make_maps(problem: Problem, spec: Spec) -> Maps[Tensor]:
 def test_peak(name: str, scratch_bytes: int) -> None:
     case, backend = make_case(name, scratch_bytes), TorchBackend()
     problem = make_problem(case, "cpu")
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     assert not backend.unsupported(problem, spec)
     inputs, upstream = make_inputs(case, "cpu"), every_row_counts(make_upstream(case, "cpu", torch.float32))
     maps = make_maps(problem, spec)
@@ -119,7 +120,7 @@ def test_peak(name: str, scratch_bytes: int) -> None:
 def test_peak_in_one_pass(name: str, scratch_bytes: int) -> None:
     case, backend = make_case(name, scratch_bytes), TorchBackend()
     problem = make_problem(case, "cpu")
-    spec, inputs = case.make_spec().resolve(problem), make_inputs(case, "cpu")
+    spec, inputs = resolve(case.make_spec(), problem), make_inputs(case, "cpu")
     assert backend.one_pass(problem, spec)
     weights = torch.rand(problem.n, problem.k)
     (outputs, gradients), peak = peak_of(lambda: backend.loss_and_gradients(inputs, problem, spec, weights))
@@ -133,7 +134,7 @@ def test_a_larger_budget_is_used(name: str) -> None:
     for scratch_bytes in (MIB // 2, 2 * MIB):
         case = make_case(name, scratch_bytes)
         problem = make_problem(case, "cpu")
-        spec, inputs = case.make_spec().resolve(problem), make_inputs(case, "cpu")
+        spec, inputs = resolve(case.make_spec(), problem), make_inputs(case, "cpu")
         maps = make_maps(problem, spec)
         peaks.append(peak_of(lambda: TorchBackend().forward(inputs, problem, spec, maps))[1])  # noqa: B023
     assert peaks[1] > 1.5 * peaks[0]
@@ -142,7 +143,7 @@ def test_a_larger_budget_is_used(name: str) -> None:
 @pytest.mark.parametrize("name", ["float32", "filtered-bf16"])
 def test_less_than_one_tile_is_refused(name: str) -> None:
     problem = make_problem(make_case(name, 1), "cpu")
-    needed = minimum_scratch(problem, make_case(name, 1).make_spec().resolve(problem))
+    needed = minimum_scratch(problem, resolve(make_case(name, 1).make_spec(), problem))
     for scratch_bytes, refused in ((needed - 1, True), (needed, False)):
-        spec = make_case(name, scratch_bytes).make_spec().resolve(problem)
+        spec = resolve(make_case(name, scratch_bytes).make_spec(), problem)
         assert bool(TorchBackend().unsupported(problem, spec)) == refused

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 import cce
-from cce import operators, ops
+from cce import torch_private
+from cce.backends.shared.targets import prepare
+from cce.frontend import operators
+from cce.frontend.decision import Request
 
 
 def test_a_step_imports_no_compiler() -> None:
@@ -35,10 +38,10 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 def test_the_compiler_does_not_look_inside(closed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where it has given up on the function that calls the operator: it would try those within."""
     if not closed:
-        monkeypatch.setattr(operators, "_unseen", lambda function: function)
+        monkeypatch.setattr(torch_private, "_unseen", lambda function: function)
     name = f"cce_test::twice_{closed}"
-    operator, graphs = operators.operator(name)(twice), []
-    operators.fake(name)(torch.empty_like)
+    operator, graphs = torch_private.operator(name)(twice), []
+    torch_private.fake(name)(torch.empty_like)
 
     def given_up(x: torch.Tensor) -> torch.Tensor:
         torch._dynamo.skip_frame()
@@ -71,22 +74,22 @@ def test_operators_are_checked_by_torch() -> None:
     rng = torch.Generator().manual_seed(0)
     e, c = (torch.randn(*size, generator=rng, requires_grad=True) for size in ((6, 4), (9, 4)))
     labels = torch.tensor([0, 8, -100, 3, 3, 1])
-    torch.library.opcheck(ops.prepare_targets_op, (labels[:, None], 9, -100))
-    targets = ops.prepare_targets(labels[:, None], 9, -100)
-    key = cce.Spec(filter="none").key
-    options = ("torch", key, None, 1.0, torch.tensor(0.5, dtype=torch.float64), "entropy", "e,c", "")
-    torch.library.opcheck(ops.forward, (e, c, None, targets, None, None, *options))
-    found = ops.forward(e, c, None, targets, None, None, *options)
+    torch.library.opcheck(operators.prepare_targets, (labels[:, None], 9, -100))
+    targets = prepare(labels[:, None], 9, -100)
+    request = Request("torch", cce.Spec(filter="none").key, None, 1.0, "entropy", "e,c")
+    options = (torch.tensor(0.5, dtype=torch.float64), request.key)
+    torch.library.opcheck(operators.forward, (e, c, None, targets, None, None, *options))
+    found = operators.forward(e, c, None, targets, None, None, *options)
     lse, nll, lse_low, entropy, _, _, *maps, _ = (x.detach() for x in found)
     upstream = [torch.ones_like(lse), torch.ones_like(nll), torch.ones_like(entropy), e.new_empty(0)]
     tensors = (e.detach(), c.detach(), None, targets, None, None, [lse, nll, lse_low, entropy, *maps], upstream)
-    torch.library.opcheck(ops.backward, (*tensors, *options, "e,c"))
+    torch.library.opcheck(operators.backward, (*tensors, *options, "e,c"))
 
 
 def test_a_result_that_is_an_argument_is_found() -> None:
     """What these checks are for: here nothing looks at it when an operator is called."""
     name = "cce_test::same"
-    same = operators.operator(name)(itself)
-    operators.fake(name)(torch.empty_like)
+    same = torch_private.operator(name)(itself)
+    torch_private.fake(name)(torch.empty_like)
     with pytest.raises(Exception, match="alias"):
         torch.library.opcheck(same, (torch.ones(3),))

@@ -15,9 +15,9 @@ import torch
 import cce
 from cce import plugins, registry
 from cce.backends.base import Backend
+from cce.backends.problem import Problem
 from cce.backends.torch import TorchBackend
 from cce.cli import main
-from cce.problem import Problem
 
 E, C, T = torch.randn(5, 3, requires_grad=True), torch.randn(9, 3, requires_grad=True), torch.arange(5)
 
@@ -98,7 +98,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
 def test_entry_point(install: Callable[[str, str, str], None]) -> None:
     """A third party's backend is used by its name, forward and backward, with the same result."""
     install("loopback", "cce_loopback:Loopback", LOOPBACK)
-    assert cce.backends() == ["triton", "cupy", "numba", "torch", "reference", "loopback"]
+    assert cce.list_backends() == ["triton", "cupy", "numba", "torch", "reference", "loopback"]
     assert cce.explain(E, C, T, backend="loopback").backend == "loopback"
     calls = registry.load("loopback").calls
     for options, made in (({}, ["loss_and_gradients"]), ({"z_loss": 1e-4}, ["forward", "backward"])):
@@ -112,13 +112,13 @@ def test_entry_point(install: Callable[[str, str, str], None]) -> None:
 
 def test_entry_point_is_loaded_when_it_is_used(install: Callable[[str, str, str], None]) -> None:
     install("eager", "cce_eager:Backend", "raise SystemExit('imported')")
-    assert "eager" in cce.backends()
+    assert "eager" in cce.list_backends()
     cce.loss(E, C, T)
 
 
 def test_entry_point_cannot_replace_a_built_in(install: Callable[[str, str, str], None]) -> None:
     install("torch", "cce_usurper:Loopback", LOOPBACK)
-    assert cce.backends().count("torch") == 1
+    assert cce.list_backends().count("torch") == 1
     assert type(registry.load("torch")) is TorchBackend
 
 
@@ -229,7 +229,7 @@ def test_two_of_one_name(install: Callable[[str, str, str], None]) -> None:
     """Neither is taken for the other: the error names both distributions."""
     install("twin", "cce_first:Loopback", LOOPBACK)
     install("twin", "cce_second:Loopback", LOOPBACK)
-    assert cce.backends().count("twin") == 1
+    assert cce.list_backends().count("twin") == 1
     found = cce.explain(E, C, T)
     assert found.backend == "torch"
     with pytest.raises(cce.BackendUnavailable) as caught:
@@ -243,9 +243,9 @@ def test_two_of_one_name(install: Callable[[str, str, str], None]) -> None:
 @pytest.mark.parametrize("name", ["auto", "torch"])
 def test_names_that_are_taken(install: Callable[[str, str, str], None], name: str) -> None:
     """The entry point is no backend, and explain says so."""
-    before = cce.backends()
+    before = cce.list_backends()
     install(name, "cce_usurper:Loopback", LOOPBACK)
-    assert cce.backends() == before
+    assert cce.list_backends() == before
     found = cce.explain(E, C, T)
     assert found.backend == "torch" and found.reasons["torch"] == []
     assert "is taken by cce" in found.reasons[f"{name} (cce_usurper 1.0)"][0]
@@ -272,7 +272,7 @@ def test_damaged_metadata(install: Callable[[str, str, str], None], tmp_path: Pa
     install("lost", "cce_lost:Loopback", LOOPBACK)
     (tmp_path / "cce_lost-1.0.dist-info" / "entry_points.txt").write_bytes(b"[cce.backends]\nno value\n")
     with pytest.warns(RuntimeWarning, match="entry points of cce_lost in .* cannot be read") as warned:
-        found = cce.backends()
+        found = cce.list_backends()
     assert "loopback" in found and "lost" not in found and len(warned) == 1
     assert cce.explain(E, C, T, backend="loopback").backend == "loopback"
 
@@ -348,7 +348,7 @@ def test_register_replace_unregister() -> None:
         return made[-1]
 
     cce.register_backend("mine", factory)
-    assert "mine" in cce.backends() and not made
+    assert "mine" in cce.list_backends() and not made
     cce.loss(E, C, T, backend="mine")
     cce.loss(E, C, T, backend="mine").backward()
     assert len(made) == 1
@@ -358,7 +358,7 @@ def test_register_replace_unregister() -> None:
     with pytest.raises(cce.BackendUnavailable):
         cce.loss(E, C, T, backend="mine")
     cce.unregister_backend("mine")
-    assert "mine" not in cce.backends()
+    assert "mine" not in cce.list_backends()
     with pytest.raises(ValueError, match="'mine'"):
         cce.loss(E, C, T, backend="mine")
     with pytest.raises(ValueError, match="'mine'"):

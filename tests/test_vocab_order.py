@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import cce
-from cce.problem import Problem
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,7 +178,7 @@ def test_a_permutation_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cce.spec._permutation", lambda order: pytest.fail("the values were looked at"))
     for _ in range(2):
         problem.gradients(order.spec(cce.Spec(filter="element")))
-    resolved = spec.resolve(Problem(n=64, v=200, d=8, grad_e=True))
+    resolved = resolve(spec, Problem(n=64, v=200, d=8, grad_e=True))
     assert resolved.permutation is spec.permutation and resolved.block_v is not None
 
 

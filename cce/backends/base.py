@@ -8,10 +8,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cce import reduction
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.targets import mean_weights, prepare
+from cce.backends.shared.worklist import WorkList, work_list
 from cce.spec import Spec
-from cce.worklist import WorkList, work_list
+
+
+class OnePass(ABC):
+    """A pass over the logits that computes the gradients of a weighted sum of losses along with it."""
+
+    @abstractmethod
+    def loss_and_gradients(
+        self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
+    ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+        """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``.
+
+        ``weights`` is (N, K), in the accumulation dtype; those of targets -1 are 0, or NaN in a mean over nothing, and
+        do not count. dE of rows without a target may be anything: the front end makes it 0.
+        """
+
+    def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
+        """``sum_ik weights_ik nll_ik`` of what :meth:`loss_and_gradients` found: a scalar."""
+        return (weights * outputs.nll).sum()
+
+    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiplies the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor of one number.
+
+        It is 1 where the loss is what was differentiated. The values of a GPU cannot be looked at without waiting for
+        it: there a backend can save the pass over the gradients, in a kernel that looks first.
+        """
+        if factor.device.type == "cpu" and factor == 1:
+            return
+        for gradient in gradients:
+            gradient.mul_(factor)
 
 
 class Backend(ABC):
@@ -65,56 +94,29 @@ class Backend(ABC):
         """What a user may want to know of how a problem would run here, in a line, for :func:`cce.explain`."""
         return ""
 
-    def one_pass(self, problem: Problem, spec: Spec) -> bool:
-        """Whether :meth:`loss_and_gradients` is there for this problem and is the better way; from metadata alone.
-
-        Asked by the front end for means and sums of the plain loss, when a gradient is wanted.
-        """
-        return False
-
-    def loss_and_gradients(
-        self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
-    ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-        """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``, in one pass over the logits.
-
-        ``weights`` is (N, K), in the accumulation dtype; those of targets -1 are 0, or NaN in a mean over nothing, and
-        do not count. dE of rows without a target may be anything: the front end makes it 0. Only where
-        :meth:`one_pass` says so.
-        """
-        raise NotImplementedError(f"backend {self.name!r} has no pass that computes gradients along with the loss")
-
-    def mean_weights(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N, K) the weights of :meth:`loss_and_gradients` in a mean: 1 / their number for targets, 0 for none."""
-        in_use = targets >= 0
-        return in_use / reduction.total(in_use, None, dtype)
-
-    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
-        """What the front end makes of ordinary targets before :meth:`loss_and_gradients`, where kernels can do better.
+    def prepare(
+        self, targets: Tensor, v: int, ignore_index: int, mean: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The targets as the other methods take them; overridden where kernels do it faster than the library.
 
         Args:
-            targets: (...) integers; another than those in [0, v) and ``ignore_index`` is a device-side assertion.
-            mean: their weights in a mean are wanted, too.
+            targets: (N, K) integers on a device of this backend. One that is neither in [0, v) nor ``ignore_index`` is
+                an error, on a GPU a device-side assertion (``shared/targets.py``).
+            v: entries of the vocabulary.
+            mean: dtype of their weights in a mean, if these are wanted, too; then K is 1.
 
         Returns:
-            None: the front end does it, with operations of the library. Or (N, 1) int64, with -1 for ``ignore_index``,
-            and (N, 1) float32 as :meth:`mean_weights` has it, or None.
+            (N, K) int64, with -1 for ``ignore_index``, and (N, 1) 1 / their number for targets, 0 for none, or None.
+        """
+        rows = prepare(targets, v, ignore_index)
+        return rows, None if mean is None else mean_weights(rows, mean)
+
+    def one_pass(self, problem: Problem, spec: Spec) -> OnePass | None:
+        """A pass that computes gradients along with the loss, if there is one for this problem and it is faster.
+
+        Asked from metadata alone, by the front end, for means and sums of the plain loss whose gradient is wanted.
         """
         return None
-
-    def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-        """``sum_ik weights_ik nll_ik`` of what :meth:`loss_and_gradients` found: a scalar."""
-        return (weights * outputs.nll).sum()
-
-    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
-        """Multiplies the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor of one number.
-
-        It is 1 where the loss is what was differentiated. The values of a GPU cannot be looked at without waiting for
-        it: there a backend can save the pass over the gradients, in a kernel that looks first.
-        """
-        if factor.device.type == "cpu" and factor == 1:
-            return
-        for gradient in gradients:
-            gradient.mul_(factor)
 
     def work_list(
         self,

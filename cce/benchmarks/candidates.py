@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import cce
 from cce import registry
+from cce.backends.problem import Problem
 from cce.benchmarks.heads import Head
 from cce.benchmarks.peers import PEERS, Loss, Peer
-from cce.problem import Problem
 
 #: The modes of ``cce`` that are measured.
 MODES = {

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cce import registry
+from cce.backends.problem import Problem, Upstream
 from cce.benchmarks.float64 import pieces, relative_error, row_lse
 from cce.benchmarks.heads import CHUNK_LOGITS, Head
-from cce.diagnostics import run_forward
-from cce.order import mean_logit_order
-from cce.problem import Inputs, Problem, Upstream
+from cce.frontend.decision import Request, decide
+from cce.frontend.mean_logit import mean_logit_order
+from cce.frontend.operators import forward_of
 from cce.reference.roundoff import LAMBDA
 from cce.spec import Spec
 
@@ -163,12 +163,13 @@ def floor(dtype: torch.dtype, v: int) -> float:
 
 def live_tiles(head: Head, backend: str, problem: Problem, spec: Spec) -> Live:
     """What a backend's filter keeps: the same forward and work list as its backward's."""
-    targets = head.targets[:, None]
-    order = mean_logit_order(head.e, head.c, None, targets) if spec.vocab_order == "mean_logit" else None
-    inputs = Inputs(head.e, head.c, targets, None, None, None, order)
-    outputs, maps = run_forward(backend, inputs, problem, spec)
-    each = torch.full_like(outputs.lse, 1 / len(targets))
-    work = registry.load(backend).work_list(inputs, problem, spec, maps, Upstream(each, each[:, None]))
+    targets, grads = head.targets[:, None], "e,c"
+    request = Request(backend, spec.key, problem.softcap, problem.logit_scale, "", grads)
+    call = decide(head.e, head.c, None, targets, request.key)
+    found = forward_of(call, head.e, head.c, None, targets, None, None)
+    assert found is not None, "a head without targets"
+    each = torch.full_like(found.outputs.lse, 1 / len(targets))
+    work = call.backend.work_list(found.inputs, found.problem, call.spec, found.maps, Upstream(each, each[:, None]))
     return Live(work.row_live, spec.compensate)
 
 

@@ -12,6 +12,7 @@ import torch
 
 import cce
 from cce import registry
+from cce.backends.resolve import resolve
 from cce.benchmarks import heads, statistics, timing
 from cce.benchmarks.candidates import MODES, candidates, one_line
 from cce.benchmarks.extend import extend, load
@@ -59,7 +60,7 @@ class Options:
     shapes: tuple[Shape, ...]
     studies: tuple[str, ...] = ("heads",)
     data: tuple[str, ...] = ("random", "synthetic")
-    backends: tuple[str, ...] = field(default_factory=lambda: tuple(cce.backends()))
+    backends: tuple[str, ...] = field(default_factory=lambda: tuple(cce.list_backends()))
     modes: tuple[str, ...] = tuple(MODES)
     passes: tuple[str, ...] = PASSES
     peers: tuple[str, ...] = tuple(PEERS)
@@ -161,8 +162,8 @@ def make_head(data: str, shape: Shape, options: Options) -> Head:
 def _compared(options: Options) -> tuple[str, ...]:
     """The backends chosen that can run here, the one that ``backend="auto"`` takes first."""
     problem: dict[str, Any] = {"e_dtype": options.dtype, "c_dtype": options.dtype, "device": options.device.type}
-    step = cce.problem.Problem(n=256, v=1024, d=256, grad_e=True, grad_c=True, **problem)
-    spec = cce.Spec().resolve(step)
+    step = cce.backends.problem.Problem(n=256, v=1024, d=256, grad_e=True, grad_c=True, **problem)
+    spec = resolve(cce.Spec(), step)
     able = [name for name in options.backends if name != "reference" and not registry.reasons(name, step, spec)]
     first = registry.choose_name("auto", step, spec)
     return tuple(sorted(able, key=lambda name: name != first))

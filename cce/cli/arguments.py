@@ -59,7 +59,7 @@ def able_backend(name: str, device: torch.device, dtypes: list[torch.dtype], spe
     Raises:
         UsageError: there is no such backend, or it cannot; the message has its reasons.
     """
-    names = ["auto", *cce.backends()]
+    names = ["auto", *cce.list_backends()]
     if name not in names:
         raise UsageError(f"--backend: got {name!r}, expected one of {', '.join(names)}")
     for dtype in dtypes:

@@ -43,7 +43,7 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
         metavar="PT",
         help="from bench/train_lm.py or cce demo --save",
     )
-    parser.add_argument("--backends", **every, help="default: all of cce.backends()")
+    parser.add_argument("--backends", **every, help="default: all of cce.list_backends()")
     parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all; quick: two)")
     parser.add_argument("--passes", **every, help="forward, forward+backward (default: both)")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="other implementations (default: all; may be none)")
@@ -108,7 +108,7 @@ def options(args: argparse.Namespace) -> Options:
         shapes=tuple(_shapes(args.shapes or default)),
         studies=_chosen("--studies", args.studies, studies.STUDIES, ("heads",)),
         data=tuple(name for kind in data for name in (trained if kind == "trained" else [kind])),
-        backends=_chosen("--backends", args.backends, tuple(cce.backends())),
+        backends=_chosen("--backends", args.backends, tuple(cce.list_backends())),
         modes=_chosen("--modes", args.modes, tuple(MODES), tuple(MODES)[: 2 if args.quick else None]),
         passes=_chosen("--passes", args.passes, PASSES),
         peers=_chosen("--peers", args.peers, tuple(PEERS)),

@@ -20,7 +20,7 @@ from cce.cli.errors import UsageError
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
-    from cce.backends.triton.tuning import Progress, Tuned
+    from cce.tuning.search import Progress, Tuned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _STEP = 4096  # rows of the head made at a time
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UsageError: an option cannot be used, or the problem is too large for the GPU.
     """
-    from cce.backends.triton import autotune
+    from cce.tuning import autotune
 
     dtype, spec = DTYPES[args.dtype], cce.Spec(filter=args.filter, vocab_order=args.vocab_order)
     device = timed_device(args.device, dtype, spec)
@@ -141,7 +141,7 @@ def _show(tuned: Tuned) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from cce.backends.triton.tuning import number
+    from cce.tuning.search import number
 
     table = Table(title="ms: a step of the phase the kernel works in; ratio: to the shipped tile", title_justify="left")
     for name in ("kernel", "tile"):

@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from cce import checks
+from cce.distributed.vocab_parallel import operands
+from cce.frontend import checks
+from cce.frontend.reduction import reduce
 from cce.functional import SHARED_DEFAULTS, Terms, nll_of_each, terms
-from cce.reduction import reduce
 from cce.spec import Spec
-from cce.vocab_parallel import operands
 
 
 class Options(TypedDict, total=False):
@@ -48,7 +48,7 @@ class Call:
         e: (..., D); c: (V, D).
         targets: integers of ``e``'s leading shape; with ``target_weight``, (..., K).
         options: of :func:`cce.terms`.
-        reduction: as ``cce.reduction.reduce`` takes it.
+        reduction: as ``cce.frontend.reduction.reduce`` takes it.
         token_weight: of ``e``'s leading shape, or None.
         target_weight: (..., K) weights of K entries a token, or None.
     """

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cce import checks
+from cce.frontend import checks
 from cce.losses.call import Call, Options
 from cce.losses.slopes import log_complement, log_rest, with_slope
 from cce.losses.values import check_in_vocabulary, check_probabilities

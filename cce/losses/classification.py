@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cce import checks
+from cce.frontend import checks
 from cce.losses.call import Call, Options
 from cce.losses.slopes import probabilities, with_slope
 

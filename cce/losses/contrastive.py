@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cce import checks
+from cce.frontend import checks
+from cce.frontend.reduction import reduce
 from cce.functional import terms
 from cce.losses.call import Call, check_options, divisible
 from cce.losses.values import check_positive
-from cce.reduction import reduce
 from cce.spec import Spec
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cce import checks
 from cce.errors import describe
+from cce.frontend import checks
 from cce.functional import loss
 from cce.losses.call import Options, check_options
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cce import checks
+from cce.frontend import checks
 from cce.losses.call import Call, Options
 from cce.losses.values import check_log_prob
 

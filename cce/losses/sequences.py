@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cce import checks
+from cce.frontend import checks
+from cce.frontend.reduction import reduce
 from cce.losses.call import Call, Options
 from cce.losses.slopes import with_slope
 from cce.losses.values import check_log_prob
-from cce.reduction import reduce
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cce import transforms
+from cce.frontend.tracing import traced
+from cce.torch_private import without_transforms
 
 
 def check_values(name: str, x: Tensor, bad: Callable[[Tensor], Tensor], expected: str) -> None:
@@ -63,13 +64,9 @@ def slack(dtype: torch.dtype) -> float:
 
 def _visible(x: Tensor) -> bool:
     """Whether the values are there and may be waited for."""
-    return not transforms.traced(x) and (x.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1")
+    return not traced(x) and (x.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1")
 
 
 def _whole(x: Tensor) -> Tensor:
     """The tensor under the transforms of torch.func, all samples of it."""
-    if torch.compiler.is_compiling():
-        return x
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
+    return x if torch.compiler.is_compiling() else without_transforms(x)

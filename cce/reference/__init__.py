@@ -1,7 +1,7 @@
 """The float64 NumPy oracle: ``dense`` is the definition, ``tiled`` the algorithm, ``bounds`` how far a backend may err.
 
 >>> import numpy as np
->>> from cce.problem import Inputs, Problem
+>>> from cce.backends.problem import Inputs, Problem
 >>> inputs = Inputs(e=np.zeros((2, 3)), c=np.zeros((5, 3)), targets=np.array([[0], [4]]))
 >>> np.exp(dense.forward(inputs, Problem(n=2, v=5, d=3)).lse)
 array([5., 5.])

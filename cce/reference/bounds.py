@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.reference.dense import IEEE, embeddings, logit_weights, logits, masked_to_zero, softcap_derivative, softmax
 from cce.reference.gradient_bounds import Columns, gradient_bounds, with_tiles
 from cce.reference.roundoff import FEW, LAMBDA, Roundoff

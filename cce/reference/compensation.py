@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cce.problem import Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Inputs, Outputs, Problem, Upstream
 from cce.reference.dense import embeddings, logit_weights, masked_to_zero, softcap_derivative
 from cce.reference.worklist import TileMaps, Tiling, WorkList
 

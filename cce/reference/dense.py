@@ -1,14 +1,14 @@
 """The definition: what every backend must compute, with the logits written out in full.
 
 Everything is float64 NumPy; the sizes must be small enough for (N, V) arrays. Symbols are those of
-docs/design.md, section 1; the derivatives are those of :class:`cce.problem.Upstream`.
+docs/design.md, section 1; the derivatives are those of :class:`cce.backends.problem.Upstream`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 
 Array = np.ndarray
 
@@ -99,7 +99,7 @@ def forward(inputs: Inputs[Array], problem: Problem) -> Outputs[Array]:
     Returns:
         lse and lse_low (N,), nll (N, K) and the extra outputs, (N,) each; None for what was not asked.
 
-    Source: docs/design.md, sections 1 and 3; the classes of :mod:`cce.problem`.
+    Source: docs/design.md, sections 1 and 3; the classes of :mod:`cce.backends.problem`.
     """
     z = logits(inputs, problem)
     m, log_s = row_sums(z)
@@ -134,7 +134,7 @@ def mean_logits(z: Array, u: Array) -> Array:
 def logit_gradient(
     inputs: Inputs[Array], problem: Problem, outputs: Outputs[Array], upstream: Upstream[Array]
 ) -> Array:
-    """``dx``, the gradient of ``e c^T + bias``, (N, V): the formula of :class:`cce.problem.Upstream`."""
+    """``dx``, the gradient of ``e c^T + bias``, (N, V): the formula of :class:`cce.backends.problem.Upstream`."""
     z = logits(inputs, problem)
     coefficient = np.broadcast_to(upstream.a[:, None], z.shape)
     if upstream.h is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.reference import tiled
 from cce.reference.dense import embeddings, logit_weights, masked_to_zero, softmax
 from cce.reference.roundoff import FEW, LAMBDA, Roundoff

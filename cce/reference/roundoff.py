@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 #: Growth of n independent rounding errors, in ``LAMBDA sqrt(n) u``. Each has a standard deviation below 0.6 u, so

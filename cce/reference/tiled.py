@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.reference.compensation import compensation, weighted_logit_term
 from cce.reference.dense import (
     IEEE,

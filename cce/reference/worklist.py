@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cce.problem import Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Inputs, Outputs, Problem, Upstream
 from cce.reference.dense import IEEE
 from cce.spec import Spec
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.reference import as_array, to_numpy
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.reference import bounds, clear_threshold, error_norm, tiled
+from cce.reference.backend import as_array, to_numpy
 from cce.registry import refusals
 from cce.spec import Spec
 from cce.testing.cases import Case
@@ -77,7 +78,7 @@ class Oracle:
 def solve(case: Case, device: str, product_roundoff: float = 0.0) -> Oracle:
     """Runs the reference, with a threshold that no backend's rounding can cross."""
     problem = make_problem(case, device)
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     inputs = make_inputs(case, device)
     upstream = make_upstream(case, device, _DTYPES[str(spec.accumulate)])
     given, gradients_in = to_numpy(inputs), to_numpy(upstream)
@@ -189,7 +190,8 @@ def _compare(
 
 def _check_one_pass(result: Result, oracle: Oracle, backend: Backend) -> None:
     """Where the backend computes gradients along with the loss: for a = sum_k g_k, as a sum of losses has it."""
-    if not backend.one_pass(oracle.problem, oracle.spec):
+    steps = backend.one_pass(oracle.problem, oracle.spec)
+    if steps is None:
         return
     inputs, problem, spec = centred(oracle.case, to_numpy(oracle.inputs), zero="e"), oracle.problem, oracle.spec
     weights = oracle.upstream.g.masked_fill(oracle.inputs.targets < 0, 0)
@@ -199,7 +201,7 @@ def _check_one_pass(result: Result, oracle: Oracle, backend: Backend) -> None:
     allowed = bounds(inputs, problem, spec, outputs, upstream, expected)
     before = _copies(oracle.inputs)
     with poisoned_allocations():
-        found = backend.loss_and_gradients(oracle.inputs, problem, spec, weights)
+        found = steps.loss_and_gradients(oracle.inputs, problem, spec, weights)
     if not _same(before, _copies(oracle.inputs)):
         result.failures.append("an argument of loss_and_gradients was changed in place")
     _compare(result, oracle, "one_pass_", found, (outputs, expected), allowed)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 import cce
 from cce import registry
+from cce.backends.resolve import resolve
 from cce.testing.definition import dense
 from cce.testing.options import Option, make_data
 
@@ -18,7 +19,7 @@ def check_option(option: Option, backend: str, device: str) -> None:
         AssertionError: a wrong number, or another refusal than the backend's declaration.
     """
     problem = option.problem(device)
-    reasons = registry.reasons(backend, problem, option.make_spec().resolve(problem))
+    reasons = registry.reasons(backend, problem, resolve(option.make_spec(), problem))
     if reasons:
         _check_refusal(option, backend, device, reasons)
         return

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cce.problem import Inputs, Problem, Upstream
+from cce.backends.problem import Inputs, Problem, Upstream
 from cce.testing.cases import Case
 from cce.testing.offsets import on_grids, with_offset
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import cce
 from cce import registry
-from cce.checks import OUTPUTS
+from cce.backends.resolve import resolve
+from cce.frontend.checks import OUTPUTS
 from cce.testing.check_option import differentiate, make_upstream, near, run_option, widened
 from cce.testing.definition import dense
 from cce.testing.options import FILTERED, Option, V, make_data
@@ -171,7 +172,7 @@ def check_layout(placed: Placed, backend: str, device: str) -> list[str]:
     """
     option = CALLS[placed.call]
     problem = option.problem(device)
-    reasons = registry.reasons(backend, problem, option.make_spec().resolve(problem))
+    reasons = registry.reasons(backend, problem, resolve(option.make_spec(), problem))
     if reasons:
         return reasons
     message = _failure(placed, placed.names, backend, device)

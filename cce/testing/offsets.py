@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cce.problem import Gradients, Inputs, Outputs
+from cce.backends.problem import Gradients, Inputs, Outputs
 from cce.testing.cases import Case
 
 Array = np.ndarray

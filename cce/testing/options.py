@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import cce
-from cce.checks import OUTPUTS
-from cce.problem import Problem
+from cce.backends.problem import Problem
+from cce.frontend.checks import OUTPUTS
 from cce.spec import Spec
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cce import registry
 from cce.backends.base import Backend
+from cce.backends.resolve import resolve
 from cce.testing.options import OPTIONS, Option
 
 _HEAD = """\
@@ -27,7 +28,7 @@ tells which backends find their packages and hardware on this machine.
 
 def options_page(names: Sequence[str] | None = None) -> str:
     """The page, with a column for each backend called one of ``names`` (all there are)."""
-    columns = [registry.load(name) for name in (registry.backends() if names is None else names)]
+    columns = [registry.load(name) for name in (registry.list_backends() if names is None else names)]
     notes: dict[str, int] = {}
     lines = [
         "| | " + " | ".join(f"`{backend.name}`" for backend in columns) + " |",
@@ -42,6 +43,6 @@ def options_page(names: Sequence[str] | None = None) -> str:
 
 def _cell(option: Option, backend: Backend, notes: dict[str, int]) -> str:
     problem = option.problem(backend.device)
-    reasons = backend.unsupported(problem, option.make_spec().resolve(problem))
+    reasons = backend.unsupported(problem, resolve(option.make_spec(), problem))
     numbers = [notes.setdefault(reason, len(notes) + 1) for reason in reasons]
     return ", ".join(f"[{number}](#reasons)" for number in numbers) or "✓"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cce import registry
+from cce.backends.resolve import resolve
 from cce.reference.roundoff import LAMBDA
 from cce.testing.check_option import differentiate, make_upstream, near, run_option, widened
 from cce.testing.definition import dense
@@ -225,7 +226,7 @@ def check_pattern(pattern: Pattern, backend: str, device: str) -> list[str]:
     """
     option = CALLS[pattern.call]
     problem = option.problem(device)
-    reasons = registry.reasons(backend, problem, option.make_spec().resolve(problem))
+    reasons = registry.reasons(backend, problem, resolve(option.make_spec(), problem))
     if reasons:
         return reasons
     given = make_data(option, device)

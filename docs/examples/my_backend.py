@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.mean_logit import weighted_logit
-from cce.backends.pair import finite, joined, pair
-from cce.compensation import columns_of_tiles, dead_mass
-from cce.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.weighted_logit import weighted_logit
+from cce.backends.shared.pair import finite, joined, pair
+from cce.backends.shared.compensation import columns_of_tiles, dead_mass
+from cce.backends.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
-from cce.worklist import target_positions
+from cce.backends.shared.worklist import target_positions
 
 
 class MyBackend(Backend):

@@ -25,7 +25,7 @@ def test_shows_versions_devices_and_backends(
     for expected in ("Versions", cce.__version__, torch.__version__, "transformers", "Devices", "threads"):
         assert expected in out
     assert "Backends on cpu" in out
-    assert all(name in out for name in cce.backends())
+    assert all(name in out for name in cce.list_backends())
 
 
 def test_reasons_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:

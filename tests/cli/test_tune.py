@@ -12,14 +12,15 @@ import torch
 
 import cce
 from cce.backends import triton as package
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 from cce.backends.triton.launch import Device, Tile, shipped
-from cce.backends.triton.tuning import Row, Tuned
 from cce.cli import main, tune
-from cce.problem import Problem
+from cce.tuning.search import Row, Tuned
 
 SIZES = ["--n", "32", "--d", "16", "--v", "5000"]
 PROBLEM = Problem(n=32, v=5000, d=16)
-LAUNCH = shipped(PROBLEM, cce.Spec().resolve(PROBLEM), Device("A GPU", (9, 0), 132, "ieee"))
+LAUNCH = shipped(PROBLEM, resolve(cce.Spec(), PROBLEM), Device("A GPU", (9, 0), 132, "ieee"))
 ROWS = (
     Row("forward", LAUNCH.forward, 1.5, 1.0, "shipped"),
     Row("forward", Tile(128, 128, 32), 0.75, 0.5, "chosen"),

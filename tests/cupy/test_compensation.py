@@ -12,7 +12,8 @@ from cce.backends.cupy.compensation import dead_mass, mass_variant, mean_variant
 from cce.backends.gpu.compensation import Mass
 from cce.backends.gpu.gradients import Scaled
 from cce.backends.gpu.operands import Call
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +43,7 @@ def test_dead_mass(dtype: torch.dtype, entropy: bool, softcap: float | None) -> 
     n, v, tiles, blocks = 300, 1000, 8, 3
     outputs = frozenset({"entropy"} if entropy else ())
     problem = Problem(n, v, 72, e_dtype=dtype, c_dtype=dtype, softcap=softcap, logit_scale=0.5, outputs=outputs)
-    spec = Spec(block_n=128, block_v=128, filter="element").resolve(problem)
+    spec = resolve(Spec(block_n=128, block_v=128, filter="element"), problem)
     draw = torch.Generator("cuda").manual_seed(0)
 
     def rand(*shape: int) -> Tensor:

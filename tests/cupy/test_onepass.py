@@ -14,7 +14,7 @@ from cce.backends.cupy import onepass, sm90_onepass, sm90_tiles, variants
 from cce.backends.cupy import sources as source_files
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 INTEGERS = (

@@ -11,7 +11,7 @@ from compiling import compiled, cubin
 from cce.backends.cupy import sm90, sm90_tiles
 from cce.backends.cupy import sources as source_files
 from cce.backends.cupy.module import Variant
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 
 REGISTERS = 168  # 65536 over 384 threads, in eights; the warpgroups then share them otherwise
 

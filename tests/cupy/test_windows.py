@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cce.backends.cupy import arguments, gpu, launch, portable, sm90, tensor_maps
-from cce.backends.gpu.kernels import Dense, Formula, Rows
-from cce.problem import Problem
+from cce.backends.gpu.arrays import Dense, Formula, Rows
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 N, D, V = 300, 64, 2000

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 import cce
-from cce import agreement, vocab_parallel
+from cce.distributed import agreement, vocab_parallel
 
 OWN = {"tokens": "own"}
 Arguments = dict[str, Any]

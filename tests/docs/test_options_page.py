@@ -12,7 +12,7 @@ import torch
 import cce
 from cce import registry
 from cce.backends.torch import TorchBackend
-from cce.checks import OUTPUTS, REDUCTIONS
+from cce.frontend.checks import OUTPUTS, REDUCTIONS
 from cce.functional import LOSS_OPTIONS
 from cce.spec import FILTERS
 from cce.testing.options import OPTIONS

@@ -15,8 +15,8 @@ from run import fuzz
 from shrink import shrink
 
 import cce
+from cce.backends.problem import Gradients, Problem
 from cce.backends.torch import TorchBackend
-from cce.problem import Gradients, Problem
 
 SEED = int(os.environ.get("CCE_FUZZ_SEED", "15"))
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cce
-from cce.ops import prepare_targets
+from cce.frontend.operators import prepare_targets
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,8 @@ import torch
 from heads import peaked
 
 import cce
-from cce.backends.triton import autotune, candidates
-from cce.backends.triton.tuning import Tuned
+from cce.tuning import autotune, candidates
+from cce.tuning.search import Tuned
 
 pytestmark = pytest.mark.gpu
 
@@ -107,7 +107,7 @@ def in_another_process(path: Path, folder: Path | str) -> dict[str, list[list[ob
 def test_out_of_shared_memory_is_a_fault() -> None:
     """The driver's refusal leaves the tile out; what runs after it is well."""
     from cce.backends.triton.launch import Tile, fitted
-    from cce.backends.triton.prepare import prepare
+    from cce.tuning.prepare import prepare
 
     e, c = peaked(512, 512, 8192).leaves()
     targets = torch.zeros(512, dtype=torch.int64, device="cuda")

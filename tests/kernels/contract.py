@@ -20,9 +20,11 @@ from plain import PlainKernels, logits
 from plans import make_plan, plan_to, random_live, random_maps, random_rows
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Dense, Formula, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, Formula, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.sizes import cdiv
-from cce.problem import Problem
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 
 
@@ -65,7 +67,7 @@ class Bench(Lists):
         self.refusals = kernels.unsupported(problem, spec)
         self.case = case = case.shrunk(self.sizes) if small else case
         self.problem: Problem = case.problem(device)
-        self.spec: Spec = case.spec().resolve(self.problem)
+        self.spec: Spec = resolve(case.spec(), self.problem)
         self.plain = PlainKernels(self.sizes)
         self.rng = torch.Generator().manual_seed(case.n + case.v)
         self.dtype = self.problem.dtype

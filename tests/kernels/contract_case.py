@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Sizes
-from cce.problem import Problem
+from cce.backends.gpu.arrays import Sizes
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 
 _FILTERED = ("live", "mean_rows", "dead_mass", "plan", "work_list", "gather_rows", "scatter_rows")
@@ -90,7 +91,7 @@ class Case:
             filter="element" if self.method in _FILTERED else self.filter, threshold=2.0**-9,
             block_n=self.block_n, block_v=self.block_v, lse_accumulation=self.accumulation, vocab_order="natural",
         )  # fmt: skip
-        return spec.resolve(self.problem("cpu"))
+        return resolve(spec, self.problem("cpu"))
 
     def shrunk(self, sizes: Sizes) -> Case:
         """The same with fewer rows and columns, but of more than one tile."""

@@ -12,12 +12,13 @@ from plain_math import joined
 from plans import NOBODY, make_plan, random_live, random_maps
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula, Kernels, Rows, Splits, Tiles
+from cce.backends.gpu.arrays import Formula, Rows, Splits, Tiles
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv
-from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.shared.worklist import target_positions
 from cce.spec import Spec
-from cce.worklist import target_positions
 
 
 class Lists:

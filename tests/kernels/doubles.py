@@ -10,8 +10,9 @@ import torch
 from plain import PlainKernels, dx_of, logits
 from torch import Tensor
 
-from cce.backends.gpu.kernels import GradientOfWindow, Kernels, Live, Sizes
-from cce.problem import Problem
+from cce.backends.gpu.arrays import GradientOfWindow, Live, Sizes
+from cce.backends.gpu.kernels import Kernels
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 

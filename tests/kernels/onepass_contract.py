@@ -14,7 +14,7 @@ from contract_results import Results, compare, operand
 from plain_onepass import PlainOnePass, bits_of_q
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv, pitch
 

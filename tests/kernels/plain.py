@@ -11,10 +11,11 @@ import torch
 from plain_math import describe, dx_of, join, logits, logits_of_targets
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.work import Work
-from cce.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
+from cce.backends.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 SIZES = Sizes(forward_rows=32, forward_columns=64, gradient_rows=32, gradient_columns=64, pack=2, programs=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula, Rows, Splits, Tiles
+from cce.backends.gpu.arrays import Formula, Rows, Splits, Tiles
 
 
 def capped(x: Tensor, bias: Tensor | None, formula: Formula) -> Tensor:

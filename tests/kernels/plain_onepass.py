@@ -6,7 +6,7 @@ import torch
 from plain_math import finite, joined, largest, logits, logits_of_targets
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 
 

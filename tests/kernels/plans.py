@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Rows
+from cce.backends.gpu.arrays import Rows
 from cce.backends.gpu.plan import Plan
-from cce.problem import LEAST_HIT, Maps, Problem
+from cce.backends.problem import LEAST_HIT, Maps, Problem
 from cce.spec import Spec
 
 NOBODY = -1_000_000  # what no kernel may read

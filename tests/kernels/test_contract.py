@@ -11,8 +11,9 @@ from contract_mutants import MUTANTS
 from doubles import DenseKernels
 from plain import PlainKernels
 
+from cce.backends.gpu.arrays import Sizes
 from cce.backends.gpu.forward import _fill
-from cce.backends.gpu.kernels import Kernels, Sizes
+from cce.backends.gpu.kernels import Kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

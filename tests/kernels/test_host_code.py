@@ -14,7 +14,8 @@ import cce
 from cce import registry
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.sizes import rows_are_copied
-from cce.problem import Problem
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 from cce.testing import BEHAVIOURS, CASES, LAYOUTS, PATTERNS, Case, run_case
 from cce.testing.behaviours import Behaviour
 from cce.testing.check_option import check_option
@@ -47,7 +48,7 @@ def test_a_package_that_is_missing_is_no_error() -> None:
     problem = Problem(9, 9, 9, e_dtype=torch.float64, c_dtype=torch.float64)
     for refused in (True, False):
         problem = problem if refused else replace(problem, e_dtype=torch.float32, c_dtype=torch.float32)
-        assert bool(Elsewhere().unsupported(problem, cce.Spec().resolve(problem))) == refused
+        assert bool(Elsewhere().unsupported(problem, resolve(cce.Spec(), problem))) == refused
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -113,7 +114,7 @@ def test_with_the_librarys_operations(case: Case) -> None:
 def test_rows_in_place_are() -> None:
     for case in MORE:
         problem = make_problem(case, "cpu")
-        assert rows_are_copied(problem, case.make_spec().resolve(problem)) == ("rows in place" not in case.name)
+        assert rows_are_copied(problem, resolve(case.make_spec(), problem)) == ("rows in place" not in case.name)
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)

@@ -14,8 +14,10 @@ from doubles import IdleKernels
 from meter import peak_of, size_of
 from plain_backend import PlainBackend
 
-from cce.backends.gpu.kernels import Kernels, Sizes
-from cce.problem import Maps, Outputs, Problem
+from cce.backends.gpu.arrays import Sizes
+from cce.backends.gpu.kernels import Kernels
+from cce.backends.problem import Maps, Outputs, Problem
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
@@ -55,7 +57,7 @@ def test_peak(name: str, scratch_bytes: int) -> None:
     case = replace(Case(name, n=300, d=64, v=8000), **CASES[name])
     case = replace(case, wanted=("e", "c"), spec={**case.spec, "scratch_bytes": scratch_bytes})
     backend, problem = Idle(), make_problem(case, "cpu")
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     assert not backend.unsupported(problem, spec)
     inputs, upstream = make_inputs(case, "cpu"), make_upstream(case, "cpu", torch.float32)
     maps = Maps(**{key: torch.zeros(spec.tiles(problem.v), problem.n) for key in problem.maps(spec)})

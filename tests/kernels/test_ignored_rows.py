@@ -12,7 +12,8 @@ from plain_backend import PlainBackend
 from cce.backends.gpu.exact import _exact
 from cce.backends.gpu.operands import Call
 from cce.backends.gpu.used_rows import _as_zeros
-from cce.problem import Gradients, Maps
+from cce.backends.problem import Gradients, Maps
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
@@ -25,7 +26,7 @@ FILTER = Spec(filter="element", threshold=2.0**-9, block_n=16, block_v=32)
 def both_ways(spec: Spec, c_value: float) -> tuple[Gradients[torch.Tensor], Gradients[torch.Tensor]]:
     """Rows that hold and get NaN, and a bias for which exp(z) is no float32; and those rows left out."""
     backend, problem = PlainBackend(), make_problem(CASE, "cpu")
-    spec, exact = spec.resolve(problem), Spec(filter="none").resolve(problem)
+    spec, exact = resolve(spec, problem), resolve(Spec(filter="none"), problem)
     inputs, upstream = make_inputs(CASE, "cpu"), make_upstream(CASE, "cpu", torch.float32)
     assert inputs.bias is not None and upstream.h is not None
     inputs = replace(inputs, bias=inputs.bias + 200)

@@ -16,7 +16,8 @@ from torch import Tensor
 from cce.backends.gpu import backend as gpu_backend
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.operands import is_aligned
-from cce.problem import Gradients, Maps, Outputs, Problem
+from cce.backends.problem import Gradients, Maps, Outputs, Problem
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
@@ -80,7 +81,7 @@ def results(
     case: Case, backend: PlainBackend, layout: Callable[[Tensor], Tensor], matrix: Callable[[Tensor], Tensor]
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     problem = make_problem(case, "cpu")
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     inputs = vectors_as(layout, make_inputs(case, "cpu"))
     inputs = replace(inputs, e=matrix(inputs.e), c=matrix(inputs.c))
     upstream = vectors_as(layout, make_upstream(case, "cpu", torch.float32))

@@ -18,7 +18,8 @@ from watch import captured, nothing_waits
 import cce
 from cce import registry
 from cce.backends.gpu.kernels import Kernels
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.testing import BEHAVIOURS, CASES, Case, run_case
 from cce.testing.behaviours import Behaviour
 
@@ -160,7 +161,7 @@ def large(order: bool, filter: str) -> tuple[Problem, cce.Spec, Inputs[Tensor], 
     n, d, v = 8192, 4096, 128_256
     bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
     problem = Problem(n, v, d, 1, torch.bfloat16, torch.bfloat16, "cuda", grad_e=True, grad_c=True)
-    spec = cce.Spec(filter=filter).resolve(problem)
+    spec = resolve(cce.Spec(filter=filter), problem)
     e, c = torch.zeros(n, d, **bf16), torch.zeros(v, d, **bf16)
     place = torch.randperm(v, device="cuda") if order else None
     targets = torch.randint(v // 20, (n, 1), device="cuda")

@@ -8,7 +8,8 @@ import torch
 import cce
 from cce import registry
 from cce.backends.gpu.refusals import capability_of
-from cce.problem import Problem
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 
 BACKENDS = ("triton", "cupy", "numba")
 BF16 = torch.bfloat16
@@ -45,7 +46,7 @@ def test_rocm(name: str, gpu: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("d", "refused"), [(8192, False), (8193, True), (16_384, True)])
 def test_numba_counts_pieces_in_32_bits(d: int, refused: bool) -> None:
     problem = Problem(n=64, v=2**21 - 1, d=d, e_dtype=BF16, c_dtype=BF16, device="cuda")
-    reasons = registry.load("numba").unsupported(problem, cce.Spec(filter="none").resolve(problem))
+    reasons = registry.load("numba").unsupported(problem, resolve(cce.Spec(filter="none"), problem))
     assert bool(reasons) == refused
     if refused:
         assert reasons == [f"c of 2097151 x {d} takes 2**35 bytes or more: its kernels cannot count them"]

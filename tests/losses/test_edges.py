@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cce
 from cce import losses
-from cce.reduction import total
+from cce.frontend.reduction import total
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 short = settings(max_examples=15, deadline=None, derandomize=True)

@@ -10,7 +10,8 @@ from unittest.mock import patch
 import torch
 
 import cce
-from cce.backends.numba import live, run
+from cce.backends.numba import launches as run
+from cce.backends.numba import live
 from cce.backends.numba.choice import GPU
 from cce.backends.numba.launch import Kernel
 

@@ -18,7 +18,7 @@ import contract
 from contract_cases import CASES
 
 from cce import registry
-from cce.backends.numba.run import NumbaKernels
+from cce.backends.numba.launches import NumbaKernels
 from cce.testing import CASES as KIT_CASES
 from cce.testing import LAYOUTS, PATTERNS, Case, run_case
 from cce.testing.check_option import check_option

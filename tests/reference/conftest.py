@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cce.problem import EXTRA_OUTPUTS, Inputs, Problem, Upstream
+from cce.backends.problem import EXTRA_OUTPUTS, Inputs, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.spec import Spec
 
 Array = np.ndarray
@@ -23,7 +24,7 @@ class Case:
     upstream: Upstream[Array]
 
     def spec(self, **fields: Any) -> Spec:
-        return Spec(**fields).resolve(self.problem)
+        return resolve(Spec(**fields), self.problem)
 
 
 def as_stored(x: Array, dtype: torch.dtype) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cce.problem import Inputs, Problem, Upstream
+from cce.backends.problem import Inputs, Problem, Upstream
 from cce.reference import dense
 
 OPTIONS = {

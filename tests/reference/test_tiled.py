@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cce.problem import Inputs, Problem
+from cce.backends.problem import Inputs, Problem
+from cce.backends.resolve import resolve
 from cce.reference import clear_threshold, dense, relative_error, threshold_margin, tiled
 from cce.reference.worklist import Tiling
 from cce.spec import Spec
@@ -250,7 +251,7 @@ def test_only_what_is_asked_for(make_case):
 def test_tie_across_tiles_goes_to_the_first_in_the_order():
     inputs = Inputs(np.ones((1, 1)), np.ones((4, 1)), np.array([[0]]), vocab_order=np.array([2, 0, 3, 1]))
     problem = Problem(1, 4, 1, outputs=frozenset({"prediction"}))
-    spec = Spec(block_v=1).resolve(problem)
+    spec = resolve(Spec(block_v=1), problem)
     assert tiled.forward(inputs, problem, spec)[0].prediction == 2
 
 

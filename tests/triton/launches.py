@@ -23,8 +23,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from cce.backends.problem import Maps
+from cce.backends.resolve import resolve
 from cce.backends.triton import TritonBackend, call, filtered, run
-from cce.problem import Maps
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
 
@@ -150,17 +151,16 @@ def compile_launches(setting: Setting, architecture: Architecture) -> list[Compi
 
 def _call(case: Case) -> None:
     problem = make_problem(case, "cpu")
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     inputs, upstream = make_inputs(case, "cpu"), make_upstream(case, "cpu", torch.float32)
     shape, dtype = (spec.tiles(problem.v), problem.n), problem.map_dtype(spec)
     maps = Maps(**{name: torch.zeros(shape, dtype=dtype) for name in problem.maps(spec)})
-    run.prepare_targets(inputs.targets, problem.v, -100)
+    run.prepare(inputs.targets, problem.v, -100, False)
     outputs = run.forward(inputs, problem, spec, maps)
     run.backward(inputs, problem, spec, outputs, maps, upstream)
     if TritonBackend().one_pass(problem, spec):
         outputs, gradients = run.loss_and_gradients(inputs, problem, spec, upstream.g)
-        run.mean_weights(inputs.targets)
-        run.prepared(inputs.targets, problem.v, -100)
+        run.prepare(inputs.targets, problem.v, -100, True)
         run.value(outputs, upstream.g)
         run.scale([x for x in vars(gradients).values() if x is not None], torch.ones(()))
 

@@ -11,13 +11,14 @@ import torch
 import triton
 from launches import ARCHITECTURES, Setting, compile_launches
 
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 from cce.backends.triton.call import launched_with
-from cce.backends.triton.candidates import candidates, kernels_of
 from cce.backends.triton.launch import TILES, Device, Launch, Tile, fitted, shipped
-from cce.problem import Problem
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_problem
+from cce.tuning.candidates import candidates, kernels_of
 
 BF16, F32 = torch.bfloat16, torch.float32
 PROBLEMS = [
@@ -45,7 +46,7 @@ def test_candidates_keep_to_the_spec(spec: Spec) -> None:
     """The blocks of the filter are the spec's, whatever the product's tile."""
     seen = 0
     for problem, device in product(PROBLEMS, DEVICES):
-        resolved = spec.resolve(problem)
+        resolved = resolve(spec, problem)
         launch = shipped(problem, resolved, device)
         assert keeps_to(resolved, problem, launch)
         for kernel in kernels_of(problem, resolved):
@@ -78,7 +79,7 @@ def keeps_to(spec: Spec, problem: Problem, launch: Launch) -> bool:
 
 
 def test_kernels() -> None:
-    problem, spec = PROBLEMS[0], Spec(filter="element").resolve(PROBLEMS[0])
+    problem, spec = PROBLEMS[0], resolve(Spec(filter="element"), PROBLEMS[0])
     assert kernels_of(problem, spec) == ("forward", "sparse", "de", "dc")
     assert kernels_of(replace(problem, grad_e=False), spec) == ("forward", "sparse", "dc")
     assert kernels_of(replace(problem, grad_c=False), spec) == ("forward", "sparse", "de")
@@ -132,7 +133,7 @@ ROUNDS = {
 def test_compiles(filter: str, nth: int) -> None:
     case = replace(Case("", n=256, d=512, v=1024, e_dtype=BF16, c_dtype=BF16), spec={"filter": filter})
     problem, device = make_problem(case, "cpu"), Device("A GPU", HOPPER.capability, 1, "ieee")
-    spec = case.make_spec().resolve(problem)
+    spec = resolve(case.make_spec(), problem)
     launch, tiles = shipped(problem, spec, device), ROUNDS[filter][nth]
     assert set(tiles) <= set(TILES)
     for kernel, tile in tiles.items():

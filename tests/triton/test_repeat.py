@@ -156,8 +156,8 @@ class OnDevice:
 @pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_profiler_is_told_of_launches(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Triton's own launch; without one the hooks' part of a launch is left out."""
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+    monkeypatch.setattr(repeat, "current_device", lambda: 0)
+    monkeypatch.setattr(repeat, "raw_stream", lambda device: 5)
     compiled = OnDevice()
     launch = repeat._launcher(compiled, (2, 1, 1))
     launch("x")

@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 from cce.backends.triton import choice, tunecache
 from cce.backends.triton.launch import TILES, Device, Tile, shipped
-from cce.problem import Problem
 from cce.spec import Spec
 
 DEVICE = Device("A GPU", (9, 0), 132, "ieee")
 PROBLEM = Problem(
     n=1000, v=5000, d=256, e_dtype=torch.bfloat16, c_dtype=torch.bfloat16, device="cuda", grad_e=True, grad_c=True
 )
-SPEC = Spec(filter="element").resolve(PROBLEM)
+SPEC = resolve(Spec(filter="element"), PROBLEM)
 TILE = Tile(128, 128, 32, stages=2)
 
 

@@ -11,20 +11,21 @@ import pytest
 import torch
 
 import cce
-from cce.backends.triton import autotune
-from cce.backends.triton.candidates import candidates, kernels_of
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 from cce.backends.triton.launch import Device, Launch, Tile, fitted, shipped
-from cce.backends.triton.prepare import EventTimer
-from cce.backends.triton.tuning import Row, Trial, Tuned, tune
-from cce.backends.triton.work import difference
-from cce.problem import Problem
 from cce.spec import Spec
+from cce.tuning import autotune
+from cce.tuning.candidates import candidates, kernels_of
+from cce.tuning.phases import difference
+from cce.tuning.prepare import EventTimer
+from cce.tuning.search import Row, Trial, Tuned, tune
 
 DEVICE = Device("A GPU", (9, 0), 132, "ieee")
 PROBLEM = Problem(
     n=8192, v=32_000, d=2304, e_dtype=torch.bfloat16, c_dtype=torch.bfloat16, device="cuda", grad_e=True, grad_c=True
 )
-EXACT, FILTERED = (Spec(filter=name).resolve(PROBLEM) for name in ("none", "element"))
+EXACT, FILTERED = (resolve(Spec(filter=name), PROBLEM) for name in ("none", "element"))
 
 
 @dataclass
@@ -146,7 +147,7 @@ def test_all_candidates_fail() -> None:
 def test_products_share_their_warps() -> None:
     wide = replace(PROBLEM, e_dtype=torch.float32, c_dtype=torch.float32)
     device = replace(DEVICE, precision="tf32")
-    spec = Spec(filter="element").resolve(wide)
+    spec = resolve(Spec(filter="element"), wide)
 
     def ms(kernel: str, launch: Launch, n: int) -> float:
         return 1.0 if kernel != "dc" or launch.dc.warps != 4 else 0.5

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import cce
-from cce.backends.triton import autotune, call, run
+from cce.backends.triton import call, run
 from cce.backends.triton.launch import Launch, Tile
-from cce.backends.triton.tuning import Trial
+from cce.tuning import autotune
+from cce.tuning.search import Trial
 
 SPECS = {
     "exact": cce.Spec(filter="none"),  # with a softcap, in two passes

@@ -7,7 +7,7 @@ from ctypes import c_float, c_int, c_longlong, c_void_p
 from torch import Tensor
 
 from cce.backends.cupy.launch import Arguments, strided
-from cce.backends.gpu import kernels
+from cce.backends.gpu import arrays
 
 
 class Matrix(Arguments):
@@ -27,7 +27,7 @@ class Formula(Arguments):
     _fields_ = (("scale", c_float), ("softcap", c_float))
 
     @classmethod
-    def of(cls, formula: kernels.Formula) -> Formula:
+    def of(cls, formula: arrays.Formula) -> Formula:
         return cls(scale=formula.scale, softcap=formula.softcap or 0.0)
 
 
@@ -37,7 +37,7 @@ class Splits(Arguments):
     _fields_ = tuple((name, c_void_p) for name in ("max", "sum", "gap", "weighted", "best"))
 
     @classmethod
-    def of(cls, splits: kernels.Splits) -> Splits:
+    def of(cls, splits: arrays.Splits) -> Splits:
         return cls(**vars(splits))
 
 
@@ -47,7 +47,7 @@ class Tiles(Arguments):
     _fields_ = tuple((name, c_void_p) for name in ("max", "log_sum", "entropy"))
 
     @classmethod
-    def of(cls, tiles: kernels.Tiles | None) -> Tiles:
+    def of(cls, tiles: arrays.Tiles | None) -> Tiles:
         return cls() if tiles is None else cls(**vars(tiles))
 
 
@@ -59,7 +59,7 @@ class Rows(Arguments):
     )  # fmt: skip
 
     @classmethod
-    def of(cls, rows: kernels.Rows) -> Rows:
+    def of(cls, rows: arrays.Rows) -> Rows:
         return cls(**vars(rows), K=rows.targets.shape[1])
 
 

@@ -11,8 +11,8 @@ from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.variants import DTYPES
-from cce.backends.gpu.kernels import Rows
-from cce.problem import Maps, Problem
+from cce.backends.gpu.arrays import Rows
+from cce.backends.problem import Maps, Problem
 from cce.spec import Spec
 
 _MEAN_THREADS, _MASS_THREADS, _MASS_EACH = 128, 256, 4

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from cce.backends.cupy.launch import address
-from cce.backends.gpu.kernels import Dense
+from cce.backends.gpu.arrays import Dense
 
 
 def tensors_of(dense: Dense) -> tuple[Tensor | None, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy.module import Variant, function
+from cce.torch_private import raw_stream
 
 
 class Launch:
@@ -48,7 +49,7 @@ class Launch:
         self._rest = (self._address,) if cooperative else (self._address, 0)
 
     def __call__(self) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        stream = raw_stream(self._device)
         self._launch(self._function, *self.grid, *self._shape, stream, *self._rest)
 
 

@@ -22,7 +22,7 @@ from cce.backends.cupy.variants import (
     store_variant,
     targets_variant,
 )
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv
 

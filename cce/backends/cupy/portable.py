@@ -25,12 +25,13 @@ from cce.backends.cupy.variants import (
     statistics_variant,
     targets_variant,
 )
-from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.sizes import cdiv
 from cce.backends.gpu.work import Work
-from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cce.backends.cupy.module import Variant, function
+from cce.torch_private import raw_stream
 
 # A thread that has not called CUDA before, as one of autograd's, has no context yet, which the driver does not make.
 _thread = threading.local()
@@ -45,7 +46,7 @@ class Repeated:
         if getattr(_thread, "device", None) != self._device:
             self._set_device(self._device)
             _thread.device = self._device
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        stream = raw_stream(self._device)
         with self._lock:  # autograd's threads may come at the same time
             self._pack(self._memory, 0, *values)
             self._launch(self._function, x, y, 1, self._threads, 1, 1, self._shared, stream, self._address, 0)

@@ -12,9 +12,9 @@ from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.variants import DTYPES
-from cce.backends.gpu.kernels import Splits, Tiles
+from cce.backends.gpu.arrays import Splits, Tiles
 from cce.backends.gpu.sizes import ALIGNMENT, cdiv
-from cce.problem import LEAST_HIT, Maps
+from cce.backends.problem import LEAST_HIT, Maps
 from cce.spec import Spec
 
 _THREADS, _JOIN_THREADS, _FILL_THREADS, _FILL_TILES = 128, 64, 256, 16

@@ -22,10 +22,10 @@ from cce.backends.cupy.sm90_onepass import Sm90OnePass
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dense_macros, rows_macros
-from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Live, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Sizes, Splits, Tiles
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv, rows_are_copied
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 BLOCK = 128  # of the filter, both ways

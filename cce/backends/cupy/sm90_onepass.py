@@ -10,7 +10,7 @@ from cce.backends.cupy.onepass import PortableOnePass
 from cce.backends.cupy.repeat import Repeated
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import box_bytes
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.sizes import cdiv
 
 #: Arguments of sm90/store.cu: two tensor maps, addresses and a pitch, the formula, sizes.

@@ -7,7 +7,7 @@ import torch
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.variants import dtype_macros, formula_macros
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 
 THREADS = 384
 TILE_N, TILE_V = 128, 256

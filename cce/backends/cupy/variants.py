@@ -6,7 +6,7 @@ import torch
 
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
-from cce.backends.gpu.kernels import Dense, Formula, Live, Rows, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, Formula, Live, Rows, Splits, Tiles
 from cce.spec import Spec
 
 THREADS = 256

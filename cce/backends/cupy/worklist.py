@@ -11,12 +11,12 @@ from torch import Tensor
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.module import Variant
-from cce.backends.gpu.kernels import Rows
+from cce.backends.gpu.arrays import Rows
 from cce.backends.gpu.plan import Plan, shapes
 from cce.backends.gpu.sizes import cdiv, row_blocks
 from cce.backends.gpu.work import Work
-from cce.problem import Inputs, Maps, Problem, Upstream
-from cce.rows import used_rows
+from cce.backends.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.shared.rows import used_rows
 from cce.spec import Spec
 
 _THREADS, _TILES_THREADS = 256, 1024

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from cce.backends.base import Backend
+from cce.backends.base import Backend, OnePass
 from cce.backends.gpu import onepass
 from cce.backends.gpu.device import on_device_of
 from cce.backends.gpu.exact import exact
@@ -18,13 +19,13 @@ from cce.backends.gpu.layouts import contiguous
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.refusals import common_refusals
 from cce.backends.gpu.sizes import MOST_WEIGHED
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import used_rows
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.worklist import WorkList, work_list
 from cce.spec import Spec
-from cce.worklist import WorkList, work_list
 
 
-class KernelBackend(Backend):
+class KernelBackend(Backend, OnePass):
     """The algorithm of docs/algorithm.md around some :class:`Kernels`, on their device."""
 
     device = "cuda"
@@ -42,8 +43,8 @@ class KernelBackend(Backend):
             return reasons
         return [*reasons, *kernels.unsupported(problem, spec)]
 
-    def one_pass(self, problem: Problem, spec: Spec) -> bool:
-        return onepass.serves(problem, spec) and self.kernels().one_pass() is not None
+    def one_pass(self, problem: Problem, spec: Spec) -> OnePass | None:
+        return self if onepass.serves(problem, spec) and self.kernels().one_pass() is not None else None
 
     @property
     def _one_pass(self) -> OnePassKernels:
@@ -58,12 +59,15 @@ class KernelBackend(Backend):
             given = contiguous(inputs), problem, spec, weights.contiguous()
             return onepass.loss_and_gradients(self._one_pass, *given)
 
-    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
+    def prepare(
+        self, targets: Tensor, v: int, ignore_index: int, mean: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
         kernels = self.kernels().one_pass()
-        if kernels is None or (mean and targets.numel() > MOST_WEIGHED):
-            return None
+        weighs = mean == torch.float32 and targets.numel() <= MOST_WEIGHED
+        if kernels is None or targets.shape[1] != 1 or (mean is not None and not weighs):
+            return super().prepare(targets, v, ignore_index, mean)
         with on_device_of(targets):
-            return onepass.prepared(kernels, targets.contiguous(), v, ignore_index, mean)
+            return onepass.prepared(kernels, targets.contiguous(), v, ignore_index, weighs)
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         with on_device_of(weights):

@@ -12,9 +12,9 @@ from cce.backends.gpu.gradients import Scaled
 from cce.backends.gpu.operands import Call
 from cce.backends.gpu.products import product, wide_product
 from cce.backends.gpu.sorted_rows import SortedRows
-from cce.compensation import dead_weight
-from cce.problem import Maps, Outputs, Upstream
-from cce.rows import rows_of
+from cce.backends.problem import Maps, Outputs, Upstream
+from cce.backends.shared.compensation import dead_weight
+from cce.backends.shared.rows import rows_of
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.torch_private import current_device
+
 _HERE: AbstractContextManager[Any] = nullcontext()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Kernels are launched on the current device: that of ``x``, in this context. Most often it is already."""
-    if not x.is_cuda or x.get_device() == torch._C._cuda_getDevice():
+    if not x.is_cuda or x.get_device() == current_device():
         return _HERE
     return torch.cuda.device_of(x)

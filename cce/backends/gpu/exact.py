@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.arrays import Dense, GradientOfWindow
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
-from cce.backends.gpu.kernels import Dense, GradientOfWindow, Kernels
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.lent import shaped, share_of_chunk, stretches
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.products import product, sums_bytes, write_product
 from cce.backends.gpu.sizes import cdiv, pitch, windows
 from cce.backends.gpu.used_rows import of_used_rows
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 

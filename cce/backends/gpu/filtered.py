@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.arrays import Live
 from cce.backends.gpu.compensation import Dead, compensation
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
-from cce.backends.gpu.kernels import Kernels, Live
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.operands import Call, aligned
 from cce.backends.gpu.sizes import copied_in_scratch, row_blocks, slot_bytes
 from cce.backends.gpu.sorted_rows import SortedRows
 from cce.backends.gpu.used_rows import in_rows
 from cce.backends.gpu.work import Work
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import used_rows
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.rows import used_rows
 from cce.spec import Spec
 
 

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Kernels, Splits, Tiles
+from cce.backends.gpu.arrays import Splits, Tiles
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.sizes import busiest_splits, cdiv, windows
 from cce.backends.gpu.used_rows import ask
-from cce.backends.mean_logit import weighted_logit
-from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
-from cce.rows import used_rows
+from cce.backends.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.weighted_logit import weighted_logit
 from cce.spec import Spec
 
 _MOST_SPLITS = 64

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Rows
+from cce.backends.gpu.arrays import Rows
 from cce.backends.gpu.operands import Call
-from cce.backends.mean_logit import weighted_rows
-from cce.backends.scaling import norm_of, scaled
-from cce.problem import Inputs, Outputs, Upstream
-from cce.worklist import target_positions
+from cce.backends.problem import Inputs, Outputs, Upstream
+from cce.backends.shared.scaling import norm_of, scaled
+from cce.backends.shared.weighted_logit import weighted_rows
+from cce.backends.shared.worklist import target_positions
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from cce.problem import Inputs, Outputs, Upstream
+from cce.backends.problem import Inputs, Outputs, Upstream
 
 Fields = TypeVar("Fields", Inputs[Tensor], Outputs[Tensor], Upstream[Tensor])
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cce.backends.gpu import plan as plans
 from cce.backends.gpu import work as works
+from cce.backends.gpu.arrays import Formula, Rows, Splits, Tiles
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.work import Work
-from cce.backends.pair import finite, pair
-from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.shared.pair import finite, pair
 from cce.spec import Spec
-
-if TYPE_CHECKING:
-    from cce.backends.gpu.kernels import Formula, Rows, Splits, Tiles
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class LibraryOperations:
     def joined(
         self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """lse (N,), lse_low (N,) and nll (N, K) as :class:`cce.problem.Outputs` has them, float32; 0 if not in use.
+        """lse (N,), lse_low (N,) and nll (N, K) as :class:`Outputs` has them, float32; 0 if not in use.
 
         With M the largest of the splits' maxima and l = log sum_k exp(m_k - M) s_k: lse = M + l rounded, lse_low what
         was rounded off, nll = l + (M - target's logit). A target's logit comes from another kernel, and may exceed the
@@ -158,7 +155,7 @@ class LibraryOperations:
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Work:
-        """The rows' order and the live tiles, as :func:`cce.worklist.live_blocks` finds them; ``rows``: the places."""
+        """The rows' order and the live tiles, as ``live_blocks`` finds them; ``rows``: the places."""
         return Work.of(inputs, problem, spec, maps, upstream)
 
     def plan(self, live: Tensor, slots: int, pack: int) -> Plan:

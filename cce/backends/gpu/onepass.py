@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.operands import aligned, formula_of, is_aligned
 from cce.backends.gpu.products import scaled_product
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
-from cce.backends.scaling import norm_of, scaled
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.shared.scaling import norm_of, scaled
 from cce.spec import Spec
 
 

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula
+from cce.backends.gpu.arrays import Formula
 
 
 class OnePassKernels(ABC):

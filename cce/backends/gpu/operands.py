@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Formula, Kernels, Sizes
+from cce.backends.gpu.arrays import Formula, Sizes
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import ALIGNMENT, Blocks, padded
-from cce.problem import Inputs, Problem
+from cce.backends.problem import Inputs, Problem
 from cce.spec import Spec
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from cce.backends.gpu.sizes import BLOCKS_N, BLOCKS_V, least_scratch
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 

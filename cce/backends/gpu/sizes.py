@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 #: Tiles of the filter that a matrix unit can work on.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
-from cce.rows import rows_in_use, rows_of, used_rows
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.shared.rows import rows_in_use, rows_of, used_rows
 
 #: A backward of rows that all count.
 Backward = Callable[[Inputs[Tensor], Problem, Outputs[Tensor], Upstream[Tensor]], Gradients[Tensor]]
@@ -34,7 +34,7 @@ def ask(targets: Tensor) -> None:
 
 
 def _rows_with_target(targets: Tensor, in_use: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """As :func:`cce.rows.rows_in_use`; waits for no more than the answer where :func:`ask` has been called."""
+    """As :func:`cce.frontend.rows.rows_in_use`; waits for no more than the answer where :func:`ask` has been called."""
     asked: tuple[int, torch.cuda.Event, Tensor] | None = getattr(targets, _ASKED, None)
     if asked is None or in_use is not None or asked[0] != targets._version:
         return rows_in_use(targets, in_use)

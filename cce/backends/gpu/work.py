@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.problem import Inputs, Maps, Problem, Upstream
-from cce.rows import used_rows
+from cce.backends.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.worklist import live_blocks
 from cce.spec import Spec
-from cce.worklist import live_blocks
 
 
 @dataclass(frozen=True)

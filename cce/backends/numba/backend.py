@@ -37,6 +37,6 @@ class NumbaBackend(KernelBackend):
 
 @cache
 def _kernels() -> Kernels:
-    from cce.backends.numba.run import NumbaKernels
+    from cce.backends.numba.launches import NumbaKernels
 
     return NumbaKernels()

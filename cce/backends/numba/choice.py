@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from cce.backends.numba.tile import Tile
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 #: Of arithmetic, by dtype; of float32 there are two.

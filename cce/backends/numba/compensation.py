@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Rows
+from cce.backends.gpu.arrays import Rows
 from cce.backends.gpu.operands import softcap_of
 from cce.backends.gpu.sizes import cdiv
 from cce.backends.numba.choice import KINDS
 from cce.backends.numba.compile import dead_mass_kernel, mean_rows_kernel
 from cce.backends.numba.operands import pieces_of, pitch_of
 from cce.backends.numba.options import Mass, Means
-from cce.problem import Maps, Problem
+from cce.backends.problem import Maps, Problem
 from cce.spec import Spec
 
 #: Blocks of threads for every run of rows: the vocabulary blocks are shared out among them.

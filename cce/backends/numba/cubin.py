@@ -17,13 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 from cce.backends.gpu.folders import folder_of
+from cce.backends.numba.source import Source
 from cce.files import Cache
-
-if TYPE_CHECKING:
-    from cce.backends.numba.launch import Kernel
 
 VARIABLE = "CCE_NUMBA_CACHE"
 _CACHE = Cache("cubin of the numba backend")
@@ -43,7 +40,7 @@ class Code:
     code: bytes
 
 
-def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
+def compiled(kernel: Source, capability: tuple[int, int]) -> Code:
     """From the folder of cubins, or newly compiled."""
     path = _path(kernel, capability)
     kept = None if path is None else _CACHE.get(path)
@@ -58,7 +55,7 @@ def compiled(kernel: Kernel, capability: tuple[int, int]) -> Code:
     return found
 
 
-def ptx_of(kernel: Kernel, capability: tuple[int, int]) -> Code:
+def ptx_of(kernel: Source, capability: tuple[int, int]) -> Code:
     """Compiles a kernel as far as Numba does it."""
     with _COMPILER, _no_collection(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
@@ -117,7 +114,7 @@ def folder() -> Path | None:
     return folder_of(VARIABLE, "numba")
 
 
-def _path(kernel: Kernel, capability: tuple[int, int]) -> Path | None:
+def _path(kernel: Source, capability: tuple[int, int]) -> Path | None:
     place = folder()
     if place is None:
         return None

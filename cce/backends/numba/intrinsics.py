@@ -184,14 +184,6 @@ def words(typing, pointer):
     return _array(pointer, U32)
 
 
-@intrinsic
-def store_16(typing, pointer, place, a, b, c, d):
-    """Four words to a pointer, as its 16-byte piece number ``place``: ``st.global.v4.b32``."""
-    signature = types.void(I64, I64, U32, U32, U32, U32)
-    body = "{ .reg .b64 at; mad.lo.s64 at, $1, 16, $0; st.global.v4.b32 [at], {$2, $3, $4, $5}; }"
-    return ptx(signature, body, "l,l,r,r,r,r,~{memory}", effect=True)
-
-
 # Shared memory
 
 

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib import import_module
 from threading import Lock
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.numba.cubin import Code, compiled
+from cce.backends.numba.source import Source
 
 
 def simulated() -> bool:
@@ -27,31 +27,20 @@ def simulated() -> bool:
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
-class Kernel:
+class Kernel(Source):
     """A kernel to be called with numbers and tensors.
 
     Args:
-        make: module of the folder ``kernels``, and the function there that makes the Python function of its options;
-            the parameters of that are annotated with their types.
-        options: a frozen dataclass, whose repr says all.
-        threads: of a block. shared: bytes of shared memory of a block. resident: blocks on a multiprocessor.
+        make, options, threads, resident: as :class:`Source` has them.
+        shared: bytes of shared memory of a block.
     """
 
     def __init__(self, make: str, options: Any, threads: int, shared: int, resident: int = 1) -> None:
-        self.make, self.options = make, options
-        self.threads, self.shared, self.resident = threads, shared, resident
+        super().__init__(make, options, threads, resident)
+        self.shared = shared
         self._codes: dict[tuple[int, int], Code] = {}
         self._loaded: dict[int, tuple[int, str]] = {}
         self._lock = Lock()
-
-    @property
-    def name(self) -> str:
-        return self.make.split(".")[1].removeprefix("make_")
-
-    def build(self) -> Callable[..., None]:
-        """The Python function; this imports Numba."""
-        module, name = self.make.split(".")
-        return getattr(import_module(f"cce.backends.numba.kernels.{module}"), name)(self.options)
 
     def __call__(self, grid: int, *arguments: Any) -> None:
         """Launches so many blocks on torch's current stream."""

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from cce.backends.gpu.kernels import Live
+from cce.backends.gpu.arrays import Live
 from cce.backends.numba.choice import KINDS, Choice
 from cce.backends.numba.compile import dbias_kernel, live_kernel, sums_kernel
 from cce.backends.numba.launch import Kernel, prepare_all
 from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Product, Sums
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 _Launch = tuple[Kernel, int, tuple[Any, ...]]  # blocks of threads, arguments

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Rows
+from cce.backends.gpu.arrays import Rows
 
 
 def pieces_of(x: Tensor) -> int:

@@ -177,11 +177,6 @@ def words(pointer: Pointer) -> np.ndarray:
     return pointer.view(np.uint32)
 
 
-def store_16(pointer: Pointer, place: int, a: int, b: int, c: int, d: int) -> None:
-    """Four words to a pointer, as its 16-byte piece number ``place``."""
-    _inside(pointer, place).view(np.uint32)[:] = (a, b, c, d)
-
-
 def _inside(pointer: Pointer, place: int) -> np.ndarray:
     """A 16-byte piece; IndexError where a GPU would touch memory that is not the tensor's."""
     if not 0 <= 16 * place <= len(pointer.memory) - 16:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.problem import Inputs, Problem
+from cce.backends.problem import Inputs, Problem
 from cce.spec import Spec
 
 _WIDE = {"float32": torch.float32, "float64": torch.float64}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cce.backends.base import Backend
+from cce.backends.base import Backend, OnePass
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.torch.backward import backward
 from cce.backends.torch.forward import forward
 from cce.backends.torch.onepass import loss_and_gradients, rows_at_once
 from cce.backends.torch.plan import minimum_scratch
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 
-class TorchBackend(Backend):
+class TorchBackend(Backend, OnePass):
     """Every option, every dtype, every device; the default without a GPU kernel."""
 
     name = "torch"
@@ -24,8 +24,8 @@ class TorchBackend(Backend):
             return [f"scratch_bytes={spec.scratch_bytes} is less than the {needed} bytes of one row and one tile"]
         return []
 
-    def one_pass(self, problem: Problem, spec: Spec) -> bool:
-        return rows_at_once(problem, spec) > 0
+    def one_pass(self, problem: Problem, spec: Spec) -> OnePass | None:
+        return self if rows_at_once(problem, spec) > 0 else None
 
     def loss_and_gradients(
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cce.backends.mean_logit import weighted_rows
-from cce.backends.scaling import norm_of, scaled
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.compensation import columns_of_tiles, dead_mass
+from cce.backends.shared.rows import rows_of
+from cce.backends.shared.scaling import norm_of, scaled
+from cce.backends.shared.weighted_logit import weighted_rows
+from cce.backends.shared.worklist import WorkList, work_list
 from cce.backends.torch.arithmetic import Arithmetic, Rows, gathered
 from cce.backends.torch.forward import weights_along
 from cce.backends.torch.logits import add_at_, logits_, softcap_derivative, softmax_gradient_
 from cce.backends.torch.plan import Plan
 from cce.backends.torch.segments import Segment, Targets, segments
-from cce.compensation import columns_of_tiles, dead_mass
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import rows_of
 from cce.spec import Spec
-from cce.worklist import WorkList, work_list
 
 # Of the upstream gradients in float16: far below 65504, so that what is small beside it seldom underflows. dC is summed
 # in float32 here.

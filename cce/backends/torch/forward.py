@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.backends.mean_logit import weighted_logit
-from cce.backends.pair import finite, joined, pair
+from cce.backends.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
+from cce.backends.shared.pair import finite, joined, pair
+from cce.backends.shared.weighted_logit import weighted_logit
+from cce.backends.shared.worklist import target_positions
 from cce.backends.torch.arithmetic import Arithmetic, Rows, along_vocabulary, gathered
 from cce.backends.torch.logits import logits_
 from cce.backends.torch.plan import Plan
-from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
 from cce.spec import Spec
-from cce.worklist import target_positions
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cce.backends.problem import Outputs, Problem, Upstream
 from cce.backends.torch.arithmetic import Arithmetic
-from cce.problem import Outputs, Problem, Upstream
 
 
 def logits_(problem: Problem, arithmetic: Arithmetic, e: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.backends.pair import finite, joined, pair
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem
+from cce.backends.shared.pair import finite, joined, pair
 from cce.backends.torch.arithmetic import Arithmetic, Rows
 from cce.backends.torch.forward import Chunk, chunks
 from cce.backends.torch.logits import add_at_, logits_
-from cce.problem import Gradients, Inputs, Outputs, Problem
 from cce.spec import Spec
 
 # Rows of a block: with fewer, the products are short and dC is read and written too often to gain anything;

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cce.backends.problem import Problem
 from cce.backends.torch.arithmetic import Arithmetic
-from cce.problem import Problem
 from cce.spec import Spec
 
 # Rows and columns of logits, by device type. On a CPU 1024 x 1024 float32 logits (4 MB) stay near the

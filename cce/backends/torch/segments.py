@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from cce.backends.problem import Inputs, Problem, Upstream
+from cce.backends.shared.worklist import target_positions
 from cce.backends.torch.forward import chunks
-from cce.problem import Inputs, Problem, Upstream
 from cce.spec import Spec
-from cce.worklist import target_positions
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from cce.backends.base import Backend
+from cce.backends.base import Backend, OnePass
+from cce.backends.gpu import onepass
 from cce.backends.gpu.refusals import common_refusals, missing_gpu
-from cce.backends.gpu.sizes import MOST_WEIGHED, logits_bytes
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.gpu.sizes import MOST_WEIGHED
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.targets import mean_weights
+from cce.backends.shared.worklist import WorkList
 from cce.spec import Spec
-from cce.worklist import WorkList
 
 
-class TritonBackend(Backend):
+class TritonBackend(Backend, OnePass):
     """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above."""
 
     name = "triton"
@@ -48,27 +50,22 @@ class TritonBackend(Backend):
             return "launch configuration: tuned for this problem on this GPU"
         return f"launch configuration: shipped, {'' if launch.measured else 'not '}measured on this architecture"
 
-    def one_pass(self, problem: Problem, spec: Spec) -> bool:
-        plain = spec.filter == "none" and problem.softcap is None and not problem.outputs
-        # The products of the library need factors of one dtype; where c is the narrower, it would have to be copied.
-        return plain and problem.c_dtype == problem.dtype and logits_bytes(problem) <= spec.scratch_bytes
+    def one_pass(self, problem: Problem, spec: Spec) -> OnePass | None:
+        return self if onepass.serves(problem, spec) else None
 
     def loss_and_gradients(
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
     ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
         return _kernels().loss_and_gradients(inputs, problem, spec, weights)
 
-    def mean_weights(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
-        if targets.numel() > MOST_WEIGHED or dtype != torch.float32:
-            return super().mean_weights(targets, dtype)
-        found: Tensor = _kernels().mean_weights(targets)
-        return found
-
-    def prepared(self, targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None] | None:
-        if not mean or targets.numel() > MOST_WEIGHED:
-            return None
-        found: tuple[Tensor, Tensor] = _kernels().prepared(targets, v, ignore_index)
-        return found
+    def prepare(
+        self, targets: Tensor, v: int, ignore_index: int, mean: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
+        weighs = mean == torch.float32 and targets.numel() <= MOST_WEIGHED
+        found: tuple[Tensor, Tensor | None] = _kernels().prepare(targets, v, ignore_index, weighs)
+        if mean is None or weighs:
+            return found
+        return found[0], mean_weights(found[0], mean)
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         found: Tensor = _kernels().value(outputs, weights)

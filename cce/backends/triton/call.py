@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 
 from cce.backends.gpu.sizes import Blocks
+from cce.backends.problem import Inputs, Problem
 from cce.backends.triton.choice import choose
 from cce.backends.triton.launch import Device, Launch, Tile
 from cce.backends.triton.operands import dot_dtype, matrix, needs_wide, tma_ready
-from cce.problem import Inputs, Problem
 from cce.spec import Spec
 
 INTERPRETED = triton.knobs.runtime.interpret

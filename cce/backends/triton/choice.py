@@ -6,9 +6,9 @@ import warnings
 from dataclasses import replace
 from functools import lru_cache
 
+from cce.backends.problem import Problem
 from cce.backends.triton import tunecache
 from cce.backends.triton.launch import Device, Launch, fitted, shipped
-from cce.problem import Problem
 from cce.spec import Spec
 
 

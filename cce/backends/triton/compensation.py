@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cce.backends.gpu.products import product, wide_product
 from cce.backends.gpu.sizes import cdiv
+from cce.backends.problem import Maps
 from cce.backends.triton import plan as plans
 from cce.backends.triton.call import Call
 from cce.backends.triton.gradients import Formula
 from cce.backends.triton.kernels.compensation import dead_mass_kernel, mean_rows_kernel
 from cce.backends.triton.sorted_rows import Rows, sorted_rows
-from cce.problem import Maps
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from cce.backends.gpu.lent import Stretch, shaped, share_of_chunk, stretches
 from cce.backends.gpu.products import product, sums_bytes, write_product
 from cce.backends.gpu.sizes import cdiv, pitch, windows
 from cce.backends.gpu.used_rows import of_used_rows
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weights_of
 from cce.backends.triton.gradients import Formula, add_rank_one_dc, add_rank_one_de, finish_de
 from cce.backends.triton.kernels.gradient import dense_kernel
 from cce.backends.triton.operands import matrix
 from cce.backends.triton.repeat import Repeated
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from cce.backends.gpu.lent import Stretch, shaped, stretches
 from cce.backends.gpu.sizes import cdiv, row_blocks, slot_bytes
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Upstream
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.worklist import WorkList, target_positions
 from cce.backends.triton import plan as plans
 from cce.backends.triton.call import Call
 from cce.backends.triton.compensation import Dead, compensation
@@ -18,9 +21,6 @@ from cce.backends.triton.kernels.products import dbias_kernel, products_kernel
 from cce.backends.triton.operands import dot_dtype, matrix, needs_wide, tma_ready
 from cce.backends.triton.repeat import Repeated
 from cce.backends.triton.sorted_rows import Rows
-from cce.problem import Gradients, Inputs, Maps, Outputs, Upstream
-from cce.rows import used_rows
-from cce.worklist import WorkList, target_positions
 
 #: Of the entries that are left, those of the next stretch; each has a plan of its own, of some ten small kernels.
 _SHARE, _MOST_STRETCHES = 2 / 3, 2

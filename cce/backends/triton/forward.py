@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cce.backends.gpu.sizes import busiest_splits, cdiv, power_of_two, windows
 from cce.backends.gpu.used_rows import ask
-from cce.backends.mean_logit import weighted_logit
+from cce.backends.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.weighted_logit import weighted_logit
 from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.forward import forward_kernel, mass_kernel, reduce_kernel, target_kernel
 from cce.backends.triton.operands import gather
-from cce.problem import LEAST_HIT, Inputs, Maps, Outputs, Problem
-from cce.rows import used_rows
 from cce.spec import Spec
 
 _MOST_SPLITS = 64  # reduce_kernel holds all splits of some rows at once

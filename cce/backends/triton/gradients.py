@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.sizes import cdiv
-from cce.backends.mean_logit import weighted_rows
-from cce.backends.scaling import norm_of, scaled
+from cce.backends.problem import Inputs, Outputs, Upstream
+from cce.backends.shared.scaling import norm_of, scaled
+from cce.backends.shared.weighted_logit import weighted_rows
+from cce.backends.shared.worklist import target_positions
 from cce.backends.triton.call import Call
 from cce.backends.triton.forward import weights_of
 from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
-from cce.problem import Inputs, Outputs, Upstream
-from cce.worklist import target_positions
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cce.backends.gpu.sizes import ALIGNMENT, BLOCKS_V, LEAST_COLUMNS
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 #: The fields of :class:`Launch` that are tiles.

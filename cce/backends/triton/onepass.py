@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cce.backends.gpu.products import scaled_product
 from cce.backends.gpu.sizes import cdiv, pitch, power_of_two
-from cce.backends.scaling import norm_of, scaled
+from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.shared.scaling import norm_of, scaled
 from cce.backends.triton.call import Call, multiprocessors
 from cce.backends.triton.kernels.forward import target_kernel
 from cce.backends.triton.kernels.onepass import (
@@ -26,7 +27,6 @@ from cce.backends.triton.kernels.onepass import (
 )
 from cce.backends.triton.operands import matrix, tma_ready
 from cce.backends.triton.repeat import Repeated
-from cce.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 _MOST_STEPS = 64  # kept; a call needs one
@@ -59,7 +59,7 @@ class _Steps:
 
     def __init__(self, call: Call) -> None:
         problem, launch, tile = call.problem, call.launch, call.launch.dense
-        self._n, self._v, self._k, self._tile = problem.n, problem.v, problem.k, tile
+        self._n, self._k, self._tile = problem.n, problem.k, tile
         n, v, k, t = problem.n, problem.v, problem.k, cdiv(problem.v, tile.columns)
         # A row without a target may hold NaN: the product for dC has zeros there.
         self._copies = problem.grad_c and k == 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.sizes import cdiv, power_of_two, row_blocks
+from cce.backends.problem import Maps, Upstream
 from cce.backends.triton.call import Call
 from cce.backends.triton.kernels.worklist import (
     blocks_kernel,
@@ -25,7 +26,6 @@ from cce.backends.triton.kernels.worklist import (
     rows_kernel,
     scan_kernel,
 )
-from cce.problem import Maps, Upstream
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cce.torch_private import current_device, raw_stream
 
 
 class _Version(NamedTuple):
@@ -78,7 +79,7 @@ def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         if _calls_something(runtime.launch_enter_hook) or _calls_something(runtime.launch_exit_hook):
             usual(*values)
             return
-        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        stream = raw_stream(current_device())
         run(*grid, stream, function, metadata, None, None, None, *values)
 
     return launch

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cce.backends.gpu.device import on_device_of
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.worklist import WorkList
 from cce.backends.triton.call import INTERPRETED, Call
 from cce.backends.triton.exact import exact
 from cce.backends.triton.filtered import filtered, live_tiles
@@ -15,10 +17,8 @@ from cce.backends.triton.layouts import packed
 from cce.backends.triton.onepass import loss_and_gradients as launch_one_pass
 from cce.backends.triton.onepass import multiply
 from cce.backends.triton.onepass import value as launch_value
-from cce.backends.triton.targets import prepare, prepare_mean, weigh
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.triton.targets import prepare_mean, prepare_targets
 from cce.spec import Spec
-from cce.worklist import WorkList
 
 if INTERPRETED:
     from cce.backends.triton.interpreter import correct_bfloat16
@@ -40,28 +40,16 @@ def loss_and_gradients(
         return launch_one_pass(packed(inputs), problem, spec, weights.contiguous())
 
 
-def mean_weights(targets: Tensor) -> Tensor:
-    """As :meth:`cce.backends.base.Backend.mean_weights`, in float32."""
+def prepare(targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None]:
+    """As :meth:`cce.backends.base.Backend.prepare`; weights, of a ``mean``, are float32."""
     with on_device_of(targets):
-        return weigh(targets)
-
-
-def prepared(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """As :meth:`cce.backends.base.Backend.prepared`, for a mean."""
-    with on_device_of(targets):
-        return prepare_mean(targets, v, ignore_index)
+        return prepare_mean(targets, v, ignore_index) if mean else (prepare_targets(targets, v, ignore_index), None)
 
 
 def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
     """As :meth:`cce.backends.base.Backend.value`."""
     with on_device_of(weights):
         return launch_value(packed(outputs), weights.contiguous())
-
-
-def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """As :func:`cce.ops.prepare_targets`."""
-    with on_device_of(targets):
-        return prepare(targets, v, ignore_index)
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:

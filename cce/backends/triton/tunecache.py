@@ -20,8 +20,8 @@ import torch
 from cce import files
 from cce.backends.gpu.folders import folder_of
 from cce.backends.gpu.sizes import power_of_two
+from cce.backends.problem import Problem
 from cce.backends.triton.launch import TILES, Device, Tile
-from cce.problem import Problem
 from cce.spec import Spec
 
 FORMAT = "cce launch configuration 2"

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from cce.checks import FLOATS
-from cce.flat import autocast
+from cce.frontend.checks import FLOATS
+from cce.frontend.flatten import autocast
 from cce.integrations.transformers.logits import Call, Logits
 from cce.integrations.transformers.product import Product
+from cce.torch_private import fake_tensor_type
 
 
 def find_head(model: nn.Module) -> nn.Module:
@@ -131,7 +131,7 @@ class _Products(TorchFunctionMode):
     def product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Logits | None:
         if weight.ndim != 2 or weight.shape[0] != self.rows or isinstance(input, Logits):
             return None
-        if type(weight) not in (Tensor, nn.Parameter, FakeTensor):  # the last is a tensor of shapes alone
+        if type(weight) not in (Tensor, nn.Parameter, fake_tensor_type()):  # the last is a tensor of shapes alone
             kind = f"{type(weight).__module__}.{type(weight).__name__}"
             raise ValueError(
                 f"model: the head's weight of {self.call.owner} is a {kind} (sharded or quantised?), "

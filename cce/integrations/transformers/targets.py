@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from cce import checks
+from cce.frontend import checks
 
 OPTIONS = ("backend", "spec", "label_smoothing", "z_loss", "weight")
 Target: TypeAlias = nn.Module | type[nn.Module]

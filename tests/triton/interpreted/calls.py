@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.backends.triton import TritonBackend
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 BACKEND = TritonBackend()
@@ -49,7 +50,7 @@ class Call:
     def forward(self) -> tuple[Outputs[Tensor], Maps[Tensor], Spec]:
         assert self.spec is not None
         problem = self.problem
-        spec = self.spec.resolve(problem)
+        spec = resolve(self.spec, problem)
         assert not BACKEND.unsupported(problem, spec)
         shape, dtype = (spec.tiles(problem.v), problem.n), problem.map_dtype(spec)
         maps = Maps(**{name: torch.empty(shape, dtype=dtype) for name in problem.maps(spec)})
@@ -61,7 +62,7 @@ class Call:
     def run(self) -> dict[str, Tensor]:
         """All results by name."""
         if self.spec is None:
-            spec = Spec().resolve(self.problem)
+            spec = resolve(Spec(), self.problem)
             assert BACKEND.one_pass(self.problem, spec)
             outputs, gradients = BACKEND.loss_and_gradients(self.inputs, self.problem, spec, self.upstream.g)
             if gradients.de is not None:  # as the front end does, with the upstream gradient's factor

@@ -12,8 +12,9 @@ import torch
 from calls import BACKEND, BLOCKS, Call
 from torch import Tensor
 
+from cce.backends.problem import Inputs, Upstream
+from cce.backends.resolve import resolve
 from cce.backends.triton.operands import tma_ready
-from cce.problem import Inputs, Upstream
 from cce.spec import Spec
 
 N, D, V, K = 11, 8, 40, 2
@@ -147,7 +148,7 @@ def test_work_list_of_strided_gradients() -> None:
 
 def test_value_of_strided_weights() -> None:
     call = CALLS["one pass"]
-    outputs = BACKEND.loss_and_gradients(call.inputs, call.problem, Spec().resolve(call.problem), call.upstream.g)[0]
+    outputs = BACKEND.loss_and_gradients(call.inputs, call.problem, resolve(Spec(), call.problem), call.upstream.g)[0]
     expected = BACKEND.value(outputs, call.upstream.g)
     strange = replace(outputs, nll=transposed(outputs.nll))
     assert torch.equal(BACKEND.value(strange, column(call.upstream.g)), expected)

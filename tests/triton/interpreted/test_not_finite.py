@@ -10,7 +10,7 @@ import pytest
 import torch
 from calls import BACKEND, SPECS, Call, check, loss_of
 
-from cce.problem import Upstream
+from cce.backends.problem import Upstream
 
 N, D, V = 20, 4, 80
 NAN, INF = math.nan, math.inf

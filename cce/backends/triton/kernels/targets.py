@@ -21,23 +21,12 @@ def targets_kernel(targets, out, v, ignore_index, size, BLOCK: tl.constexpr):
         tl.store(out + where, tl.where(counts & (ignored == 0), target, -1), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
-def weights_kernel(targets, out, size, BLOCK: tl.constexpr):
-    """out = 1 / how many targets are not -1, for these; 0 for the others. One program."""
-    total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, size, BLOCK):
-        where = start + tl.arange(0, BLOCK)
-        total += (tl.load(targets + where, mask=where < size, other=-1) >= 0).to(tl.int32)
-    count = tl.sum(total, 0).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        where = start + tl.arange(0, BLOCK)
-        used = (tl.load(targets + where, mask=where < size, other=-1) >= 0).to(tl.float32)
-        tl.store(out + where, tl.div_rn(used, count), mask=where < size)
-
-
 @triton.jit(do_not_specialize=["v", "ignore_index", "size"])
 def mean_targets_kernel(targets, out, weights, v, ignore_index, size, BLOCK: tl.constexpr):
-    """Both at once: out as ``targets_kernel`` has it, and its weights. One program, launched with ``debug=True``."""
+    """out as ``targets_kernel`` has it; weights = 1 / how many targets are not -1 for these, 0 for the others.
+
+    One program, launched with ``debug=True``.
+    """
     total = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, size, BLOCK):
         where = start + tl.arange(0, BLOCK)

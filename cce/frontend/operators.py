@@ -1,69 +1,101 @@
 """The PyTorch operators ``cce::forward`` and ``cce::backward``.
 
-They are what torch.compile sees as one node each. Everything that depends on values or chooses a backend
-happens inside them: the check of the targets, the selection of the rows in use, the resolution of the spec.
+They are what torch.compile sees as one node each. Everything that depends on values happens inside them, and what
+depends on the backend: the selection of the rows in use, the decision of a call that the front end has not decided.
 Optional outputs and maps that were not asked for are empty tensors, since an operator's outputs cannot be None.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from cce import parallel, registry
-from cce.backends.mean_logit import finest_dtype
-from cce.operators import differentiable, fake, operator
-from cce.order import mean_logit_order
-from cce.parallel import Part
-from cce.problem import Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import own_dtypes, place_gradients, place_outputs, rows_in_use, select, zero_gradients
+from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared import targets as shared_targets
+from cce.backends.shared.rows import rows_in_use, select
+from cce.backends.shared.weighted_logit import finest_dtype
+from cce.distributed import join
+from cce.frontend.decision import Call, Request, decide, described
+from cce.frontend.mean_logit import mean_logit_order
+from cce.frontend.rows import own_dtypes, place_gradients, place_outputs, zero_gradients
 from cce.spec import Spec
+from cce.torch_private import differentiable, fake, operator
 
 _MAPS = ("tile_mass", "tile_entropy")
 
-
-def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """``targets`` as int64 with -1 for ``ignore_index``; an entry outside [0, v) is an error, and never read.
-
-    On a CPU the error is a ValueError here. On a GPU it is a device-side assertion, so that nothing waits;
-    with CCE_CHECK_TARGETS=1 in the environment it is a ValueError there too, at the price of a synchronisation.
-    """
-    checked = targets.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1"
-    kernels = sys.modules.get("cce.backends.triton.run")
-    if kernels is not None and not checked and targets.is_cuda and type(targets) is Tensor:
-        # Triton's kernels are in use here, and one of them does all of this.
-        return kernels.prepare_targets(targets, v, ignore_index)
-    # Few operations: at a small N their launches take longer than the kernels.
-    targets = targets.to(torch.int64)
-    inside = targets.clamp(0, v - 1) == targets
-    good = inside | (targets == ignore_index)
-    if checked:
-        if not bool(good.all()):
-            where = (~good).nonzero()[0].tolist()
-            raise ValueError(
-                f"targets: got {int(targets[tuple(where)])} at index {tuple(where)}, "
-                f"expected values in [0, {v}) or ignore_index={ignore_index}"
-            )
-    else:
-        torch._assert_async(good.all())
-    found = torch.where(inside, targets, -1)
-    return found.masked_fill_(targets == ignore_index, -1) if 0 <= ignore_index < v else found
-
-
-#: The same for compiled code, which cannot look at values.
-prepare_targets_op = operator("cce::prepare_targets")(prepare_targets)
+#: The preparation of targets for compiled code, which cannot look at values.
+prepare_targets = operator("cce::prepare_targets")(shared_targets.prepare)
 
 
 @fake("cce::prepare_targets")
 def _(targets: Tensor, v: int, ignore_index: int) -> Tensor:
     return torch.empty_like(targets, dtype=torch.int64)
+
+
+class Given(NamedTuple):
+    """A call's arguments as its backend takes them."""
+
+    inputs: Inputs[Tensor]
+    problem: Problem
+    rows: Tensor | None  # those in use, where the backend sees no others
+
+
+class Forward(NamedTuple):
+    """What a backend was given and found."""
+
+    inputs: Inputs[Tensor]
+    problem: Problem
+    maps: Maps[Tensor]
+    outputs: Outputs[Tensor]
+
+
+def given(
+    call: Call,
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_weight: Tensor | None,
+    vocab_order: Tensor | None,
+    wanted: str | None = None,
+) -> Given | None:
+    """The rows in use, and what is computed for them; None if there are no such rows.
+
+    ``wanted``: gradients, where these are not all that the call may want.
+    """
+    rows, used = (None, targets) if call.backend.skips_ignored_rows else rows_in_use(targets)
+    if len(used) == 0:
+        return None
+    problem = call.problem_of(len(used), wanted)
+    return Given(Inputs(e, c, used, bias, rows, logit_weight, vocab_order), problem, rows)
+
+
+def forward_of(
+    call: Call,
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_weight: Tensor | None,
+    vocab_order: Tensor | None,
+) -> Forward | None:
+    """A backend's forward outside of autograd; None if no row is in use."""
+    with own_dtypes(e), torch.no_grad():
+        if vocab_order is None and call.spec.vocab_order == "mean_logit":
+            vocab_order = mean_logit_order(e, c, bias, targets)
+        made = given(call, e, c, bias, targets, logit_weight, vocab_order)
+        if made is None:
+            return None
+        shape, dtype = (call.spec.tiles(call.problem.v), made.problem.n), call.problem.map_dtype(call.spec)
+        names = made.problem.maps(call.spec)
+        maps = Maps(**{name: e.new_empty(shape, dtype=dtype) for name in names})
+        return Forward(
+            made.inputs, made.problem, maps, call.backend.forward(made.inputs, made.problem, call.spec, maps)
+        )
 
 
 @operator("cce::forward")
@@ -74,45 +106,31 @@ def forward(
     targets: Tensor,
     logit_weight: Tensor | None,
     vocab_order: Tensor | None,
-    backend: str,
-    spec: str,
-    softcap: float | None,
-    logit_scale: float,
     scale: Tensor | None,
-    outputs: str,
-    grads: str,
-    part: str,
+    call: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs per row of ``e`` (0, and -1 for the prediction, where the row is ignored), the maps, the order used.
 
     Args:
         e: (M, D). c: (V, D). bias, logit_weight, vocab_order: (V,).
-        targets: (M, K) from ``prepare_targets``.
-        backend: a name, or "auto". spec: its ``key``.
+        targets: (M, K) prepared.
         scale: a number on the CPU that takes the place of ``logit_scale``, where compiled code has it as an input.
-        outputs: comma-separated extra outputs. grads: those of "e", "c" and "bias" a gradient may be wanted for.
-        part: key of the part of the vocabulary that ``c`` is, or "". Targets are counted over the whole.
+        call: key of a request (``decision.py``).
     """
-    logit_scale = _number(logit_scale, scale)
-    problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
-    resolved = _resolved(spec, problem, part)
-    empty = _empty_outputs(e, targets, problem, resolved)
-    chosen = registry.choose(backend, problem, resolved)
-    split = Part.from_key(part)
-    rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
-    if len(used) == 0:
-        return empty  # type: ignore[return-value]  # nine of them
-    problem = replace(problem, n=len(used))
-    maps, order = _maps(empty[6:8], problem.n), empty[8]
-    with own_dtypes(e):
-        if order.numel() and vocab_order is None:
+    decided = decide(e, c, bias, targets, _scaled(call, scale))
+    empty = _empty_outputs(e, targets, decided.problem, decided.spec)
+    order = empty[8]
+    if order.numel() and vocab_order is None:
+        with own_dtypes(e):
             vocab_order = order.copy_(mean_logit_order(e, c, bias, targets))
-        inputs = Inputs(e, c, used, bias, rows, logit_weight, vocab_order)
-        if split is None:
-            found = chosen.forward(inputs, problem, resolved, maps)
-        else:
-            found = parallel.forward(split, chosen, inputs, problem, resolved, maps)
-    return (*place_outputs(found, empty[:6], rows), *empty[6:])  # type: ignore[return-value]
+    made = given(decided, e, c, bias, targets, logit_weight, vocab_order)
+    if made is None:
+        return empty  # type: ignore[return-value]  # nine of them
+    maps = _maps(empty[6:8], made.problem.n)
+    with own_dtypes(e):
+        arguments = (decided.backend, made.inputs, made.problem, decided.spec, maps)
+        found = arguments[0].forward(*arguments[1:]) if decided.part is None else join.forward(decided.part, *arguments)
+    return (*place_outputs(found, empty[:6], made.rows), *empty[6:])  # type: ignore[return-value]
 
 
 @fake("cce::forward")
@@ -123,17 +141,11 @@ def _(
     targets: Tensor,
     logit_weight: Tensor | None,
     vocab_order: Tensor | None,
-    backend: str,
-    spec: str,
-    softcap: float | None,
-    logit_scale: float,
     scale: Tensor | None,
-    outputs: str,
-    grads: str,
-    part: str,
+    call: str,
 ) -> tuple[Tensor, ...]:
-    problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
-    return _empty_outputs(e, targets, problem, _resolved(spec, problem, part))
+    problem, spec, _ = described(e, c, bias, targets, Request.from_key(call))
+    return _empty_outputs(e, targets, problem, spec)
 
 
 @operator("cce::backward")
@@ -146,48 +158,38 @@ def backward(
     vocab_order: Tensor | None,
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor],
-    backend: str,
-    spec: str,
-    softcap: float | None,
-    logit_scale: float,
     scale: Tensor | None,
-    outputs: str,
-    grads: str,
-    part: str,
+    call: str,
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dE (M, D), dC (V, D) and dbias (V,) in their inputs' dtypes; those not ``wanted`` are empty.
 
     ``saved`` is lse, nll, lse_low, entropy and the maps of the forward; ``upstream`` the gradients of lse, nll, entropy
-    and weighted_logit, empty where there is none. ``grads`` is the forward's, from which its choice of backend and
-    spec is made again.
+    and weighted_logit, empty where there is none. ``scale`` and ``call`` are the forward's.
     """
-    logit_scale = _number(logit_scale, scale)
-    problem = Problem.of(e, c, bias, targets, softcap, logit_scale, outputs, grads)
-    resolved = _resolved(spec, problem, part)
-    chosen = registry.choose(backend, problem, resolved)
-    rows, used = (None, targets) if chosen.skips_ignored_rows else rows_in_use(targets)
-    if len(used) == 0:
+    decided = decide(e, c, bias, targets, _scaled(call, scale))
+    made = given(decided, e, c, bias, targets, logit_weight, vocab_order, wanted)
+    if made is None:
         return zero_gradients(e, c, bias, wanted)
-    lse, nll, lse_low, entropy = (select(x, rows) for x in saved[:4])
-    asked = Problem.of(e, c, bias, used, softcap, logit_scale, outputs, wanted)
-    if asked.maps(resolved) - problem.maps(resolved):
+    if made.problem.maps(decided.spec) - decided.problem.maps(decided.spec):
         raise RuntimeError(
-            "cce: a gradient is asked of a loss that was traced under torch.no_grad and kept nothing for it; "
+            "cce: backward through a loss that was traced under torch.no_grad, for which nothing was saved; "
             "trace it with gradients enabled, or with cce.Spec(filter='none')"
         )
+    lse, nll, lse_low, entropy = (select(x, made.rows) for x in saved[:4])
     with own_dtypes(e):
         arguments = (
-            Inputs(e, c, used, bias, rows, logit_weight, vocab_order),
-            asked,
-            resolved,
+            decided.backend,
+            made.inputs,
+            made.problem,
+            decided.spec,
             Outputs(lse, nll, lse_low, entropy if entropy.numel() else None),
-            _maps(saved[4:], asked.n),
-            _upstream(upstream, used, rows, lse),
+            _maps(saved[4:], made.problem.n),
+            _upstream(upstream, made.inputs.targets, made.rows, lse),
         )
-        split = Part.from_key(part)
-        found = chosen.backward(*arguments) if split is None else parallel.backward(split, chosen, *arguments)
-    return place_gradients(found, e, c, bias, rows)
+        part = decided.part
+        found = arguments[0].backward(*arguments[1:]) if part is None else join.backward(part, *arguments)
+    return place_gradients(found, e, c, bias, made.rows)
 
 
 @fake("cce::backward")
@@ -200,14 +202,8 @@ def _(
     vocab_order: Tensor | None,
     saved: Sequence[Tensor],
     upstream: Sequence[Tensor],
-    backend: str,
-    spec: str,
-    softcap: float | None,
-    logit_scale: float,
     scale: Tensor | None,
-    outputs: str,
-    grads: str,
-    part: str,
+    call: str,
     wanted: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return zero_gradients(e, c, bias, wanted)
@@ -215,9 +211,7 @@ def _(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps what the gradients are computed from."""
-    e, c, bias, targets, logit_weight, vocab_order, backend, spec, softcap, logit_scale, scale, *rest = inputs
-    ctx.options = (backend, spec, softcap, logit_scale)
-    ctx.rest = rest
+    e, c, bias, targets, logit_weight, vocab_order, scale, ctx.call = inputs
     lse, nll, lse_low, entropy, _, prediction, *maps, order = output
     ctx.mark_non_differentiable(lse_low, prediction, *maps, order)
     ctx.set_materialize_grads(False)
@@ -233,10 +227,10 @@ def differentiate(operator: Callable[..., Any], ctx: Any, *grads: Tensor | None)
     of_outputs = (grads[0], grads[1], grads[3], grads[4])  # of lse, nll, entropy and weighted_logit
     upstream = [e.new_empty(0) if grad is None else grad for grad in of_outputs]
     de, dc, dbias = operator(
-        e, c, bias, targets, logit_weight, vocab_order, saved, upstream, *ctx.options, scale, *ctx.rest, wanted
-    )
+        e, c, bias, targets, logit_weight, vocab_order, saved, upstream, scale, ctx.call, wanted
+    )  # fmt: skip
     needs = ctx.needs_input_grad
-    return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 11)
+    return (de if needs[0] else None, dc if needs[1] else None, dbias if needs[2] else None, *[None] * 5)
 
 
 differentiable("cce::forward", partial(differentiate, backward), setup_context)
@@ -253,14 +247,9 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
 differentiable("cce::backward", no_second_derivative, lambda ctx, inputs, output: None)
 
 
-def _number(number: float, tensor: Tensor | None) -> float:
-    return number if tensor is None else float(tensor)
-
-
-def _resolved(key: str, problem: Problem, part: str) -> Spec:
-    """The spec of a call; its default threshold is that of the whole vocabulary."""
-    spec, split = Spec.from_key(key), Part.from_key(part)
-    return (spec if split is None else spec.of_vocabulary(split.total, problem.dtype)).resolve(problem)
+def _scaled(call: str, scale: Tensor | None) -> str:
+    """The key, with the number that compiled code had as an input."""
+    return call if scale is None else Request.from_key(call)._replace(logit_scale=float(scale)).key
 
 
 def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.problem import Upstream
+from cce.backends.problem import Upstream
 
 
 def norm_of(

@@ -161,7 +161,7 @@ class Outputs(Generic[A]):
         lse_low: (N,) what rounding took from ``lse``, so that ``p = exp((z - lse) - lse_low)``; NaN where ``lse`` is
             not finite, as there is no softmax. None stands for 0.
         entropy: (N,) of the softmax, nats; never negative.
-        weighted_logit: (N,) ``sum_v u_v z[i, v]``, in float64 where the device has it (``cce.backends.mean_logit``).
+        weighted_logit: (N,) ``sum_v u_v z[i, v]``, in float64 where the device has it.
         prediction: (N,) int64, the vocabulary entry of the largest logit, the first in the vocabulary order if tied.
     """
 

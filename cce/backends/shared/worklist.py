@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cce.problem import Inputs, Maps, Problem, Upstream
+from cce.backends.problem import Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
 
 

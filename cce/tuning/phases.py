@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.triton import run
 from cce.backends.triton.backend import TritonBackend
 from cce.backends.triton.call import float32_precision, launched_with
@@ -19,8 +20,7 @@ from cce.backends.triton.kernels.gradient import dense_kernel, sparse_kernel
 from cce.backends.triton.kernels.onepass import store_kernel
 from cce.backends.triton.kernels.products import products_kernel
 from cce.backends.triton.launch import Launch
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import own_dtypes
+from cce.frontend.rows import own_dtypes
 from cce.spec import Spec
 
 _TILED = (forward_kernel, dense_kernel, sparse_kernel, products_kernel, store_kernel)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.reference import tiled
 from cce.reference.worklist import filter_hits
 from cce.spec import Spec

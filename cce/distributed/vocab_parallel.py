@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cce import agreement
-from cce.agreement import Said
+from cce.distributed import agreement
+from cce.distributed.agreement import Said
 from cce.spec import Spec, fields_of
 
 TOKENS = ("same", "own")

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # there is no public question
+
+from cce.torch_private import dispatch_modes
 
 
 def tell_counters() -> None:
@@ -18,7 +19,7 @@ def tell_counters() -> None:
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    counters = (getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack())
+    counters = (getattr(mode, "counter", None) for mode in dispatch_modes())
     tables = [counter.flop_registry for counter in counters if isinstance(counter, module.FlopCounterMode)]
     for table in (module.flop_registry, *tables):
         table.setdefault(torch.ops.cce.forward, _forward)

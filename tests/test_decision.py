@@ -1,4 +1,4 @@
-"""A call like an earlier one skips what was checked and chosen then, and nothing else."""
+"""A call is decided once: by its kind, for all its operators, and for whoever asks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import cce
-from cce import again, checks, registry
+from cce import registry
+from cce.backends.problem import Problem
 from cce.backends.torch import TorchBackend
+from cce.frontend import checks, decision
 
 N, V, D = 6, 11, 4
 
@@ -34,7 +36,8 @@ class Counting(TorchBackend):
 
 @pytest.fixture
 def backend() -> Iterator[Counting]:
-    again._known.clear()
+    decision._known.clear()
+    decision._calls.clear()
     cce.register_backend("counting", Counting)
     found = registry.load("counting")
     assert isinstance(found, Counting)
@@ -134,18 +137,89 @@ def test_bad_arguments_are_errors_in_every_call(backend: Counting, name: str) ->
             cce.loss(**leaves(**good | BAD[name]))
 
 
-def test_what_has_no_such_pass_is_not_remembered(backend: Counting, checked: list[str]) -> None:
-    for options in ({"reduction": "none"}, {"z_loss": 0.1}, {"label_smoothing": 0.1}, {"shift": 1}):
-        for _ in range(2):
-            cce.loss(**leaves(**options))
+ORDINARY: dict[str, dict[str, Any]] = {
+    "per token": {"reduction": "none"},
+    "z_loss": {"z_loss": 0.1},
+    "smoothed": {"label_smoothing": 0.1},
+    "shifted": {"shift": 1},
+    "filtered": {"spec": cce.Spec(filter="element", block_n=2, block_v=4)},
+    "capped": {"softcap": 3.0},
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_calls_of_two_passes_are_known_too(backend: Counting, checked: list[str], name: str, grad: bool) -> None:
+    """The same numbers, of other tensors, as one call that is checked."""
+    found, expected = [], []
     for _ in range(2):
-        with torch.no_grad():
-            cce.loss(**leaves())
+        call = leaves(**ORDINARY[name])
+        with torch.set_grad_enabled(grad):
+            found.append(cce.loss(**call))
+        with torch.set_grad_enabled(grad):
+            fresh = {**call, "backend": "torch", "token_weight": torch.ones(N)}  # with a tensor, no kind is known
+            expected.append(cce.loss(**fresh))
+        for x in (found, expected):
+            if grad:
+                x[-1] = torch.autograd.grad(x[-1].sum(), (call["e"], call["c"]))
+    torch.testing.assert_close(found, expected)
+    assert len(checked) == 3
+
+
+def test_what_a_kind_cannot_tell_is_checked_in_every_call(backend: Counting, checked: list[str]) -> None:
     for _ in range(2):
         with torch.autocast("cpu"):
             cce.loss(**leaves())
-    assert len(checked) == 12
-    assert not again._known or all(kind[1][3] == 0 for kind in again._known)
+    for _ in range(2):
+        cce.loss(**leaves(), token_weight=torch.ones(N))
+    for _ in range(2):
+        cce.loss(**leaves(), spec=cce.Spec(filter="element", vocab_order=list(range(V))))
+    assert len(checked) == 6
+
+
+class Counted:
+    """Counts the calls of functions by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **functions: tuple[Any, str]) -> None:
+        self.count = dict.fromkeys(functions, 0)
+        for name, (owner, attribute) in functions.items():
+            monkeypatch.setattr(owner, attribute, self._counting(name, getattr(owner, attribute)))
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.count[name] += 1
+            return function(*arguments, **options)
+
+        return counted
+
+
+@pytest.mark.parametrize("name", [*ORDINARY, "one pass"])
+def test_one_decision_a_step(backend: Counting, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Forward, backward and `prepare` of the first step together decide once; of the next, not at all."""
+    counted = Counted(
+        monkeypatch, problem=(Problem, "of"), resolve=(decision, "resolve"), choose=(registry, "choose_name")
+    )
+    for expected in (1, 1):
+        call = leaves(**ORDINARY.get(name, {}))
+        cce.loss(**call).sum().backward()
+        assert counted.count == dict.fromkeys(counted.count, expected)
+
+
+def test_the_backward_keeps_the_forwards_backend() -> None:
+    """Though another is registered, or none, under its name in between."""
+    made: list[str] = []
+
+    class Mine(TorchBackend):
+        def backward(self, *arguments: Any) -> Any:
+            made.append("mine")
+            return super().backward(*arguments)
+
+    cce.register_backend("mine", Mine)
+    call = leaves(backend="mine", softcap=3.0)
+    loss = cce.loss(**call)
+    cce.unregister_backend("mine")
+    loss.backward()
+    assert made == ["mine"]
 
 
 def test_another_backend_of_the_name(backend: Counting) -> None:
@@ -160,10 +234,10 @@ def test_another_backend_of_the_name(backend: Counting) -> None:
 
 
 def test_no_more_are_kept_than_some(backend: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(again, "_MOST", 3)
+    monkeypatch.setattr(decision, "_MOST", 3)
     for n in range(1, 9):
         cce.loss(**leaves(e=torch.randn(n, D, requires_grad=True), targets=torch.zeros(n, dtype=torch.int64)))
-        assert len(again._known) <= 3
+        assert len(decision._known) <= 3 and len(decision._calls) <= 3
 
 
 def test_compiled_code_and_transforms_do_without(backend: Counting, checked: list[str]) -> None:

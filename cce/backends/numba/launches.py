@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cce.backends.gpu.kernels import Dense, Formula, GradientOfWindow, Kernels, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.sizes import ALIGNMENT, padded
 from cce.backends.numba import compensation
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
@@ -14,7 +15,7 @@ from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targe
 from cce.backends.numba.live import launches
 from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Statistics, Targets
-from cce.problem import Maps, Problem
+from cce.backends.problem import Maps, Problem
 from cce.spec import Spec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.problem import Maps, Outputs, Problem, Upstream
+from cce.backends.problem import Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 

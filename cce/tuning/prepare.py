@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce import checks, ops, registry
 from cce.backends.gpu.sizes import power_of_two
+from cce.backends.problem import EXTRA_OUTPUTS, Inputs, Problem
 from cce.backends.triton.call import gpu_of
 from cce.backends.triton.launch import Device, Launch, shipped
 from cce.backends.triton.tunecache import key_of
-from cce.backends.triton.tuning import Runner, Timer, Trial
-from cce.backends.triton.work import Work
 from cce.diagnostics import explain
-from cce.errors import BackendUnavailable
-from cce.flat import autocast
-from cce.order import mean_logit_order
-from cce.problem import EXTRA_OUTPUTS, Inputs, Problem
-from cce.rows import own_dtypes
+from cce.frontend import checks
+from cce.frontend.flatten import Flat, flatten
+from cce.frontend.mean_logit import mean_logit_order
+from cce.frontend.rows import own_dtypes
+from cce.functional import SHARED_DEFAULTS
 from cce.spec import Spec
+from cce.tuning.phases import Work
+from cce.tuning.search import Runner, Timer, Trial
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ def prepare(
     timer: Timer | None,
     options: Mapping[str, Any],
 ) -> Prepared:
-    """Checks the arguments of :func:`cce.backends.triton.autotune` and has the shipped configuration run once."""
-    problem, resolved = _problem(e, c, targets, bias, spec, outputs, options)
-    if timer is None and e.device.type != "cuda":
-        raise ValueError(f"e: got device {e.device}, expected a CUDA device: Triton's interpreter tells no times")
-    inputs = _inputs(e, c, targets, bias, spec, resolved, options)
+    """Checks the arguments of :func:`cce.tuning.autotune` and has the shipped configuration run once."""
+    flat = _flat(e, c, targets, bias, spec, outputs, options)
+    if timer is None and flat.e.device.type != "cuda":
+        raise ValueError(f"e: got device {flat.e.device}, expected a CUDA device: Triton's interpreter tells no times")
+    assert flat.call is not None
+    problem, resolved = flat.call.problem, flat.call.spec
+    inputs = _inputs(flat, resolved)
     used = int((inputs.targets >= 0).any(1).sum())
     if not used:
         raise ValueError("targets: got none but ignore_index, expected some that count")
@@ -73,7 +75,7 @@ def prepare(
     return Prepared(runner, launch, problem, resolved, device, timer or EventTimer(inputs.e.device), keys)
 
 
-def _problem(
+def _flat(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
@@ -81,47 +83,29 @@ def _problem(
     spec: Spec | None,
     outputs: Sequence[str],
     options: Mapping[str, Any],
-) -> tuple[Problem, Spec]:
+) -> Flat:
+    """The call as the front end decides it, for this backend."""
     if len(outputs):
         checks.check_outputs(outputs)
-    found = explain(e, c, targets, bias, backend="triton", spec=spec, **options)
-    extra, softcap = frozenset(outputs) & set(EXTRA_OUTPUTS), found.problem.softcap
-    softcap = None if softcap is None else float(softcap)  # an int would make another kernel
-    problem = replace(found.problem, outputs=found.problem.outputs | extra, softcap=softcap)
-    resolved = (spec or Spec()).resolve(problem)
-    reasons = registry.reasons("triton", problem, resolved)
-    if reasons:
-        raise BackendUnavailable("\n".join([f"backend 'triton' cannot run {problem} with {resolved}:", *reasons]))
-    if problem.n == 0:
+    explain(e, c, targets, bias, backend="triton", spec=spec, **options)  # checks all of the options
+    smoothed = ("weighted_logit",) if options.get("label_smoothing") else ()
+    extra = tuple(name for name in EXTRA_OUTPUTS if name in (*outputs, *smoothed))
+    given = {**SHARED_DEFAULTS, "target_weight": None, **options, "backend": "triton", "spec": spec}
+    taken = {name: given[name] for name in (*SHARED_DEFAULTS, "target_weight")}
+    flat = flatten(e, c, targets, bias, signature={}, outputs=extra, **taken)
+    if not len(flat.e):
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected at least one row")
-    return problem, resolved
+    return flat
 
 
-def _inputs(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    spec: Spec | None,
-    resolved: Spec,
-    options: Mapping[str, Any],
-) -> Inputs[Tensor]:
-    """As the front end makes them."""
-    soft = options.get("target_weight") is not None
-    ignore_index, shift = options.get("ignore_index", -100), options.get("shift", 0)
-    if shift:
-        along = targets.ndim - 1 - soft
-        moved = targets.narrow(along, shift, targets.shape[along] - shift)
-        targets = torch.cat([moved, torch.full_like(targets.narrow(along, 0, shift), ignore_index)], dim=along)
-    flat = ops.prepare_targets(targets.reshape(-1, targets.shape[-1] if soft else 1), c.shape[0], ignore_index)
-    e, c, bias = autocast(e, c, bias)
-    e, c = e.detach().reshape(-1, c.shape[1]), c.detach()
-    bias = None if bias is None else bias.detach()
-    order = None if spec is None or spec.permutation is None else spec.permutation.to(e.device)
+def _inputs(flat: Flat, resolved: Spec) -> Inputs[Tensor]:
+    """The same, cut off from what it was computed by."""
+    e, c = flat.e.detach(), flat.c.detach()
+    bias, order = None if flat.bias is None else flat.bias.detach(), flat.order
     if order is None and resolved.vocab_order == "mean_logit":
         with own_dtypes(e):
-            order = mean_logit_order(e, c, bias, flat)
-    return Inputs(e, c, flat, bias, vocab_order=order)
+            order = mean_logit_order(e, c, bias, flat.targets)
+    return Inputs(e, c, flat.targets, bias, vocab_order=order)
 
 
 class EventTimer:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from cce.backends.problem import Problem
 from cce.backends.triton.launch import Device, Launch, Tile, fitted
-from cce.problem import Problem
 from cce.spec import Spec
 
 _FORWARD = (

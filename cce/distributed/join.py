@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
+from cce import torch_private
 from cce.backends.base import Backend
-from cce.backends.mean_logit import finest_dtype
-from cce.backends.pair import joined, pair
-from cce.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.rows import used_rows
+from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
+from cce.backends.shared.pair import joined, pair
+from cce.backends.shared.rows import used_rows
+from cce.backends.shared.weighted_logit import finest_dtype
 from cce.spec import Spec
 
 
@@ -112,7 +112,7 @@ def backward(
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of this name."""
-    found: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    found: dist.ProcessGroup = torch_private.process_group(name)
     return found
 
 

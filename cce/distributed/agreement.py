@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce.parallel import gather
+from cce.distributed.join import gather
 
 _MOST = 200  # characters of a value, and ten times as many of a refusal, that a message shows
 #: Of the least and the largest target where there is none, or nobody asks.

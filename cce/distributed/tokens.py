@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.operators import differentiable, fake, operator
-from cce.parallel import gather, group_of
+from cce.distributed.join import gather, group_of
+from cce.torch_private import differentiable, fake, operator
 
 
 @operator("cce::gather_rows")

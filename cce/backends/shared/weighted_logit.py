@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce.problem import Inputs, Problem
+from cce.backends.problem import Inputs, Problem
 from cce.spec import Spec
 
 

@@ -1,0 +1,216 @@
+"""What a call is and how it runs: decided once for each kind of call, and kept.
+
+A call travels through the operators as its ``key``. With the shapes and dtypes of the tensors beside it, the key leads
+back to the same :class:`Call`, so that the forward and the backward of a loss cannot disagree: once the front end has
+decided, the key holds the chosen backend's name and the resolved spec. Compiled code holds the key of what was asked
+for, and decides when it runs.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce import registry
+from cce.backends.base import Backend, OnePass
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
+from cce.distributed.join import Part
+from cce.frontend import tracing
+from cce.spec import Spec
+
+_MOST = 256  # kinds kept; a training step has one
+_SIMPLE = frozenset({int, float, str, type(None)})
+
+
+class Request(NamedTuple):
+    """What is asked for beside the tensors, as numbers and strings.
+
+    Attributes:
+        backend: a name, or "auto".
+        spec: its key.
+        softcap, logit_scale: as in :class:`Problem`.
+        outputs: comma-separated, those of ``EXTRA_OUTPUTS`` that are wanted.
+        grads: comma-separated, those of "e", "c" and "bias" a gradient may be wanted for.
+        part: key of the part of the vocabulary that ``c`` is, or "". Targets are counted over the whole.
+        decided: which backends there were when the backend and the spec were chosen; None if they still have to be.
+    """
+
+    backend: str
+    spec: str
+    softcap: float | None
+    logit_scale: float
+    outputs: str
+    grads: str
+    part: str = ""
+    decided: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The fields as Python literals, one after the other; in a form that torch.compile can trace, too."""
+        numbers = f"{self.softcap!r}, {self.logit_scale!r}"
+        names = f"{self.outputs!r}, {self.grads!r}, {self.part!r}"
+        return f"{self.backend!r}, {self.spec!r}, {numbers}, {names}, {self.decided!r}"
+
+    @staticmethod
+    @lru_cache(maxsize=_MOST)
+    def from_key(key: str) -> Request:
+        """The request whose key this is."""
+        return Request(*ast.literal_eval(f"({key},)"))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A decided call.
+
+    Attributes:
+        key: leads here, with the tensors' shapes and dtypes.
+        problem: metadata of all rows, ignored ones too.
+        spec: resolved; a permutation travels beside it.
+        backend: the one that runs it.
+        part: the part of the vocabulary that ``c`` is, or None.
+        one_pass: computes the gradients of a mean or sum of plain losses along with it, where that is faster.
+        generation: of the backends there are (``registry.generation``).
+    """
+
+    key: str
+    problem: Problem
+    spec: Spec
+    backend: Backend
+    part: Part | None
+    one_pass: OnePass | None
+    generation: int
+
+    @cached_property
+    def request(self) -> Request:
+        """What it was decided to be."""
+        return Request.from_key(self.key)
+
+    @cached_property
+    def wide(self) -> torch.dtype:
+        """Dtype of the outputs: the accumulation dtype."""
+        return torch.float64 if self.spec.accumulate == "float64" else torch.float32
+
+    def stale(self, key: str) -> bool:
+        """Whether a call asked for by ``key`` has to be decided anew, as there are other backends now."""
+        return key != self.key and self.generation != registry.generation()
+
+    @cached_property
+    def grads(self) -> str:
+        """Names of the gradients that may be wanted, comma-separated."""
+        p = self.problem
+        return ",".join(name for name, x in (("e", p.grad_e), ("c", p.grad_c), ("bias", p.grad_bias)) if x)
+
+    def problem_of(self, n: int, wanted: str | None) -> Problem:
+        """The problem of ``n`` rows in use and of the gradients ``wanted``; None stands for all of the call's."""
+        p = self.problem
+        if wanted is None or wanted == self.grads:
+            return p if p.n == n else replace(p, n=n)
+        names = wanted.split(",")
+        return replace(p, n=n, grad_e="e" in names, grad_c="c" in names, grad_bias="bias" in names)
+
+
+_calls: dict[tuple[Any, ...], Call] = {}
+
+
+def decide(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, key: str) -> Call:
+    """The call of these tensors whose request has this ``key``.
+
+    Args:
+        e: (M, D). c: (V, D). bias: (V,) or None.
+        targets: (M, K).
+        key: of a :class:`Request`.
+
+    Raises:
+        BackendUnavailable: no backend can run it; all reasons are listed.
+    """
+    # Reasons may depend on which GPU it is.
+    kind = (key, targets.shape, c.shape, e.dtype, c.dtype, e.device, bias is None)
+    call = _calls.get(kind)
+    if call is None or call.stale(key):
+        call = _decided(e, c, bias, targets, Request.from_key(key))
+        _keep(_calls, kind, call)
+        _keep(_calls, (call.key, *kind[1:]), call)
+    return call
+
+
+def described(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, request: Request
+) -> tuple[Problem, Spec, Part | None]:
+    """Metadata, resolved spec and part of a call whose backend is still to be chosen; sizes may be symbols."""
+    r, part = request, Part.from_key(request.part)
+    problem = Problem.of(e, c, bias, targets, r.softcap, r.logit_scale, r.outputs, r.grads)
+    return problem, resolve(Spec.from_key(r.spec), problem, None if part is None else part.total), part
+
+
+def _decided(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, request: Request) -> Call:
+    problem, spec, part = described(e, c, bias, targets, request)
+    name = registry.choose_name(request.backend, problem, spec)
+    backend = registry.load(name)
+    key = request._replace(backend=name, spec=spec.key, decided=registry.generation()).key
+    return Call(key, problem, spec, backend, part, _one_pass(backend, problem, spec, part), registry.generation())
+
+
+def _one_pass(backend: Backend, problem: Problem, spec: Spec, part: Part | None) -> OnePass | None:
+    if part is not None or problem.outputs or not problem.needs_grad or problem.n == 0:
+        return None
+    # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.
+    if torch.float16 in (problem.e_dtype, problem.c_dtype):
+        return None
+    return backend.one_pass(problem, spec)
+
+
+Kind = tuple[Any, ...]
+_known: dict[Kind, Call] = {}
+
+
+def kind_of(e: Any, c: Any, targets: Any, bias: Any, spec: Any, options: tuple[Any, ...]) -> Kind | None:
+    """All that the checks and the decision of a call depend on; None if the key cannot capture all of it.
+
+    Few rows take a GPU less than a millisecond, and the checks, which look at nothing but types, shapes, dtypes and
+    options, a quarter of that: a kind of call is checked once. The values of the targets are checked in every call.
+
+    Args:
+        e, c, targets, bias, spec: as :func:`cce.loss` was given them.
+        options: its other arguments; numbers and names.
+    """
+    types = tuple(map(type, options))
+    if not isinstance(e, Tensor) or tracing.traced(e) or not _SIMPLE.issuperset(types):
+        return None
+    if tracing.active() or torch.is_autocast_enabled(e.device.type):
+        return None
+    found: list[Any] = [registry.generation(), torch.is_grad_enabled(), options, types]
+    for x in (e, c, targets, bias):
+        if x is None:
+            found.append(None)
+        elif type(x) in tracing.PLAIN:
+            found += (x.shape, x.dtype, x.device, x.layout, x.requires_grad)
+        else:
+            return None
+    if spec is not None:
+        if type(spec) is not Spec or spec.permutation is not None:
+            return None
+        found.append(spec.key)
+    return tuple(found)
+
+
+def recall(kind: Kind | None) -> Call | None:
+    """The call that an earlier one of this kind was decided to be, all its arguments good; None if there was none."""
+    return None if kind is None else _known.get(kind)
+
+
+def remember(kind: Kind | None, call: Call | None) -> None:
+    """Has :func:`recall` know the kind of a call whose arguments are good."""
+    if kind is not None and call is not None:
+        _keep(_known, kind, call)
+
+
+def _keep(table: dict[tuple[Any, ...], Call], kind: tuple[Any, ...], call: Call) -> None:
+    if len(table) >= _MOST:
+        table.clear()
+    table[kind] = call

@@ -1,0 +1,104 @@
+"""Whatever this package uses of torch that is not public, so that a new torch can break one file only.
+
+Operators are made as ``torch.library.custom_op`` makes them, without importing ``torch._dynamo`` at their first call.
+Importing dynamo takes seconds and is needed only to exclude the function from tracing; we do that when dynamo is first
+loaded. Whether a result is one of the arguments is checked by tests (``torch.library.opcheck``), not in each call.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+# Private, and what custom_op calls: a module that is imported once more, as notebooks do, defines its operators anew.
+from torch._library.custom_ops import get_library_allowing_overwrite
+
+#: Handle of the current stream of a CUDA device; only builds of torch for CUDA have it.
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
+#: Index of the current CUDA device, without the checks of ``torch.cuda.current_device``.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", None)  # type: ignore[assignment]
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The decorator of a function that changes no argument: it becomes the operator ``name``, on every device."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        namespace, short = name.split("::")
+        library = _libraries[name] = get_library_allowing_overwrite(namespace, short)
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, lib=library, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "default", _unseen(function), lib=library)
+        return getattr(getattr(torch.ops, namespace), short).default
+
+    return make
+
+
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The decorator of a function that makes the results of the operator ``name`` without their values."""
+    return torch.library.register_fake(name, lib=_libraries[name])
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Gives the operator ``name`` gradients; both functions as ``torch.library.register_autograd`` takes them."""
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[name])
+
+
+def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, into which torch.compile does not look."""
+    disabled: Callable[..., Any] | None = None
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*arguments)
+
+    return run
+
+
+def functions_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active; as ``autograd.Function`` asks."""
+    found: bool = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return found
+
+
+def without_transforms(x: torch.Tensor) -> torch.Tensor:
+    """The tensor inside of those that transforms of torch.func wrap around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def dispatch_mode_active() -> bool:
+    """Whether a mode of ``torch.utils._python_dispatch`` sees every operator."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def dispatch_modes() -> list[Any]:
+    """The modes that are active."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return list(_get_current_dispatch_mode_stack())
+
+
+def process_group(name: str) -> Any:
+    """The process group of this name."""
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def fake_tensor_type() -> type[torch.Tensor]:
+    """The type of tensors that have shapes and no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return FakeTensor
