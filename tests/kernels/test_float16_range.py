@@ -11,7 +11,7 @@ from plain_backend import PlainBackend
 import cce
 from cce.backends.gpu.products import scaled_product, sums_bytes, write_product
 from cce.backends.gpu.sizes import least_scratch
-from cce.problem import Problem
+from cce.backends.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, V, EPS = 40, 40, 2.0**-10

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.sizes import least_scratch
-from cce.problem import Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 #: Rows whose float32 sums are made at once: not fewer, nor such as would begin elsewhere than at 16 bytes.
