@@ -8,10 +8,12 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-FASTER = {"TRITON_INTERPRET": "triton/fast_interpreter", "NUMBA_ENABLE_CUDASIM": "numba_backend/fast_simulator"}
+FASTER = {
+    "TRITON_INTERPRET": ("triton", "fast_interpreter", "pytest_configure"),
+    "NUMBA_ENABLE_CUDASIM": ("numba_backend", "fast_simulator", "hasten"),
+}
 
-for variable, module in FASTER.items():
+for variable, (folder, module, function) in FASTER.items():
     if os.environ.get(variable) == "1":
-        folder, name = module.split("/")
         sys.path.append(str(Path(__file__).parents[1] / folder))
-        import_module(name).hasten()
+        getattr(import_module(module), function)()
