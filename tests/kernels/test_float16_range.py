@@ -12,6 +12,7 @@ import cce
 from cce.backends.gpu.products import scaled_product, sums_bytes, write_product
 from cce.backends.gpu.sizes import least_scratch
 from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, V, EPS = 40, 40, 2.0**-10
@@ -59,9 +60,9 @@ def test_room_for_sums() -> None:
     problem = Problem(64, 999, 8, e_dtype=torch.float16, c_dtype=torch.float16, grad_c=True)
 
     def room(scratch_bytes: int, **fields: object) -> int:
-        spec = cce.Spec(filter="none", scratch_bytes=scratch_bytes).resolve(problem)
+        spec = resolve(cce.Spec(filter="none", scratch_bytes=scratch_bytes), problem)
         return sums_bytes(Problem(**{**vars(problem), **fields}), spec)
 
-    least = least_scratch(problem, cce.Spec(filter="none").resolve(problem))
+    least = least_scratch(problem, resolve(cce.Spec(filter="none"), problem))
     assert [room(least + more) for more in (0, 100, 2**20)] == [0, 100, (least + 2**20) // 4]
     assert room(2**20, grad_c=False) == room(2**20, e_dtype=torch.bfloat16) == 0
