@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import cce
 from cce import registry
 from cce.testing.behaviours import BEHAVIOURS
 from cce.testing.cases import CASES, Case
@@ -183,7 +184,8 @@ def product_roundoff(device: str) -> float:
 
 def environment(device: str) -> dict[str, Any]:
     """Device and versions, for records."""
-    versions = {name: _version(name) for name in ("cce", "torch", "numpy", "triton", "cupy-cuda13x", "numba-cuda")}
+    versions: dict[str, str | None] = {"cce": cce.__version__}
+    versions |= {name: _version(name) for name in ("torch", "numpy", "triton", "cupy-cuda13x", "numba-cuda")}
     hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
 
