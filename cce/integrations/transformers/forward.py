@@ -5,38 +5,19 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from cce.integrations.transformers.others import check_forward
+from cce.integrations.transformers.state import Patch
 from cce.integrations.transformers.step import train, warn_of_logits
 from cce.integrations.transformers.targets import Target, check_version, name_of
 from cce.integrations.transformers.watch import MARK, Watch, watch_instance
 
 #: What patch may set in a class; in an instance, the first two.
 PLACES = (MARK, "forward", "__reduce_ex__", "__setattr__")
-
-
-@dataclass
-class Patch:
-    """What is behind a patched forward.
-
-    Attributes:
-        original: the forward it calls, a function whose first argument is the model.
-        before: what the class (the instance) had of its own in the places of the patch; unpatch puts it back.
-        options: of ``cce.loss``.
-        warned: what was warned of, or looked for, once.
-        active: False after unpatch, for those who kept the forward of a class.
-    """
-
-    original: Callable[..., Any]
-    before: dict[str, Any]
-    options: dict[str, Any]
-    warned: set[str] = field(default_factory=set)
-    active: bool = True
 
 
 class _Forward:
