@@ -57,7 +57,7 @@ class LinearCrossEntropy(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As ``nn.Linear`` does."""
+        """Reset the parameters as ``nn.Linear`` does."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
@@ -96,7 +96,7 @@ class LinearCrossEntropy(nn.Module):
 
 
 def _check_options(options: dict[str, Any], out_features: int) -> None:
-    """Those of :func:`cce.loss` that a module keeps."""
+    """Check the options of :func:`cce.loss` that a module keeps."""
     checks.check_option_names(options, LOSS_OPTIONS - {"token_weight", "target_weight"})
     shared = {name: options.get(name, x) for name, x in SHARED_DEFAULTS.items()}
     split = shared.pop("vocab_parallel")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cce import plugins
-from cce.backends.base import Backend
+from cce.backends.base import Backend, OnePass
 from cce.backends.problem import Problem
 from cce.errors import BackendUnavailable
 from cce.spec import Spec
@@ -76,7 +76,7 @@ def _forget(name: str) -> None:
 
 
 def generation() -> int:
-    """Another number after every change of what a name stands for."""
+    """Number that changes whenever a name comes to stand for another backend."""
     return _changes
 
 
@@ -91,7 +91,7 @@ def list_backends() -> list[str]:
 
 
 def passed_over() -> dict[str, list[str]]:
-    """What explains why an entry point is no backend: its name is one that it cannot have."""
+    """Entry points that are no backends because of their names, with the reason."""
     return {
         f"{name} ({plugins.distribution(point)})": [f"an entry point cannot be called {name!r}, which is taken by cce"]
         for name, points in plugins.entry_points().items()
@@ -101,7 +101,7 @@ def passed_over() -> dict[str, list[str]]:
 
 
 def check_name(name: object) -> None:
-    """ValueError/TypeError if ``name`` is neither "auto" nor a backend's name."""
+    """Raise ValueError or TypeError if ``name`` is neither "auto" nor a backend's name."""
     if not isinstance(name, str):
         raise TypeError(f"backend: got {name!r} of type {type(name).__name__}, expected a string")
     if name != "auto" and name not in list_backends():
@@ -128,7 +128,7 @@ def load(name: str) -> Backend:
 
 
 def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
-    """Why backend ``name`` cannot run ``problem``; empty if it can."""
+    """Reasons why backend ``name`` cannot run ``problem``; empty if it can."""
     try:
         backend = load(name)
     except BackendUnavailable as error:
@@ -138,16 +138,18 @@ def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
     if found or ours or not problem.needs_grad or problem.outputs:
         return found
     try:
-        backend.one_pass(problem, spec)  # as the front end will ask
+        steps = backend.one_pass(problem, spec)  # as the front end will ask
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return [f"its method one_pass raised {described(error)}"]
-    return []
+    if steps is None or isinstance(steps, OnePass):
+        return []
+    return [f"its method one_pass returned a {type(steps).__name__}, expected a cce.backends.base.OnePass or None"]
 
 
 def refusals(backend: Backend, problem: Problem, spec: Spec) -> list[str]:
-    """Why a backend cannot run ``problem``: the reasons of the place, then those of the problem."""
+    """Reasons why a backend cannot run ``problem``: those from the environment first, then those from the problem."""
     return [*_reasons_of(backend, "unavailable", problem.device), *_reasons_of(backend, "unsupported", problem, spec)]
 
 
@@ -164,7 +166,7 @@ def _reasons_of(backend: Backend, method: str, *arguments: Any) -> list[str]:
 
 
 def note(name: str, problem: Problem, spec: Spec) -> str:
-    """What backend ``name``, which is loaded, says about how it would run ``problem``."""
+    """Note of the loaded backend ``name`` on how it would run ``problem``."""
     try:
         return str(load(name).note(problem, spec))
     except KeyboardInterrupt:
@@ -174,7 +176,7 @@ def note(name: str, problem: Problem, spec: Spec) -> str:
 
 
 def described(error: BaseException) -> str:
-    """An error's type and text, in which there may be nothing to rely on."""
+    """Type and text of an error of whatever code."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:

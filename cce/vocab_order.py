@@ -144,7 +144,7 @@ class VocabOrder:
         return torch.where(inside == ids, place[inside], ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes: counts, permutation and number of updates.
+        """State for :meth:`load_state_dict`: counts, permutation and number of updates.
 
         ``every`` and ``decay`` are arguments, and not part of it.
         """

@@ -109,7 +109,7 @@ class _WeightedLoss(torch.autograd.Function):
 
 
 def _scale(call: Call, gradients: Sequence[Tensor | None], factor: Tensor, targets: Tensor) -> None:
-    """Multiplies the gradients by ``factor``; those of rows without a target stay 0, though it, or c, be NaN or inf."""
+    """Multiply the gradients by ``factor``; rows without a target stay 0 even if the factor or c is NaN or inf."""
     on_cpu = factor.device.type == "cpu"  # where values may be looked at
     finite = on_cpu and bool(factor.isfinite())
     if on_cpu and not finite and not bool((targets >= 0).any()):

@@ -36,7 +36,12 @@ _CHECKS: dict[str, dict[str, Callable[[str, str], Any]]] = {
     "layouts": {str(placed): partial(check_layout, placed) for placed in LAYOUTS},
     "patterns": {str(pattern): partial(check_pattern, pattern) for pattern in PATTERNS},
 }
-_LONG = frozenset(str(x) for x in LAYOUTS if not x.short) | frozenset(str(x) for x in PATTERNS if not x.short)
+_LONG = frozenset(
+    [f"{group}, {x}" for group, xs in OPTIONS.items() for x in xs if not x.short]
+    + [str(x) for x in LAYOUTS if not x.short]
+    + [str(x) for x in PATTERNS if not x.short]
+    + ["compiled"]
+)
 
 
 @dataclass
@@ -116,7 +121,8 @@ def check_backend(
             every layout), "patterns" (where NaN and infinities stand).
         jobs: processes that share the work, most of which is compilation for some backends. They know the backends of
             installed packages, not those that only this process has registered.
-        short: fewer layouts and patterns, for an interpreter that takes seconds for each.
+        short: for an interpreter that takes seconds for each check, fewer layouts and patterns, and no option that
+            reaches no kernel.
 
     Raises:
         BackendUnavailable: it cannot be loaded.
