@@ -19,14 +19,16 @@ sys.path.append(str(Path(__file__).parent))  # where tests of all folders find m
 #: other files stay together, since fixtures and caches do.
 ALONE = (
     "triton/test_interpreted.py", "numba_backend/test_simulated.py", "triton/test_compile.py", "cupy/test_sm90.py",
-    "docs/test_vocab_parallel_example.py",
+    "numba_backend/test_compile.py", "docs/test_vocab_parallel_example.py",
 )  # fmt: skip
 #: They come first, and other files of many seconds: the many of a second then fill both processes to the end.
 LONG = (
     *ALONE, "cupy/test_compile.py", "tests/test_compile.py", "fuzz/test_fuzz.py", "distributed/test_sharded_models.py",
-    "distributed/test_vocab_parallel.py", "distributed/test_data_parallel.py", "distributed/test_agreement.py",
-    "conformance/test_mutants.py", "triton/test_candidates.py", "numba_backend/test_compile.py",
-    "cupy/test_onepass.py",
+    "distributed/test_vocab_parallel.py", "distributed/test_agreement.py", "distributed/test_harness.py",
+    "conformance/test_mutants.py", "triton/test_candidates.py", "losses/test_options.py", "losses/test_values.py",
+    "losses/test_layouts.py", "integrations/test_transformers_families.py", "integrations/test_transformers_copies.py",
+    "kernels/test_host_code.py", "kernels/test_contract.py", "cupy/test_onepass.py", "bench/test_vocab_parallel.py",
+    "bench/test_page_studies.py", "cli/test_bench.py", "testing/test_conformance.py",
 )  # fmt: skip
 
 

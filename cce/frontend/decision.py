@@ -101,6 +101,13 @@ class Call:
         return key != self.key and self.generation != registry.generation()
 
     @cached_property
+    def gradient_bytes(self) -> int:
+        """Size of all gradients that may be wanted."""
+        p = self.problem
+        sizes = ((p.grad_e, p.n * p.d * p.e_dtype.itemsize), (p.grad_c, p.v * p.d * p.c_dtype.itemsize))
+        return sum(size for wanted, size in sizes if wanted) + 4 * p.v * p.grad_bias
+
+    @cached_property
     def grads(self) -> str:
         """Names of the gradients that may be wanted, comma-separated."""
         p = self.problem

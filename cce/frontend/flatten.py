@@ -167,12 +167,14 @@ def _again(
     known: Call,
 ) -> Flat:
     """One row a token of a call whose kind is known (plain tensors, no target weights); host time counts here."""
-    rows, shift = _rows(targets, shift, targets.ndim, ignore_index)
+    shape = targets.shape
+    if shift or targets.dtype in checks.UNSIGNED:
+        targets, shift = _rows(targets, shift, len(shape), ignore_index)
     e = e if e.ndim == 2 else e.reshape(-1, known.problem.d)
     spec = _DEFAULT_SPEC if spec is None else spec
     wide = known.wide if plain_mean and known.one_pass is not None else None
-    rows, weights = prepare(rows, known.problem.v, ignore_index, known.backend, wide)
-    return Flat(e, c, bias, rows, targets.shape, shift, spec, known.request, None, known, None, weights)
+    rows, weights = prepare(targets.reshape(-1, 1), known.problem.v, ignore_index, known.backend, wide)
+    return Flat(e, c, bias, rows, shape, shift, spec, known.request, None, known, None, weights)
 
 
 def _rows(targets: Tensor, shift: int, lead: int, ignore_index: int) -> tuple[Tensor, int]:

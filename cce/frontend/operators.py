@@ -68,10 +68,10 @@ def given(
     ``wanted``: gradients, where these are not all that the call may want.
     """
     rows, used = (None, targets) if call.backend.skips_ignored_rows else rows_in_use(targets)
-    if len(used) == 0:
+    n = used.shape[0]
+    if n == 0:
         return None
-    problem = call.problem_of(len(used), wanted)
-    return Given(Inputs(e, c, used, bias, rows, logit_weight, vocab_order), problem, rows)
+    return Given(Inputs(e, c, used, bias, rows, logit_weight, vocab_order), call.problem_of(n, wanted), rows)
 
 
 def forward_of(

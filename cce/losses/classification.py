@@ -191,13 +191,13 @@ def dice(
 
 def _dice(nll: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
     p, rest = probabilities(nll)
-    w = rest**alpha * p
-    power = rest ** (alpha - 1)
+    factor, power = rest**alpha, rest ** (alpha - 1)
+    w = factor * p
     if alpha < 1:
         # Infinite at p = 1, where the factor 1 - p of the logits' gradient makes any finite number right.
         power = power.masked_fill(rest == 0, 0)
-    complement = rest + p * (1 - rest**alpha)  # 1 - w
-    dw = p * power * (alpha * p - rest)
+    complement = rest + p * (1 - factor)  # 1 - w
+    dw = p * (alpha * p * power - factor)
     return complement / (w + 1 + gamma), -(2 + gamma) / (w + 1 + gamma) ** 2 * dw
 
 

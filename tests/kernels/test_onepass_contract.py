@@ -108,7 +108,8 @@ class OtherBits(PlainOnePass):
 
     def value(self, weights, nll, out):
         super().value(weights, nll, out)
-        out.mul_(1 + 1e-6 * torch.rand(()))
+        self.calls = getattr(self, "calls", 0) + 1
+        out.mul_(1 + 1e-6 * self.calls)
 
 
 MUTANTS = {

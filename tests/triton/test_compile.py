@@ -71,10 +71,11 @@ SETTINGS = {
     "filtered-by-mass": Setting(case({"filter": "tile", "compensate": False})),
 }
 EVERYWHERE = (
-    "exact", "exact-tf32", "exact-float32", "exact-odd", "exact-everything", "filtered", "filtered-float32",
-    "filtered-odd", "filtered-bias", "filtered-small-blocks", "filtered-wide-blocks", "filtered-everything",
+    "exact", "exact-tf32", "exact-float32", "exact-odd", "exact-smoothing", "exact-everything", "filtered",
+    "filtered-float32", "filtered-odd", "filtered-bias", "filtered-small-blocks", "filtered-wide-blocks",
+    "filtered-everything",
 )  # fmt: skip
-CHOSEN = {"sm_80": EVERYWHERE, "sm_90": tuple(SETTINGS), "sm_100": (*EVERYWHERE, "exact-smoothing", "filtered-entropy")}
+CHOSEN = {"sm_80": EVERYWHERE, "sm_90": tuple(SETTINGS), "sm_100": (*EVERYWHERE, "filtered-entropy")}
 COMPILED = [(architecture, name) for architecture in ARCHITECTURES for name in CHOSEN[str(architecture)]]
 
 

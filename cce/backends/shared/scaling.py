@@ -15,7 +15,8 @@ def norm_of(
 
     A power of two, so that dividing and multiplying by it rounds nothing: the one that brings the largest of those that
     are finite, times the logit scale, to between half of ``largest`` and it. dz is then at most some tens of times as
-    large (an entropy's term, a target named several times); what is summed of it must not overflow either.
+    large (an entropy's term, a target named several times). A product of it may leave float16's range all the same, as
+    it grows with e, c and their number of rows: its sums are multiplied by this before they are rounded.
     """
     if operand != torch.float16:
         return None
