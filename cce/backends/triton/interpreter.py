@@ -1,6 +1,6 @@
-"""bfloat16 in Triton's interpreter, which multiplies its bits as integers and truncates what it should round.
+"""Fixes for bfloat16 in Triton's interpreter, which multiplies its bits as integers and truncates instead of rounding.
 
-Only with TRITON_INTERPRET=1, for running the kernels without a GPU. Seen in Triton 3.6.0 and 3.9.0.
+They apply only with TRITON_INTERPRET=1, for running the kernels without a GPU. Seen in Triton 3.6.0 and 3.9.0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 
 def correct_bfloat16() -> None:
-    """Has products widen bfloat16 factors, and conversions from float32 round to nearest even."""
+    """Make products widen bfloat16 factors, and conversions from float32 round to nearest even."""
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
 
@@ -30,7 +30,7 @@ def correct_bfloat16() -> None:
         return cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
-    # Conversions go through this one too, and were bound to the function they replace.
+    # Conversions also go through this function, and were bound to the one it replaces.
     builder.create_fp_trunc = lambda self, src, dst_type: self.cast_impl(src, dst_type)
 
 
