@@ -25,6 +25,7 @@ from cce.testing.check_option import check_option
 from cce.testing.layouts import LAYOUTS, check_layout
 from cce.testing.options import OPTIONS
 from cce.testing.patterns import PATTERNS, check_pattern
+from cce.version import __version__
 
 #: What :func:`check_backend` can be asked for.
 GROUPS = ("cases", "behaviours", "options", "layouts", "patterns")
@@ -189,7 +190,8 @@ def product_roundoff(device: str) -> float:
 
 def environment(device: str) -> dict[str, Any]:
     """Device and versions, for records."""
-    versions = {name: _version(name) for name in ("cce", "torch", "numpy", "triton", "cupy-cuda13x", "numba-cuda")}
+    versions: dict[str, str | None] = {"cce": __version__}
+    versions |= {name: _version(name) for name in ("torch", "numpy", "triton", "cupy-cuda13x", "numba-cuda")}
     hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
 

@@ -103,7 +103,7 @@ def test_peer_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = of_peer(Peer("x", broken, ()))
     assert (failed.status, failed.reason) == ("failed", "ImportError: symbol not found")
     absent = of_peer(Peer("x", broken, (), package="no-such-package"))
-    assert absent.status == "absent" and "pip install 'cce[peers]'" in absent.reason
+    assert absent.status == "absent" and "pip install 'cce-kernels[peers]'" in absent.reason
     older = of_peer(Peer("x", broken, (), _has="no_such_function"))
     assert older.status == "absent" and torch.__version__ in older.reason
 

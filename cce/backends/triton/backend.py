@@ -1,4 +1,4 @@
-"""The `triton` backend's face to the registry; Triton itself is imported when a kernel is first needed."""
+"""The `triton` backend as the registry sees it; Triton itself is imported when a kernel is first needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cce.spec import Spec
 
 
 class TritonBackend(Backend, OnePass):
-    """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above."""
+    """Backend for every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above."""
 
     name = "triton"
     device = "cuda"
@@ -31,7 +31,7 @@ class TritonBackend(Backend, OnePass):
     def unavailable(self, device: str) -> list[str]:
         reasons = []
         if find_spec("triton") is None:
-            reasons.append("package 'triton' is not installed: pip install 'cce[triton]'")
+            reasons.append("package 'triton' is not installed: pip install 'cce-kernels[triton]'")
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return reasons
         return reasons + missing_gpu(device, "not tried yet", " (or interpreted, with TRITON_INTERPRET=1)")
