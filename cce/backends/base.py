@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The interface of a backend."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class OnePass(ABC):
     def loss_and_gradients(
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
     ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-        """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``.
+        """Compute the outputs and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``.
 
-        ``weights`` is (N, K), in the accumulation dtype; those of targets -1 are 0, or NaN in a mean over nothing, and
-        do not count. dE of rows without a target may be anything: the front end makes it 0.
+        ``weights`` is (N, K), in the accumulation dtype. The weights of targets -1 are 0, or NaN in a mean over
+        nothing, and must be ignored. dE may hold anything in rows without a target: the front end sets them to 0.
         """
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-        """``sum_ik weights_ik nll_ik`` of what :meth:`loss_and_gradients` found: a scalar."""
+        """Return the scalar ``sum_ik weights_ik nll_ik`` from the outputs of :meth:`loss_and_gradients`."""
         return (weights * outputs.nll).sum()
 
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
-        """Multiplies the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor of one number.
+        """Multiply the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor with one element.
 
-        It is 1 where the loss is what was differentiated. The values of a GPU cannot be looked at without waiting for
-        it: there a backend can save the pass over the gradients, in a kernel that looks first.
+        The factor is 1 when the loss itself is differentiated. The host cannot read it from a GPU without a
+        synchronisation; a GPU backend can skip the pass over the gradients in a kernel that tests the factor first.
         """
         if factor.device.type == "cpu" and factor == 1:
             return
@@ -50,32 +50,34 @@ class Backend(ABC):
     dropped ignored rows; reductions, class weights and token weights come after. A backend sees N >= 1
     rows, a *resolved* spec, and tensors on one device.
 
-    ``cce.testing.check_backend(name)`` holds it to the float64 reference.
+    ``cce.testing.check_backend(name)`` tests a backend against the float64 reference.
     """
 
     name: str
 
-    #: The backend takes the rows without a target, too, all -1, and spends nothing on them: their outputs are 0 (-1 for
-    #: the prediction), their gradients 0, and what ``e`` holds there is not looked at. The front end then never has to
-    #: ask a GPU how many rows there are. Without it, a backend sees rows in use only.
+    #: True if the backend accepts rows without a target (all -1) and spends nothing on them: their outputs are 0 (-1
+    #: for the prediction), their gradients are 0, and ``e`` is not read there. The front end then never has to ask a
+    #: GPU for the number of rows. If False, the backend only sees rows in use.
     skips_ignored_rows = False
 
-    #: Device type it is made for: whose problems docs/options.md asks it about, whatever machine writes the page.
+    #: Device type the backend is made for. docs/options.md lists its answers for this device, whatever machine writes
+    #: the page.
     device = "cpu"
 
     def unavailable(self, device: str) -> list[str]:
-        """All reasons why nothing can run here on this device type: a package or hardware that is missing."""
+        """All reasons why nothing can run on this device type here: a missing package or missing hardware."""
         return []
 
     @abstractmethod
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        """All reasons why this problem cannot run, wherever it is, from metadata alone; empty if it can."""
+        """All reasons why this problem cannot run in any environment, from metadata alone; empty if it can."""
 
     @abstractmethod
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
-        """Computes the outputs ``problem.outputs`` asks for, and fills those of ``maps`` that are not None.
+        """Compute the outputs requested by ``problem.outputs``, and fill those of ``maps`` that are not None.
 
-        The maps are (T, N) views the caller owns, of ``problem.map_dtype(spec)``; their rows may be longer than N.
+        The maps are (T, N) views owned by the caller, of dtype ``problem.map_dtype(spec)``; their row stride may exceed
+        N.
         """
 
     @abstractmethod
@@ -88,33 +90,34 @@ class Backend(ABC):
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Gradients[Tensor]:
-        """Gradients ``problem`` asks for; must leave every argument unchanged (a graph may be retained)."""
+        """Compute the gradients requested by ``problem``; every argument stays unchanged (a graph may be retained)."""
 
     def note(self, problem: Problem, spec: Spec) -> str:
-        """What a user may want to know of how a problem would run here, in a line, for :func:`cce.explain`."""
+        """One line for :func:`cce.explain` on how a problem would run here; empty if there is nothing to say."""
         return ""
 
     def prepare(
         self, targets: Tensor, v: int, ignore_index: int, mean: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The targets as the other methods take them; overridden where kernels do it faster than the library.
+        """Bring the targets into the form the other methods take; overridden where kernels are faster than the library.
 
         Args:
-            targets: (N, K) integers on a device of this backend. One that is neither in [0, v) nor ``ignore_index`` is
-                an error, on a GPU a device-side assertion (``shared/targets.py``).
-            v: entries of the vocabulary.
-            mean: dtype of their weights in a mean, if these are wanted, too; then K is 1.
+            targets: (N, K) integers on a device of this backend. A value that is neither in [0, v) nor ``ignore_index``
+                is an error, on a GPU a device-side assertion (``shared/targets.py``).
+            v: number of vocabulary entries.
+            mean: dtype of the targets' weights in a mean, or None if the weights are not wanted; if given, K is 1.
 
         Returns:
-            (N, K) int64, with -1 for ``ignore_index``, and (N, 1) 1 / their number for targets, 0 for none, or None.
+            The targets, (N, K) int64 with -1 for ``ignore_index``; and the weights, (N, 1), 1 / (number of targets) for
+            a target and 0 for -1, or None.
         """
         rows = prepare(targets, v, ignore_index)
         return rows, None if mean is None else mean_weights(rows, mean)
 
     def one_pass(self, problem: Problem, spec: Spec) -> OnePass | None:
-        """A pass that computes gradients along with the loss, if there is one for this problem and it is faster.
+        """Pass that computes gradients along with the loss, or None if this problem has none or it would not be faster.
 
-        Asked from metadata alone, by the front end, for means and sums of the plain loss whose gradient is wanted.
+        The front end asks, with metadata alone, for means and sums of the plain loss whose gradient is wanted.
         """
         return None
 

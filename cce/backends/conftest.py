@@ -1,4 +1,4 @@
-"""Where a framework is not installed, pytest passes by the backend named after it: its kernels cannot be imported."""
+"""Keep pytest from collecting a backend whose framework is not installed: its kernels cannot be imported."""
 
 from importlib.util import find_spec
 

@@ -15,28 +15,28 @@ from cce.spec import Spec
 
 A = TypeVar("A")
 
-#: The mass of a tile that the row hits is negated in ``Maps.tile_mass``, and at least this: float16's least number.
+#: ``Maps.tile_mass`` holds the mass of a tile that the row hits negated, and at least this large: the smallest float16.
 LEAST_HIT = 2.0**-24
 
-#: What a backend computes beside ``lse`` and the targets' logits, only when asked.
+#: Outputs a backend computes only on request, besides ``lse`` and ``nll``.
 EXTRA_OUTPUTS = ("entropy", "weighted_logit", "prediction")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Metadata of one call: everything a backend needs to say whether it can run it.
+    """Metadata of one call: everything a backend needs to decide whether it can run the call.
 
     Args:
         n: rows of ``e`` in use (ignored rows are already left out).
         v, d: rows and columns of ``c``.
-        k: target entries a row; 1 for ordinary targets.
+        k: target entries per row; 1 for ordinary targets.
         e_dtype, c_dtype: dtypes of ``e`` and ``c``.
         device: device type, "cpu", "cuda", ...
-        bias: a bias is added to the logits.
+        bias: whether a bias is added to the logits.
         softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``, -inf where the bias is.
-        outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
-        grad_e, grad_c, grad_bias: the gradients that will be wanted.
-        part: ``c`` is a part of the vocabulary, so that dE is one of several terms of a sum.
+        outputs: requested members of ``EXTRA_OUTPUTS``.
+        grad_e, grad_c, grad_bias: whether the gradient will be requested.
+        part: whether ``c`` is only a part of the vocabulary, so that dE is one of several terms of a sum.
     """
 
     n: int
@@ -69,8 +69,8 @@ class Problem:
     ) -> Problem:
         """The metadata of these tensors: targets (N, K), the others as in :class:`Inputs`.
 
-        ``outputs`` and ``grads`` are comma-separated names, as the operators take them: of ``EXTRA_OUTPUTS``, and
-        of "e", "c" and "bias".
+        ``outputs`` and ``grads`` are comma-separated names, as the operators take them: members of ``EXTRA_OUTPUTS``,
+        and of "e", "c", "bias".
         """
         names = set(grads.split(","))
         return cls(
@@ -92,12 +92,12 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype whose arithmetic the products use: the wider of ``e``'s and ``c``'s."""
+        """Dtype of the factors of the products: the wider of those of ``e`` and ``c``."""
         return torch.promote_types(self.e_dtype, self.c_dtype)
 
     @property
     def de_dtype(self) -> torch.dtype:
-        """Of dE: the dtype of ``e``; of a term of a sum not less than float32."""
+        """Dtype of dE: that of ``e``, or at least float32 if dE is one of several terms of a sum."""
         return torch.promote_types(self.e_dtype, torch.float32) if self.part else self.e_dtype
 
     @property
@@ -112,10 +112,10 @@ class Problem:
         return frozenset({"tile_mass", "tile_entropy"} if entropy else {"tile_mass"})
 
     def map_dtype(self, spec: Spec) -> torch.dtype:
-        """Of the maps: float16 where the products' factors have 16 bits, else the accumulation dtype.
+        """Dtype of the maps: float16 where the products' factors have 16 bits, else the accumulation dtype.
 
-        What a map replaces has been rounded to 16 bits itself, and the maps are much of the memory over the gradients.
-        Their values lie in [0, 1] (entropies: [0, log BLOCK_V]), where float16 is finer than bfloat16.
+        The values a map replaces would be rounded to 16 bits themselves, and the maps are much of the memory beyond the
+        gradients. Their values lie in [0, 1] (entropies: [0, log BLOCK_V]), where float16 is finer than bfloat16.
         """
         half = self.dtype in (torch.bfloat16, torch.float16) and spec.accumulate == "float32"
         return torch.float16 if half else getattr(torch, str(spec.accumulate))
@@ -123,7 +123,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Inputs(Generic[A]):
-    """What a kernel reads.
+    """Arrays that a backend reads in both passes.
 
     Attributes:
         e: (M, D), any strides.
@@ -133,8 +133,8 @@ class Inputs(Generic[A]):
         rows: (N,) int64, ascending: row i of the problem is ``e[rows[i]]``. None when N = M.
         logit_weight: (V,) weights u of ``weighted_logit``; None stands for 1 / V.
         vocab_order: (V,) int64 permutation, or None for the natural order.
-        in_use: (N,) bool, the rows that count, where that is more than those with a target: of a part of the
-            vocabulary, whose other parts hold the other targets. Only for backends with ``skips_ignored_rows``.
+        in_use: (N,) bool, the rows that count, where these are more than the rows with a target: ``c`` is then a part
+            of the vocabulary, and other parts hold the other targets. Only for backends with ``skips_ignored_rows``.
     """
 
     e: A
@@ -149,18 +149,19 @@ class Inputs(Generic[A]):
 
 @dataclass(frozen=True)
 class Outputs(Generic[A]):
-    """Per row of the problem, in the accumulation dtype.
+    """Outputs of the forward for each row of the problem, in the accumulation dtype.
 
     Only differences of logits count, and all logits of a row may share an offset at which float32 holds few digits of
-    a difference. So the log-sum-exp is a pair of numbers, and ``nll`` is not left to be subtracted by the caller.
+    a difference. So the log-sum-exp is a pair of numbers, and the backend computes ``nll`` instead of leaving the
+    subtraction to the caller.
 
     Attributes:
         lse: (N,) log-sum-exp of the row's logits; -inf where all are -inf.
         nll: (N, K) ``lse_i - z[i, targets[i, k]]``, from differences to the row's largest logit; at least 0, and 0
             where the target is -1. NaN where lse is -inf or inf.
-        lse_low: (N,) what rounding took from ``lse``, so that ``p = exp((z - lse) - lse_low)``; NaN where ``lse`` is
-            not finite, as there is no softmax. None stands for 0.
-        entropy: (N,) of the softmax, nats; never negative.
+        lse_low: (N,) rounding error of ``lse``, so that ``p = exp((z - lse) - lse_low)``; NaN where ``lse`` is not
+            finite, as there is no softmax. None stands for 0.
+        entropy: (N,) entropy of the softmax in nats; never negative.
         weighted_logit: (N,) ``sum_v u_v z[i, v]``, in float64 where the device has it.
         prediction: (N,) int64, the vocabulary entry of the largest logit, the first in the vocabulary order if tied.
     """
@@ -175,7 +176,7 @@ class Outputs(Generic[A]):
 
 @dataclass(frozen=True)
 class Maps(Generic[A]):
-    """Per tile of the forward, kept for the backward; all (T, N), None where :meth:`Problem.maps` has no need.
+    """Values of each tile that the forward keeps for the backward; (T, N) each, None where not in :meth:`Problem.maps`.
 
     Attributes:
         tile_mass: the row's probability in vocabulary block t, ``exp(tile_lse - lse)``; negated, and at least
@@ -195,10 +196,10 @@ class Upstream(Generic[A]):
     ``dz[i, j] = p_ij (a_i + h_i (lse_i - H_i - z_ij)) - sum_k g_ik [j = targets_ik] + s_i u_j``.
 
     Attributes:
-        a: (N,) of ``lse``, plus the sum of ``g`` over k: every ``nll_ik`` has ``lse_i`` in it.
-        g: (N, K) of ``nll``.
-        h: (N,) of ``entropy``, or None.
-        s: (N,) of ``weighted_logit``, or None.
+        a: (N,) gradient of ``lse``, plus the sum of ``g`` over k, since every ``nll_ik`` contains ``lse_i``.
+        g: (N, K) gradient of ``nll``.
+        h: (N,) gradient of ``entropy``, or None.
+        s: (N,) gradient of ``weighted_logit``, or None.
     """
 
     a: A
@@ -209,7 +210,7 @@ class Upstream(Generic[A]):
 
 @dataclass(frozen=True)
 class Gradients(Generic[A]):
-    """What the backward returns; None for what was not asked.
+    """Gradients returned by the backward; None where not requested.
 
     Attributes:
         de: (N, D), in :attr:`Problem.de_dtype` or the accumulation dtype.

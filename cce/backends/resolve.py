@@ -1,4 +1,4 @@
-"""The fields of a spec that the problem decides: from what a user wrote to what a backend receives."""
+"""Resolution of a spec: fields the user left open are set from the problem before a backend receives it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
-# What is skipped below these thresholds, once compensated, errs no more than a dense computation in the dtype
+# Skipping tiles below these thresholds, with compensation, causes no more error than a dense computation in the dtype
 # (docs/numerics.md has the measurements). The more entries there are, the smaller is each one's share: in a large
 # vocabulary, the threshold is a multiple of 1/V (docs/decisions/0005).
 _THRESHOLD = {torch.float16: 2.0**-16}
 _THRESHOLD_ELSE = 2.0**-13
 _TIMES_UNIFORM = 12
 
-# What a GPU's matrix unit works on. Narrower blocks would skip more on a CPU, but also err more at a given
-# threshold (docs/numerics.md); and so every device finds the same live tiles.
+# Tile sizes of a GPU's matrix unit. Narrower blocks would skip more on a CPU, but with a larger error at a given
+# threshold (docs/numerics.md); with one size, every device finds the same live tiles.
 _BLOCK_N, _BLOCK_V = 128, 128
 
 
 def resolve(spec: Spec, problem: Problem, whole: int | None = None) -> Spec:
-    """The spec with no field left at None; what the backends receive.
+    """Resolve a spec for a problem: the result has no field left at None.
 
     Args:
         spec: as the user gave it.
-        problem: what it is for.
-        whole: entries of the vocabulary, where ``c`` holds a part of it: the default threshold is that of all.
+        problem: problem to resolve it for.
+        whole: size of the whole vocabulary where ``c`` holds a part of it; it determines the default threshold.
     """
     whole = problem.v if whole is None else whole
-    # Sizes may be symbols under torch.compile, which no cache can tell apart.
+    # Under torch.compile, sizes may be symbols, which no cache can tell apart.
     if isinstance(whole, int) and isinstance(problem.n, int):
         found = _kept(spec.key, problem, whole)
     else:
@@ -67,14 +67,14 @@ def _filter(filter: str | None, problem: Problem) -> str:
 
 def _default_threshold(v: int, dtype: torch.dtype) -> float:
     most = _THRESHOLD.get(dtype, _THRESHOLD_ELSE)
-    # While torch.compile traces, V may be a symbol; what runs asks again with the number.
+    # While torch.compile traces, V may be a symbol; the compiled call resolves again with the number.
     return min(most, _TIMES_UNIFORM / v) if isinstance(v, int) and v > 0 else most
 
 
 def _order(
     order: torch.Tensor | Sequence[int] | str | None, filter: str, problem: Problem
 ) -> torch.Tensor | Sequence[int] | str:
-    # An order is worth its gathers only where tiles will be skipped.
+    # A vocabulary order is worth its gathers only where tiles will be skipped.
     if filter == "none" or not problem.needs_grad:
         return "natural"
     return order or "mean_logit"

@@ -44,6 +44,7 @@ class Noise:
         skipped: largest probability that a filter may take for another one as small; 0 without a filter, which would
             also leave out rows with an upstream gradient of 0, whatever they hold.
         apart: the targets' logits are sums of their own, as kernels make them, with roundings of their own.
+        one_pass: kernels may keep exponentials in float16 until they are gradients, of bfloat16 problems, too.
         dtypes: of e and c, in which a recipe may store what it makes of them.
     """
 
@@ -54,14 +55,14 @@ class Noise:
         results: torch.dtype = torch.float32,
         skipped: float = 0.0,
         apart: bool = False,
+        one_pass: bool = False,
         **dtypes: torch.dtype,
     ) -> None:
         sums = torch.float64 if dtype == torch.float64 else torch.float32
         self.u = UNIT[sums] + UNIT[torch.float64]  # the formula's own roundings are added
         self.results = torch.promote_types(sums, results)
         self.bits = 53 if sums == torch.float64 else 24
-        # In one pass the kernels keep exponentials in float16 until they are gradients, of bfloat16 problems, too.
-        kept = torch.float16 if apart and dtype == torch.bfloat16 else dtype
+        kept = torch.float16 if one_pass and dtype == torch.bfloat16 else dtype
         self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[kept], UNDERFLOW[sums])
         self.stored = {name: UNIT[x] for name, x in dtypes.items()}
         self.own = {name: UNIT[torch.promote_types(x, torch.float32)] for name, x in dtypes.items()}
@@ -140,10 +141,10 @@ class Noise:
         def at_x(g: Tensor) -> Tensor:
             lost = torch.minimum(g.abs(), torch.tensor(self.underflow * self.largest, dtype=g.dtype))
             dx.append(g.abs())
-            # Below the least normal number all errors may have one sign.
+            # Below the least normal number all errors may have one sign; or there are none.
             rest = g.abs() if self.beside is None else g.abs() + self.beside
             stored = self.by(g, self.u_in * rest + 2 * self.skipped * self.largest)
-            return stored - torch.sign(_finite(g)) * _finite(lost)
+            return stored - torch.sign(_finite(g)) * _finite(lost) * (self.signs(g, 1) > 0)
 
         # Stored in e's or c's dtype: the sum of several calls' gradients has the rounding of each.
         own = max(self.stored.values(), default=0.0)

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from plain_backend import PlainBackend
 
 import cce
 from cce.backends.gpu.products import scaled_product, sums_bytes, write_product
 from cce.backends.gpu.sizes import least_scratch
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
+from cce.testing.kernels.plain_backend import PlainBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 N, V, EPS = 40, 40, 2.0**-10

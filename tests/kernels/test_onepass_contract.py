@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import onepass_contract
 import pytest
 import torch
-from onepass_contract import CASES
-from plain_math import finite
-from plain_onepass import PlainOnePass
+
+from cce.testing.kernels import one_pass_contract as onepass_contract
+from cce.testing.kernels.one_pass_contract import CASES
+from cce.testing.kernels.plain_math import finite
+from cce.testing.kernels.plain_one_pass import PlainOnePass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

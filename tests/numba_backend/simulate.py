@@ -14,10 +14,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 
-import contract
 import fast_simulator
 import numpy as np
-from contract_cases import CASES
 from numba import cuda, int32
 
 from cce import registry
@@ -25,6 +23,8 @@ from cce.backends.numba.launches import NumbaKernels
 from cce.testing import CASES as KIT_CASES
 from cce.testing import LAYOUTS, PATTERNS, Case, run_case
 from cce.testing.check_option import check_option
+from cce.testing.kernels import contract
+from cce.testing.kernels.cases import CASES
 from cce.testing.layouts import check_layout
 from cce.testing.options import OPTIONS
 from cce.testing.patterns import check_pattern

@@ -1,4 +1,4 @@
-"""The arrays and sizes that the kernels of a method read and write, one class a purpose."""
+"""Arrays and sizes that the kernels of a method read and write, one class per purpose."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from cce.backends.gpu.plan import Plan
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tiles of a problem's kernels, as far as the host has to know them.
+    """Tile sizes of a problem's kernels, as far as the host has to know them.
 
     Attributes:
-        forward_rows, forward_columns: of a tile of :meth:`Kernels.statistics`; a split is a run of whole tiles. Where
-            there are maps, columns are a multiple of ``spec.block_v``.
-        gradient_rows, gradient_columns: of a tile of :meth:`Kernels.gradient`; columns at most 256.
-        pack: live tiles of one row block that :meth:`Kernels.live` computes at a time, at most.
-        programs: blocks of threads that run at the same time.
+        forward_rows, forward_columns: tile of :meth:`Kernels.statistics`; a split is a run of whole tiles. Where there
+            are maps, forward_columns is a multiple of ``spec.block_v``.
+        gradient_rows, gradient_columns: tile of :meth:`Kernels.gradient`; gradient_columns is at most 256.
+        pack: largest number of live tiles of one row block that :meth:`Kernels.live` computes at a time.
+        programs: thread blocks that run at the same time.
     """
 
     forward_rows: int
@@ -34,12 +34,13 @@ class Sizes:
 class Formula:
     """A logit from a product x = e c^T: z = softcap tanh(scale (x + bias) / softcap), or scale (x + bias).
 
-    z is -inf where the bias is, also under a softcap. tanh(y) has a relative error of a few units in the last place:
-    by exponentials alone it loses softcap times that of a small logit.
+    z is -inf where the bias is, also under a softcap. tanh(y) must have a relative error of a few units in the last
+    place for small y, too: computed by exponentials alone, its absolute error, times the softcap, would swamp a small
+    logit.
 
     Attributes:
-        bias: (columns,) float32, contiguous, of the columns of the ``c`` at hand, or None.
-        ieee: float32 operands are not rounded to tf32.
+        bias: (columns,) float32, contiguous, bias of the columns of the given ``c``, or None.
+        ieee: whether float32 operands are multiplied without rounding to tf32.
     """
 
     bias: Tensor | None
@@ -50,15 +51,16 @@ class Formula:
 
 @dataclass(frozen=True)
 class Splits:
-    """Per split of the vocabulary and row: (S, N) each, contiguous.
+    """Statistics of each split of the vocabulary and row: (S, N) each, contiguous.
 
     Split s of a window of C tiles has the tiles ``s C // S`` to ``(s + 1) C // S``.
 
     Attributes:
         max, sum: m = largest logit, sum exp(z - m); -inf and 0 before the first tile. The sum is NaN where a logit is
             NaN or inf, whatever m is; but m is inf where the largest is.
-        gap: sum exp(z - m) (m - z), terms with exp(z - m) = 0 left out; or None. The entropy is log sum + gap / sum.
-        weighted: sum u_v z_v of the window's columns, so NaN where 0 meets -inf, as in PyTorch; or None.
+        gap: sum exp(z - m) (m - z), without the terms where exp(z - m) = 0; or None. The entropy is log sum + gap /
+            sum.
+        weighted: sum u_v z_v over the window's columns, hence NaN where 0 meets -inf, as in PyTorch; or None.
         best: int32, place of the first largest logit; or None.
     """
 
@@ -71,9 +73,9 @@ class Splits:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Per vocabulary block of ``spec.block_v`` places and row: (T', N) float32 each, contiguous.
+    """Statistics of each vocabulary block of ``spec.block_v`` places and row: (T', N) float32 each, contiguous.
 
-    T' rows are there for every whole tile of the forward: a kernel may write the blocks of its last tile that have no
+    T' counts the blocks of whole tiles of the forward: a kernel may write the blocks of its last tile that have no
     columns.
 
     The block's log-sum-exp is ``max + log_sum``: two numbers, since a large maximum would round the other away.
@@ -81,7 +83,7 @@ class Tiles:
     Attributes:
         max: the block's largest logit; -inf where all are -inf.
         log_sum: log sum exp(z - max); 0 where all are -inf, NaN where one is NaN.
-        entropy: of the softmax within the block, 0 where all are -inf; or None.
+        entropy: entropy of the softmax within the block, 0 where all are -inf; or None.
     """
 
     max: Tensor
@@ -91,15 +93,15 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Rows:
-    """Per row of the problem, what a logit's gradient is made from; float32, contiguous, in the rows' own order.
+    """Values of each row of the problem that make up a logit's gradient; float32, contiguous, in the rows' own order.
 
     ``dx_j = softcap'(z) (p_j (a + h ((lse - z_j) + (lse_low - entropy))) - sum_k g_k [j = targets_k] + s u_j)`` with
     ``p_j = exp((z_j - lse) - lse_low)``, both differences in this order: logits may share a large offset.
 
     a, g, h and s have been multiplied by the logit scale, so that dx is the gradient of e c^T; softcap'(z) is
-    ``1 - (z / softcap)^2``, 0 where z = -inf. Where z_j = -inf, p_j is 0 and so are its terms (not those of a target),
-    but NaN in a row whose lse is -inf or inf, for there lse_low is NaN: as in PyTorch, a row without a finite logit, or
-    with an infinite one, has no softmax.
+    ``1 - (z / softcap)^2``, 0 where z = -inf. Where z_j = -inf, p_j and its terms are 0 (but not those of a target). In
+    a row whose lse is -inf or inf they are NaN, as lse_low is: as in PyTorch, a row without a finite logit, or with an
+    infinite one, has no softmax.
 
     Attributes:
         lse, lse_low, a: (N,). g: (N, K). entropy, h: (N,) or None. s: (N,) or None.
@@ -118,12 +120,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dense:
-    """An exact backward, but for the window of the vocabulary.
+    """Arguments of an exact backward, all but the window of the vocabulary.
 
     Attributes:
         e: (N, D) aligned. formula: its bias is (V,).
-        weight: (V,) float32, u of the entries, with ``rows.s`` and a softcap only.
-        column_sums: they are wanted.
+        weight: (V,) float32, weights u of the entries; only with ``rows.s`` and a softcap.
+        column_sums: whether the column sums of dx are wanted.
     """
 
     e: Tensor
@@ -133,29 +135,30 @@ class Dense:
     column_sums: bool
 
 
-#: Computes dx of a window; what its arguments are, :meth:`Kernels.gradient` says.
+#: Function that computes dx of a window; :meth:`Kernels.gradient` describes its arguments.
 GradientOfWindow = Callable[[Tensor, int, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True)
 class Live:
-    """A filtered backward, but for the number of the chunk; see :class:`cce.backends.gpu.plan.Plan` for its tables.
+    """Arguments of a filtered backward, all but the chunk's number; :class:`cce.backends.gpu.plan.Plan` has the tables.
 
-    Row block b holds rows ``row_order[b BLOCK_N : (b + 1) BLOCK_N]``, block t the places from ``t BLOCK_V``; the last
-    of each may be short. Rows with ``keep`` False want no gradient: their dx is 0, and their ``e`` may be NaN.
+    Row block b holds rows ``row_order[b BLOCK_N : (b + 1) BLOCK_N]``, vocabulary block t the places from ``t BLOCK_V``;
+    the last of each may be short. Rows with ``keep`` False need no gradient: their dx is 0, and their ``e`` may be NaN.
 
     Attributes:
         e: (N, D) aligned. sorted_rows: it is a copy in ``row_order``, with zeros where ``keep`` is False.
         c: (V, D) aligned. order: (V,) int64 or None. formula: its bias is (V,), by entry.
         row_order: (N,) int64. keep: (N,) bool.
-        dz: (slots + 1, BLOCK_N, BLOCK_V) in the products' dtype: dx of live tiles; the last slot is for nobody's use.
-        column_sums: (slots, BLOCK_V) float32, of dx, not rounded; None where there is no dbias.
-        de: (N, D) float32, rows in ``row_order``; holds what to add to. None if not wanted.
-        dc: (V, D') contiguous, in the dtype of ``c`` as the user has it, D' <= D; every row of a chunk's blocks is
-            written, times ``norm``. None if not wanted.
+        dz: (slots + 1, BLOCK_N, BLOCK_V) in the products' dtype: dx of live tiles; the last slot is never used.
+        column_sums: (slots, BLOCK_V) float32, column sums of dx before rounding; None where there is no dbias.
+        de: (N, D) float32, rows in ``row_order``; dE is added to its contents. None if not wanted.
+        dc: (V, D') contiguous, in the dtype of the user's ``c``, D' <= D; every row of a chunk's blocks is written,
+            times ``norm``. None if not wanted.
         dbias: (V,) float32, likewise.
-        mass_e: (T, D) float32: added to every entry's row of dC, over the number of its block's columns; None: nothing.
-        mass: (T,) float32, likewise for dbias.
+        mass_e: (T, D) float32, added to dC of every entry in the block, divided by the block's number of columns; or
+            None.
+        mass: (T,) float32, likewise for dbias; or None.
         norm: a tensor of one float32, or None.
         row_of: (N,) int32, ``row_order``, or -1 where ``keep`` is False; or None.
     """

@@ -1,4 +1,4 @@
-"""A backend whose kernels are all it brings; everything else is here."""
+"""Base class of a backend that supplies only its kernels; everything else is here."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class KernelBackend(Backend, OnePass):
 
     @abstractmethod
     def kernels(self) -> Kernels:
-        """The kernels, the same at every call. To make them, and to ask what they support, takes metadata alone."""
+        """The kernels, the same object at every call. Making them and asking what they support needs metadata alone."""
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         reasons = common_refusals(problem, spec)
         try:
             kernels = self.kernels()
-        except ModuleNotFoundError:  # that a package is not there, `unavailable` tells
+        except ModuleNotFoundError:  # `unavailable` reports the missing package
             return reasons
         return [*reasons, *kernels.unsupported(problem, spec)]
 

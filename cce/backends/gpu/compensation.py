@@ -1,4 +1,4 @@
-"""What stands for the dead tiles (docs/algorithm.md, step 5), by the library, in pieces of the map."""
+"""Compensation for the dead tiles (docs/algorithm.md, step 5), by operations of torch, in pieces of the map."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cce.backends.shared.rows import rows_of
 
 @dataclass(frozen=True)
 class Dead:
-    """What the dead tiles add.
+    """Contribution of the dead tiles.
 
     Attributes:
         de: (N, D) float32, m^T cbar, rows in the work list's order; None where dE is not wanted.
@@ -34,12 +34,12 @@ class Dead:
 def compensation(
     call: Call, c: Tensor, rows: SortedRows, live: Tensor, found: Scaled, outputs: Outputs[Tensor], maps: Maps[Tensor]
 ) -> Dead:
-    """The products with the dead tiles' mass.
+    """Compute the products with the dead tiles' mass.
 
     Args:
         c: (V, D) aligned.
         rows: in the work list's order; live: (T, B) bool.
-        found: gradients of the forward's ``outputs``, whose ``maps`` these are.
+        found: gradients of the forward's ``outputs``; ``maps`` belong to the same forward.
     """
     problem, tiles, width = call.problem, call.tiles, call.e.shape[1]
     mass = Mass(call, rows.row_order, live, found, outputs, maps)
@@ -78,12 +78,12 @@ class Mass:
         self._call, self._row_order, self._live, self._maps = call, row_order, live.contiguous(), maps
         self._rows, self._given = found.rows, outputs
         varies = found.rows.h is not None or call.problem.softcap is not None
-        # A number of the mass takes 4 bytes on its way, or several float32 where its weight is not the row's alone.
+        # An element of the mass takes 4 bytes while computed, or several float32 where its weight depends on the tile.
         self._dtype, taken = (torch.float32, 32) if varies else (call.problem.map_dtype(call.spec), 4)
         self._step = max(1, call.spec.scratch_bytes // (4 * taken * call.problem.n))
 
     def of(self, t0: int, t1: int, out: Tensor) -> Tensor:
-        """Fills ``out`` (t1 - t0, N)."""
+        """Fill ``out`` (t1 - t0, N)."""
         call = self._call
         given = (self._rows, self._maps, self._row_order, self._live)
         if call.kernels.dead_mass(call.problem, call.spec, *given, t0, out):
@@ -95,7 +95,7 @@ class Mass:
 
     @cached_property
     def _upstream(self) -> Upstream[Tensor]:
-        """Gradients that have the scale in them, and are in float16's range."""
+        """Upstream gradients, multiplied by the scale and within the range of float16."""
         return rows_of(Upstream(self._rows.a, self._rows.g, self._rows.h), self._row_order)
 
     @cached_property
@@ -106,7 +106,7 @@ class Mass:
     def _fill(self, t0: int, t1: int, out: Tensor) -> None:
         call, maps = self._call, self._maps
         assert maps.tile_mass is not None
-        p = self._sorted(maps.tile_mass[t0:t1]).clamp_(min=0)  # of tiles hit it is negative
+        p = self._sorted(maps.tile_mass[t0:t1]).clamp_(min=0)  # negative for tiles hit
         entropy = None if self._upstream.h is None or maps.tile_entropy is None else maps.tile_entropy[t0:t1]
         entropy = None if entropy is None else self._sorted(entropy)
         weight = dead_weight(call.problem, call.spec, self._outputs, p, entropy, self._upstream, t0, t1)
@@ -120,7 +120,7 @@ class Mass:
 
 
 def _times_e(rows: SortedRows, m: Tensor, out: Tensor) -> None:
-    """out = m e, (tiles, D), some rows at a time."""
+    """Write out = m e, (tiles, D), some rows at a time."""
     for n0 in range(0, m.shape[1], rows.step):
         n1 = min(m.shape[1], n0 + rows.step)
         if n0 == 0:

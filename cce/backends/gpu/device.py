@@ -14,7 +14,7 @@ _HERE: AbstractContextManager[Any] = nullcontext()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current device: that of ``x``, in this context. Most often it is already."""
+    """Context in which the device of ``x`` is current, for kernel launches. Most often it is already."""
     if not x.is_cuda or x.get_device() == current_device():
         return _HERE
     return torch.cuda.device_of(x)

@@ -1,4 +1,4 @@
-"""The exact backward: chunks of the vocabulary, recomputed by a kernel, multiplied by the library."""
+"""The exact backward: chunks of the vocabulary, recomputed by a kernel and multiplied by torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exact(
 def _exact(
     call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """dE accumulates in float32 over the chunks; dC of a chunk is complete at once, and written once."""
+    """Compute the gradients: dE accumulates in float32 over the chunks, dC of a chunk is complete and written once."""
     problem, found = call.problem, Scaled.of(call, inputs, outputs, upstream)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
@@ -58,13 +58,13 @@ def _exact(
 def _chunks(
     call: Call, inputs: Inputs[Tensor], found: Scaled, dc: Tensor | None, dbias: Tensor | None
 ) -> Tensor | None:
-    """The float32 sum of dE; writes dC and dbias. The scratch memory is given back before dE is made of the sum."""
+    """Return the float32 sum of dE; write dC and dbias. The scratch memory is freed before dE is rounded."""
     problem, total = call.problem, None
     rows_of_c, unit = Windows(call, ordered=False), call.sizes.gradient_columns
     weight = None if found.rows.s is None else call.weights(inputs.logit_weight)
     dense = Dense(call.e, call.formula, found.rows, weight, dbias is not None)
     gradient = call.kernels.gradient(problem, call.spec, dense)
-    lending = None if rows_of_c.copied or problem.c_dtype != problem.dtype else dc  # copies are to be small
+    lending = None if rows_of_c.copied or problem.c_dtype != problem.dtype else dc  # copies must stay small
     row_bytes, sums = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes, sums_bytes(problem, call.spec)
     for stretch in stretches(problem.v, lending, unit, share_of_chunk(problem.n, problem.d), call.spec.scratch_bytes):
         room = call.spec.scratch_bytes - sums if stretch.lent is None else stretch.lent.numel()
@@ -83,7 +83,7 @@ def _chunks(
 
 
 def _dz(call: Call, gradient: GradientOfWindow, c: Tensor, v0: int, memory: Tensor, dbias: Tensor | None) -> Tensor:
-    """(N, columns): dx of a chunk; its column sums go into ``dbias``."""
+    """Compute dx of a chunk, (N, columns); its column sums go into ``dbias``."""
     n, columns = call.problem.n, c.shape[0]
     width = pitch(columns)
     dz = shaped(memory, (n, width), call.problem.dtype)[:, :columns]

@@ -1,7 +1,7 @@
-"""The filtered backward: live tiles by the kernels, and what stands for the dead ones by the library.
+"""The filtered backward: live tiles by the kernels, compensation for the dead ones by torch.
 
-A ``c`` that is not as the kernels take it (another dtype or layout, or rows of no multiple of 16 bytes) is copied as a
-whole, beside the scratch memory: live tiles are anywhere in it.
+A ``c`` the kernels cannot take (another dtype or layout, or a row size that is no multiple of 16 bytes) is copied as a
+whole, in addition to the scratch memory: live tiles may lie anywhere in it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def filtered(
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
-    """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
+    """Run one pass over the chunks of the plan; every launch finds its work in memory, and the host never waits."""
     call, used = Call.of(kernels, inputs, problem, spec), used_rows(inputs)
     upstream = in_rows(upstream, used)
     found = Scaled.of(call, inputs, outputs, upstream)
@@ -56,7 +56,7 @@ def filtered(
     de = None
     if total is not None:
         de = rounded_de(call, total, found.norm, row_order)
-        de.masked_fill_(~used[:, None], 0)  # the products give them 0 times an entry, which may be NaN
+        de.masked_fill_(~used[:, None], 0)  # the products add 0 times an entry, which may be NaN
     if found.s is not None:
         add_mean_logit_to_entries(call, inputs.logit_weight, found.s, found.norm, dc, dbias)
     return Gradients(de, dc, dbias)
@@ -65,7 +65,7 @@ def filtered(
 def _live_tiles(
     call: Call, c: Tensor, found: Scaled, rows: SortedRows, work: Work, dead: Dead, sums: Gradients[Tensor]
 ) -> None:
-    """Adds to dE, and writes dC and dbias: every chunk there may be, of which most find nothing to do."""
+    """Add to dE, and write dC and dbias: for every chunk there may be, most of which find nothing to do."""
     problem, spec = call.problem, call.spec
     left = spec.scratch_bytes - copied_in_scratch(problem, spec)
     slots = max(left // slot_bytes(problem, spec), 2 * row_blocks(problem, spec))

@@ -1,4 +1,4 @@
-"""Where a backend keeps on disk what took long to find or to make."""
+"""Cache folders in which a backend keeps results that took long to find or to make."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def folder_of(variable: str, name: str) -> Path | None:
-    """What the environment's ``variable`` says, else ``$XDG_CACHE_HOME/cce/NAME`` or ``~/.cache/cce/NAME``.
+    """Folder from the environment's ``variable``, else ``$XDG_CACHE_HOME/cce/NAME`` or ``~/.cache/cce/NAME``.
 
-    None if it says "off", or there is no home.
+    None if the variable is "off", or there is no home.
     """
     given, cache = os.environ.get(variable, ""), os.environ.get("XDG_CACHE_HOME", "")
     if given.lower() == "off":
@@ -17,7 +17,7 @@ def folder_of(variable: str, name: str) -> Path | None:
     try:
         if given:
             return Path(given).expanduser()
-        # XDG: a path that is not absolute is to be ignored.
+        # XDG: a path that is not absolute must be ignored.
         return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "cce" / name
     except RuntimeError:  # a user without a home
         return None

@@ -18,13 +18,13 @@ from cce.backends.shared.weighted_logit import weighted_logit
 from cce.spec import Spec
 
 _MOST_SPLITS = 64
-_SPLIT_BYTES = 2**20  # of all splits' maxima and sums
+_SPLIT_BYTES = 2**20  # all splits' maxima and sums
 
 
 def forward(
     kernels: Kernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]
 ) -> Outputs[Tensor]:
-    """Outputs of all rows in use; 0 (-1 for the prediction) of the others. Fills ``maps``."""
+    """Compute the outputs of all rows in use, and 0 (-1 for the prediction) for the others; fill ``maps``."""
     if problem.needs_grad and spec.filter == "none":
         ask(inputs.targets)
     call, in_use = Call.of(kernels, inputs, problem, spec), used_rows(inputs)
@@ -49,7 +49,7 @@ def forward(
 
 
 def _statistics(call: Call, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[Splits, Tiles | None]:
-    """Of all windows of the vocabulary; its order matters to maps and to the prediction only."""
+    """Statistics of all windows of the vocabulary; its order matters only to maps and the prediction."""
     problem, columns, mapped = call.problem, call.sizes.forward_columns, maps.tile_mass is not None
     rows_of_c = Windows(call, ordered=mapped or "prediction" in problem.outputs)
     places, ahead = [(0, problem.v)], rows_of_c.gathered and call.kernels.gathers_ahead(problem)
@@ -89,7 +89,7 @@ def _tiles(call: Call, maps: Maps[Tensor]) -> Tiles:
 
 
 def _entropy(splits: Splits, gap: Tensor, lse: Tensor, lse_low: Tensor, in_use: Tensor) -> Tensor:
-    """(N,) by the chain rule: H = sum_k w_k (H_k - log w_k); w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k.
+    """Entropy by the chain rule: H = sum_k w_k (H_k - log w_k), w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k.
 
     NaN where the log-sum-exp is not finite, as lse_low is.
     """
@@ -103,7 +103,7 @@ def _entropy(splits: Splits, gap: Tensor, lse: Tensor, lse_low: Tensor, in_use: 
 
 
 def _prediction(call: Call, split_max: Tensor, best: Tensor, in_use: Tensor) -> Tensor:
-    """(N,) the entry at the first place of the largest logit; a row of NaN has none, and gets the last place."""
+    """Entry at the first place of the largest logit, (N,); a row of NaN has none and gets the last place."""
     v = call.problem.v
     place = torch.where(split_max == split_max.amax(0), best, v - 1).amin(0).clamp_(0, v - 1).to(torch.int64)
     entry = place if call.order is None else call.order.index_select(0, place)
@@ -111,7 +111,7 @@ def _prediction(call: Call, split_max: Tensor, best: Tensor, in_use: Tensor) -> 
 
 
 def _fill(call: Call, lse: Tensor, lse_low: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:
-    """The map the backward reads: the blocks' mass, negated unless the filter's quantity is at most the threshold."""
+    """Fill the backward's map: the blocks' mass, negated unless the filter's quantity is at most the threshold."""
     if call.kernels.fill_maps(call.problem, call.spec, lse, lse_low, in_use, tiles, maps):
         return
     assert maps.tile_mass is not None and call.spec.threshold is not None

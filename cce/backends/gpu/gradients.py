@@ -1,4 +1,4 @@
-"""What both backwards share: the formula's numbers of each row, and the gradient of a mean logit."""
+"""Shared parts of both backwards: each row's values of the formula, and the gradient of a mean logit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Scaled:
     """The gradients of the outputs, as the products take them.
 
     Attributes:
-        rows: what dx is made from.
-        norm: a power of two (a tensor of one number) that they have been divided by, or None.
-        s: (N,) of the weighted logit where it is no part of dx, which is without a softcap; or None.
+        rows: each row's values in the formula of dx.
+        norm: power of two (a tensor with one element) by which they have been divided, or None.
+        s: (N,) gradient of the weighted logit where it is not part of dx, that is, without a softcap; or None.
     """
 
     rows: Rows
@@ -34,7 +34,7 @@ class Scaled:
         norm = norm_of(upstream, call.problem.dtype, call.problem.logit_scale)
         factors = scaled(upstream, call.problem.logit_scale, norm)
         is_capped, lse = call.problem.softcap is not None, outputs.lse
-        s = None if factors.s is None else factors.s.to(torch.float32)  # as the mean logit is, it may be float64
+        s = None if factors.s is None else factors.s.to(torch.float32)  # like the mean logit, it may be float64
         rows = Rows(
             lse=lse,
             lse_low=lse - lse if outputs.lse_low is None else outputs.lse_low,  # NaN where there is no softmax
@@ -49,7 +49,7 @@ class Scaled:
 
 
 def add_mean_logit_to_de(call: Call, inputs: Inputs[Tensor], s: Tensor, total: Tensor) -> None:
-    """dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``total`` (N, D) may be padded."""
+    """Add dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``total`` (N, D) may be padded."""
     step = max(1, call.spec.scratch_bytes // (8 * call.problem.d))
     total[:, : call.problem.d].addr_(s, weighted_rows(inputs, call.problem, torch.float32, step))
 
@@ -57,7 +57,7 @@ def add_mean_logit_to_de(call: Call, inputs: Inputs[Tensor], s: Tensor, total: T
 def add_mean_logit_to_entries(
     call: Call, logit_weight: Tensor | None, s: Tensor, norm: Tensor | None, dc: Tensor | None, dbias: Tensor | None
 ) -> None:
-    """The same of dC and dbias: dC_v += u_v sum_i s_i e_i, dbias_v += u_v sum_i s_i; added in float32, rounded once."""
+    """Add the same to dC and dbias, in float32, rounded once: dC_v += u_v sum_i s_i e_i, dbias_v += u_v sum_i s_i."""
     s, u = s if norm is None else s * norm, call.weights(logit_weight)
     if dbias is not None:
         dbias.add_(u * s.sum())
@@ -73,7 +73,7 @@ def add_mean_logit_to_entries(
 
 
 def rounded_de(call: Call, total: Tensor, norm: Tensor | None, row_order: Tensor | None = None) -> Tensor:
-    """dE (N, D) in its dtype from the float32 sum, whose rows are in ``row_order``; ``total`` may be overwritten."""
+    """Round dE (N, D) to its dtype from the float32 sum, whose rows are in ``row_order``; may overwrite ``total``."""
     dtype, total = call.problem.de_dtype, total[:, : call.problem.d]
     if row_order is None:
         return (total if norm is None else total.mul_(norm)).to(dtype)

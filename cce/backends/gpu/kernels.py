@@ -1,12 +1,12 @@
-"""The kernels a GPU backend brings: the contract between the host code of this package and CuPy's or Numba's.
+"""The kernels a GPU backend supplies: the contract between the host code of this package and CuPy's or Numba's kernels.
 
-The host code owns the algorithm's order of steps, the memory, the plan of a filtered backward, and every product the
-library does as well (dense dE and dC). Kernels work on tiles. Conventions of all of them:
+The host code owns the order of the algorithm's steps, the memory, the plan of a filtered backward, and every product
+that torch computes as well as a kernel would (dense dE and dC). Kernels work on tiles. Their conventions:
 
 - Matrices ``e`` and ``c`` are *aligned*: unit stride along D, base address and row pitch multiples of 16 bytes, D
   padded with zeros to a multiple of 16 bytes, both in the products' dtype (bfloat16, float16 or float32). Row pitch and
-  number of rows are whatever they are; offsets need 64 bits.
-- Sums are float32. float32 operands are multiplied as tf32 or in IEEE float32, as ``ieee`` says.
+  number of rows are arbitrary; offsets need 64 bits.
+- Sums are float32. float32 operands are multiplied as tf32, or in IEEE float32 if ``ieee`` is set.
 - A *place* is a column's position in the vocabulary order; the entry there is ``order[place]``, or the place itself
   where there is no order.
 - Nothing beyond a given shape is read or written. Launches go to torch's current stream; nothing waits for the GPU.
@@ -31,26 +31,26 @@ from cce.spec import Spec
 
 
 class Kernels(LibraryOperations, ABC):
-    """What a backend implements; ``problem`` and the resolved ``spec`` are those of the call."""
+    """Kernels a backend implements; ``problem`` and the resolved ``spec`` are those of the call."""
 
     @abstractmethod
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
-        """Reasons why there is no kernel for it, from metadata alone."""
+        """Reasons why there is no kernel for the problem, from metadata alone."""
 
     @abstractmethod
     def sizes(self, problem: Problem, spec: Spec) -> Sizes:
-        """The tiles it would use on the current device."""
+        """Tile sizes the problem would use on the current device."""
 
     def one_pass(self) -> OnePassKernels | None:
-        """What a pass needs that computes gradients along with the loss; None if there is none of it."""
+        """Kernels of a pass that computes gradients along with the loss; None if the backend has no such pass."""
         return None
 
     @abstractmethod
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
-        """out (N, K) float32: z[i, targets[i, k]], 0 where the target is -1.
+        """Write out (N, K) float32: z[i, targets[i, k]], 0 where the target is -1.
 
-        Alone among all kernels it takes ``e`` (N, D) and ``c`` (V, D) as they are: any strides, any of the three dtypes
-        each; ``targets`` are (N, K) int64, contiguous, and a bias (V,) float32.
+        This kernel alone takes ``e`` (N, D) and ``c`` (V, D) as they are: any strides, any of the three dtypes each.
+        ``targets`` are (N, K) int64, contiguous; a bias is (V,) float32.
         """
 
     @abstractmethod
@@ -66,34 +66,34 @@ class Kernels(LibraryOperations, ABC):
         splits: Splits,
         tiles: Tiles | None,
     ) -> None:
-        """Statistics of a window of the vocabulary.
+        """Compute the statistics of a window of the vocabulary.
 
         Args:
             e: (N, D) aligned; c: (C, D) aligned, the rows of ``c`` at places ``first`` to ``first + C``.
-            weight: (C,) float32, u of these places; with ``splits.weighted`` only.
-            first: a multiple of the forward's columns. Where it is not 0, each split goes on with what the split of the
-                same number holds.
-            splits, tiles: what is written. ``spec.lse_accumulation`` is "online": a block's sums are taken about the
-                running maximum of the split; "tile": about its own.
+            weight: (C,) float32, weights u of these places; only with ``splits.weighted``.
+            first: a multiple of the forward's columns. Where it is not 0, each split continues from the contents of the
+                split of the same number.
+            splits, tiles: the results. With ``spec.lse_accumulation`` "online", a block's sums are relative to the
+                running maximum of the split; with "tile", to the block's own.
         """
 
     @abstractmethod
     def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
-        """A function that computes dx of all rows and a window of the vocabulary.
+        """Make the function that computes dx of all rows and a window of the vocabulary.
 
-        It is called for window after window; what costs time on the host is to be done once, here. Its arguments:
+        It is called for window after window, so slow host work belongs here, where it is done once. Its arguments:
 
         - c: (C, D) aligned, the rows of ``c`` from ``first`` on.
         - first: any number. Places are entries.
         - dz: (N, C) in the products' dtype, unit stride along C, aligned.
-        - column_sums: (blocks of ``gradient_rows`` rows, C) float32 or None: sums over the block's rows of dx, which is
-          not rounded yet.
+        - column_sums: (blocks of ``gradient_rows`` rows, C) float32 or None: sums over the block's rows of dx before
+          rounding.
         """
 
     @abstractmethod
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:
-        """A function that does all work of a chunk, by number: dx into its slots, then de, dc and dbias.
+        """Make the function that does all work of the chunk of a given number: dx into its slots, then de, dc, dbias.
 
-        It is called for every chunk of the plan, in ascending order; most find nothing to do. What costs time on the
-        host is to be done once, here.
+        It is called for every chunk of the plan, in ascending order; most find nothing to do. Slow host work belongs
+        here, where it is done once.
         """

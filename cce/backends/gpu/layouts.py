@@ -1,4 +1,4 @@
-"""Layouts of tensors: kernels take pointers without strides, and here is the one place that sees to it."""
+"""Layouts of tensors: kernels take pointers without strides, and this is the one place that makes tensors fit."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cce.backends.problem import Inputs, Outputs, Upstream
 
 Fields = TypeVar("Fields", Inputs[Tensor], Outputs[Tensor], Upstream[Tensor])
 
-#: The matrices, which are copied in pieces where they are not aligned (operands.py).
+#: Names of the matrices, which are copied in pieces where they are not aligned (operands.py).
 _MATRICES = ("e", "c")
 
 
 def contiguous(fields: Fields) -> Fields:
-    """The same with every vector and every (N, K) table contiguous: a column, or one number expanded, is copied."""
+    """Return the fields with every vector and (N, K) table contiguous: a column, or one expanded number, is copied."""
     copies = {
         name: x.contiguous()
         for name, x in vars(fields).items()

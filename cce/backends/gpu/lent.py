@@ -1,7 +1,7 @@
-"""Memory of dC for dx: what later chunks of the vocabulary will write is lent to earlier ones, and costs nothing.
+"""Memory of dC for dx: rows that later chunks of the vocabulary will write are lent to earlier ones, at no cost.
 
-It is larger than the scratch memory by far, so that chunks are fewer and their sums longer. The last entries, with too
-few behind them, have the scratch memory.
+This memory is far larger than the scratch memory, so chunks are fewer and their sums longer. The last entries, with too
+few rows after them, use the scratch memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Bytes beyond which nothing is gained, and kernels' 32-bit offsets would end.
+#: Bytes beyond which nothing is gained, and the kernels' 32-bit offsets would overflow.
 _MOST = 2**30
 
 
@@ -20,7 +20,7 @@ class Stretch:
     """A run of the vocabulary.
 
     Attributes:
-        v0, v1: its first place, and the first behind it.
+        v0, v1: its first place, and the first place after it.
         lent: (bytes,) uint8, rows of dC from v1 on; None where the scratch memory is larger.
     """
 
@@ -30,9 +30,9 @@ class Stretch:
 
 
 def share_of_chunk(n: int, d: int) -> float:
-    """Of the entries that are left, those whose dx, n rows of it, fits into the others' rows of dC.
+    """Share of the remaining entries whose dx, of n rows, fits into the rows of dC of the others.
 
-    A stretch is one chunk then, as long as it can be.
+    A stretch is then one chunk, as long as possible.
     """
     return d / (n + d)
 
@@ -40,15 +40,15 @@ def share_of_chunk(n: int, d: int) -> float:
 def stretches(
     v: int, dc: Tensor | None, unit: int, share: float, scratch_bytes: int, most: int | None = None
 ) -> list[Stretch]:
-    """The vocabulary in stretches, each of a share of what is left.
+    """Divide the vocabulary into stretches, each a share of the entries left.
 
     Args:
-        v: entries.
-        dc: (V, D) contiguous, to be written in ascending order and not yet written; None if there is none such.
-        unit: a stretch is a multiple of it, except for the last.
-        share: in (0, 1), of the entries that are left, at most: the others' rows are lent.
-        scratch_bytes: less than these are not worth being lent.
-        most: stretches that are lent rows.
+        v: number of entries.
+        dc: (V, D) contiguous, not yet written, and to be written in ascending order; None if there is no such tensor.
+        unit: every stretch but the last is a multiple of it.
+        share: in (0, 1), largest share of the entries left that a stretch takes: the rows of the others are lent.
+        scratch_bytes: fewer bytes than these are not worth lending.
+        most: largest number of stretches that are lent rows.
     """
     found: list[Stretch] = []
     v0 = 0
@@ -63,10 +63,10 @@ def stretches(
 
 
 def bytes_of(x: Tensor) -> Tensor:
-    """The memory of a contiguous tensor."""
+    """Memory of a contiguous tensor, as bytes."""
     return x.view(-1).view(torch.uint8)
 
 
 def shaped(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The beginning of some bytes, as a tensor."""
+    """Tensor of this shape and dtype over the first bytes of ``memory``."""
     return memory[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)

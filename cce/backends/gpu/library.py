@@ -1,4 +1,4 @@
-"""What kernels may replace, and the library does otherwise: the small operations around a filtered step's products."""
+"""Small operations around a filtered step's products, by torch; a backend's kernels may replace them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cce.spec import Spec
 
 @dataclass(frozen=True)
 class Ahead:
-    """Rows of ``c`` that are gathered for the next window while one is worked on: out_i = c[order_i].
+    """Rows of ``c`` to gather for the next window while the current one is computed: out_i = c[order_i].
 
     Attributes:
         c: (V, D) aligned. order: (rows,) int64. out: (rows, D) contiguous; nothing else reads or writes it.
@@ -31,13 +31,13 @@ class Ahead:
 
 
 class LibraryOperations:
-    """Some four hundred small operations of a filtered step; kernels of CuPy's instead save 1 to 2 ms on an H100.
+    """About four hundred small operations of a filtered step; CuPy's kernels instead of them save 1 to 2 ms on an H100.
 
     ``problem`` and the resolved ``spec`` are those of the call.
     """
 
     def gathers_ahead(self, problem: Problem) -> bool:
-        """Whether there is :meth:`statistics_ahead`."""
+        """Whether :meth:`statistics_ahead` is implemented."""
         return False
 
     def statistics_ahead(
@@ -53,18 +53,18 @@ class LibraryOperations:
         tiles: Tiles | None,
         ahead: Ahead,
     ) -> None:
-        """As :meth:`cce.backends.gpu.kernels.Kernels.statistics`, and gathers meanwhile what is ``ahead``."""
+        """Like :meth:`cce.backends.gpu.kernels.Kernels.statistics`, while gathering the rows of ``ahead``."""
         raise NotImplementedError
 
     def joined(
         self, splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """lse (N,), lse_low (N,) and nll (N, K) as :class:`Outputs` has them, float32; 0 if not in use.
+        """Join the splits into lse (N,), lse_low (N,) and nll (N, K) of :class:`Outputs`, float32; 0 if not in use.
 
-        With M the largest of the splits' maxima and l = log sum_k exp(m_k - M) s_k: lse = M + l rounded, lse_low what
-        was rounded off, nll = l + (M - target's logit). A target's logit comes from another kernel, and may exceed the
-        log-sum-exp by its rounding: where an nll were negative, it is 0. (The log-sum-exp stays that of the logits that
-        p is made from, or the softmax would not sum to 1.)
+        With M the largest of the splits' maxima and l = log sum_k exp(m_k - M) s_k: lse = M + l rounded, lse_low its
+        rounding error, nll = l + (M - target's logit). A target's logit comes from another kernel, and its rounding may
+        make it exceed the log-sum-exp: an nll that would be negative is 0. (The log-sum-exp stays that of the logits
+        that p is made from, or the softmax would not sum to 1.)
 
         A row whose log-sum-exp is NaN or infinite has no softmax: its nll and lse_low are NaN. Which of a row's maxima
         and sums are NaN then makes no difference.
@@ -83,9 +83,9 @@ class LibraryOperations:
         return torch.where(in_use, lse, 0), torch.where(in_use, lse_low, 0), nll
 
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
-        """out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
+        """Write out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
 
-        The library's takes about three times as long on a GPU as reading ``c`` once.
+        With torch this takes about three times as long on a GPU as reading ``c`` once.
 
         Args:
             c: (V, D) aligned; order: (V,) int64 or None; out: contiguous, in the products' dtype.
@@ -106,18 +106,18 @@ class LibraryOperations:
         first: int,
         out: Tensor,
     ) -> bool:
-        """Fills ``out`` with the sums of dx over the columns of dead tiles, 0 of live ones; or leaves it.
+        """Fill ``out`` with the sums of dx over the columns of dead tiles, and 0 for live ones; or leave it unchanged.
 
         ``softcap'(zbar) p (a + h (tile_entropy - log p - H))``, p the tile's mass; zbar, the log of its mean exp(z),
         stands for its logits.
 
         Args:
-            rows, maps: by row of the problem.
+            rows, maps: in the order of the problem's rows.
             row_order: (N,) int64; live: (T, B) bool, contiguous.
-            first: vocabulary block of the first row of ``out`` (blocks, N), whose columns are in ``row_order``.
+            first: vocabulary block of the first row of ``out``, which is (blocks, N) with its columns in ``row_order``.
 
         Returns:
-            Whether it did; if not, the library does.
+            Whether ``out`` was filled; if not, the caller does the same with torch.
         """
         return False
 
@@ -131,18 +131,18 @@ class LibraryOperations:
         tiles: Tiles,
         maps: Maps[Tensor],
     ) -> bool:
-        """Fills the maps with what the backward reads, from the blocks' statistics, which may be overwritten.
+        """Fill the maps for the backward from the blocks' statistics, which may be overwritten.
 
-        The mass exp((max - lse) + (log_sum - lse_low)); negated, and at least ``LEAST_HIT``, unless the filter's
-        quantity is at most the threshold: (max - lse) - lse_low <= log threshold for "element", the mass's logarithm
-        for "tile". So a block whose quantity is NaN is computed (its mass may be NaN, too), and so are all blocks of a
-        row whose lse is not finite. 0 of rows not in use.
+        The map holds the mass exp((max - lse) + (log_sum - lse_low)). It is negated, and at least ``LEAST_HIT``, unless
+        the filter's quantity is at most the threshold: (max - lse) - lse_low <= log threshold for "element", and
+        likewise the mass's logarithm for "tile". So a block whose quantity is NaN is computed (its mass may be NaN,
+        too), and so are all blocks of a row whose lse is not finite. Rows not in use have 0.
 
         Args:
             lse, lse_low: (N,) float32. in_use: (N,) bool.
 
         Returns:
-            Whether it did; if not, the library does.
+            Whether the maps were filled; if not, the caller does the same with torch.
         """
         return False
 
@@ -155,15 +155,15 @@ class LibraryOperations:
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Work:
-        """The rows' order and the live tiles, as ``live_blocks`` finds them; ``rows``: the places."""
+        """Rows' order and live tiles, as ``live_blocks`` finds them; ``rows.targets`` holds the targets' places."""
         return Work.of(inputs, problem, spec, maps, upstream)
 
     def plan(self, live: Tensor, slots: int, pack: int) -> Plan:
-        """What :func:`cce.backends.gpu.plan.make` makes of the live tiles (T, B)."""
+        """Plan of the live tiles (T, B), as from :func:`cce.backends.gpu.plan.make`."""
         return plans.make(live, slots, pack)
 
     def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
-        """out_i = e[row_order_i], 0 where ``keep`` of that row is False; of ``c`` as well.
+        """Write out_i = e[row_order_i], or 0 where ``keep`` of that row is False; also used for ``c``.
 
         Args:
             e: (N, D) aligned; row_order: (rows,) int64, some of the rows; keep: (N,) bool, or None.
@@ -172,7 +172,7 @@ class LibraryOperations:
         works.gather_rows(e, row_order, keep, out)
 
     def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
-        """out[row_order_i] = total_i norm, rounded.
+        """Write out[row_order_i] = total_i norm, rounded.
 
         Args:
             total: (N, D) float32, the first columns of aligned rows; may be overwritten. norm: one float32, or None.

@@ -1,6 +1,7 @@
 """Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four.
 
-The order of docs/decisions/0003; with kernels for whatever would be an operation of its own (onepass_kernels.py).
+The steps are those of docs/decisions/0003, with kernels for what would be a separate torch operation
+(onepass_kernels.py).
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from cce.spec import Spec
 
 
 def serves(problem: Problem, spec: Spec) -> bool:
-    """Whether there is such a pass for a problem, and it is the better way; from metadata alone."""
+    """Whether a problem has such a pass and gains from it; from metadata alone."""
     plain = spec.filter == "none" and problem.softcap is None and not problem.outputs
-    # The products of the library need factors of one dtype; where c is the narrower, it would have to be copied.
+    # torch's products need factors of one dtype; a c of the narrower dtype would have to be copied.
     return plain and problem.c_dtype == problem.dtype and logits_bytes(problem) <= spec.scratch_bytes
 
 
 def loss_and_gradients(
     kernels: OnePassKernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-    """Outputs, and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``; every row of ``e`` is given."""
+    """Outputs, and gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``, for all rows of ``e``."""
     n, v, k, dtype = problem.n, problem.v, problem.k, problem.dtype
     e, c, targets = aligned(inputs.e, dtype), inputs.c, inputs.targets
     formula = formula_of(inputs.bias, problem)
@@ -39,7 +40,7 @@ def loss_and_gradients(
 
     a, g, norm = _factors(problem, weights)
     target_logits = e.new_empty((n, k), dtype=torch.float32)
-    # A row without a target may hold NaN: the product for dC has zeros there.
+    # A row without a target may hold NaN: the product for dC reads zeros there.
     used = e.new_empty((n, problem.d)) if problem.grad_c else None
     kernels.target_logits(e if e is inputs.e else e[:, : problem.d], c, targets, formula, target_logits, used)
     tile_max, tile_sum = e.new_empty((2, tiles, n), dtype=torch.float32).unbind()
@@ -53,7 +54,7 @@ def loss_and_gradients(
 
 
 def _factors(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """a (N,) and g (N, K), times the logit scale, and what they have been divided by."""
+    """a (N,) and g (N, K), times the logit scale, and the divisor applied to them."""
     a = weights[:, 0] if problem.k == 1 else weights.sum(1)
     if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
         return a, weights, None
@@ -74,7 +75,7 @@ def _store(
     tile_max: Tensor,
     tile_sum: Tensor,
 ) -> None:
-    """q of the whole vocabulary: at once, or in windows of aligned copies of the rows of ``c``."""
+    """Store q of the whole vocabulary: at once, or in windows of aligned copies of the rows of ``c``."""
     if is_aligned(c, problem.dtype):
         kernels.store(e, c, formula, q, tile_max, tile_sum)
         return
@@ -86,7 +87,7 @@ def _store(
 
 
 def _products(problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None) -> Gradients[Tensor]:
-    """dE = dz c, dC = dz^T e and dbias, the column sums, by the library."""
+    """dE = dz c, dC = dz^T e and dbias, the column sums of dz, by torch."""
     de = scaled_product(dz, c, norm).to(problem.e_dtype) if problem.grad_e else None
     dc = None if e is None else scaled_product(dz.T, e, norm)
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
@@ -96,7 +97,7 @@ def _products(problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: T
 def prepared(
     kernels: OnePassKernels, targets: Tensor, v: int, ignore_index: int, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(N, 1) the targets of all tokens as backends take them, and their weights in a mean if they are wanted."""
+    """Targets of all tokens as backends take them, (N, 1), and their weights in a mean if these are wanted."""
     size = (targets.numel(), 1)
     out = targets.new_empty(size, dtype=torch.int64)
     weights = targets.new_empty(size, dtype=torch.float32) if mean else None
@@ -105,14 +106,14 @@ def prepared(
 
 
 def value(kernels: OnePassKernels, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-    """``sum_ik weights_ik nll_ik``, float32."""
+    """Return ``sum_ik weights_ik nll_ik``, float32."""
     found = outputs.nll.new_empty(())
     kernels.value(weights, outputs.nll, found)
     return found
 
 
 def multiply(kernels: OnePassKernels, gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiplies each in place by ``factor``; nothing is read or written where that is 1."""
+    """Multiply each gradient in place by ``factor``; if that is 1, nothing is read or written."""
     found = [x for x in gradients if x.numel()]
     for first, second in zip(found[::2], [*found[1::2], None], strict=False):
         kernels.multiply(first, second, factor)

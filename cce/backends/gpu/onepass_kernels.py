@@ -1,9 +1,8 @@
-"""The kernels of a pass that computes gradients along with the loss: what a GPU backend brings for few rows.
+"""The kernels of a pass that computes gradients along with the loss, supplied by a GPU backend for few rows.
 
-Such problems are short: the host's work counts. So what is an operation or two of the library elsewhere is a kernel
-here, and a launch should cost little. Conventions are those of ``kernels.py``; *q* is exp(z - m), m the largest logit
-of the row in the tile: float32 of float32 factors, of others float16 whatever their dtype, in whose place the gradient
-comes.
+Such problems are short, so host time counts. An operation or two of torch elsewhere is therefore a kernel here, and a
+launch should cost little. Conventions are those of ``kernels.py``. *q* is exp(z - m), m the largest logit of the row in
+the tile: float32 for float32 factors, float16 for both 16-bit dtypes; the gradient replaces it in place.
 """
 
 from __future__ import annotations
@@ -17,39 +16,39 @@ from cce.backends.gpu.arrays import Formula
 
 
 class OnePassKernels(ABC):
-    """For problems without a softcap."""
+    """Kernels of one pass, for problems without a softcap."""
 
     @abstractmethod
     def columns(self, dtype: torch.dtype) -> int:
-        """Of a tile of :meth:`store`, by the dtype of the products; a multiple of 16."""
+        """Columns of a tile of :meth:`store`, by the dtype of the products; a multiple of 16."""
 
     @abstractmethod
     def prepare(self, targets: Tensor, v: int, ignore_index: int, out: Tensor, weights: Tensor | None) -> None:
-        """out = targets, -1 for ``ignore_index``; another outside [0, v) is a device-side assertion.
+        """Write out = targets, -1 for ``ignore_index``; any other value outside [0, v) is a device-side assertion.
 
         Args:
-            targets: integers, contiguous. out: int64, as large.
-            weights: float32, as large: 1 / the number of targets for each, 0 for none, NaN if there is none; or None.
-                At most ``MOST_WEIGHED`` of them.
+            targets: integers, contiguous. out: int64, of the same size.
+            weights: float32, of the same size, at most ``MOST_WEIGHED``: 1 / (number of targets) for a target, 0 for
+                -1, NaN if there are no targets; or None.
         """
 
     @abstractmethod
     def target_logits(
         self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor, used_e: Tensor | None
     ) -> None:
-        """As :meth:`cce.backends.gpu.kernels.Kernels.target_logits`; ``used_e`` (N, D) gets ``e``.
+        """Like :meth:`cce.backends.gpu.kernels.Kernels.target_logits`, and copy ``e`` to ``used_e`` (N, D).
 
-        With zeros in rows without a target; contiguous, in the dtype of ``e``.
+        ``used_e`` has zeros in rows without a target; it is contiguous, in the dtype of ``e``.
         """
 
     @abstractmethod
     def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
-        """q of all rows and a window of the vocabulary, with m and the sum of q of each row and tile.
+        """Store q of all rows and a window of the vocabulary, and m and the sum of q for each row and tile.
 
         Args:
             e: (N, D) aligned; c: (C, D) aligned.
-            q: (N, C) of the products' dtype, whose bits are those of float16; unit stride, pitch a multiple of 16. The
-                columns after C may be written, as far as the next multiple of 8.
+            q: (N, C) of the products' dtype, but holding the bits of float16 where that has 16 bits; unit stride, pitch
+                a multiple of 16. Columns from C to the next multiple of 8 may be written.
             tile_max, tile_sum: (T, N) float32, contiguous.
         """
 
@@ -64,9 +63,10 @@ class OnePassKernels(ABC):
         lse_low: Tensor,
         nll: Tensor,
     ) -> None:
-        """lse, lse_low (N,) and nll (N, K) of the tiles, as :meth:`cce.backends.gpu.kernels.Kernels.joined` has them.
+        """Join the tiles into lse, lse_low (N,) and nll (N, K), like :meth:`cce.backends.gpu.kernels.Kernels.joined`.
 
-        0 where a row has no target. ``target_logits`` (N, K) float32, ``targets`` (N, K) int64; -1 for none.
+        The results are 0 where a row has no target. ``target_logits`` is (N, K) float32, ``targets`` (N, K) int64, -1
+        for none.
         """
 
     @abstractmethod
@@ -81,19 +81,19 @@ class OnePassKernels(ABC):
         a: Tensor,
         g: Tensor,
     ) -> None:
-        """q becomes dz = a p - sum_k g_k [j = target_k], p = q exp((m - lse) - lse_low), in the products' dtype.
+        """Replace q by dz = a p - sum_k g_k [j = target_k], p = q exp((m - lse) - lse_low), in the products' dtype.
 
-        At a target p is exp(-nll). A row without a target gets zeros, whatever it holds; so does one whose a and g are
-        all 0, if it is finite. A tile whose m is -inf has p = 0, but NaN where the row's lse is -inf or inf.
+        At a target p is exp(-nll). A row without a target gets zeros, whatever it holds; so does a finite row whose a
+        and g are all 0. A tile whose m is -inf has p = 0, or NaN where the row's lse is -inf or inf.
 
         Args:
-            q: (N, V) as :meth:`store` left it; a: (N,) any stride; g: (N, K). Multiplied by the scale.
+            q: (N, V) as :meth:`store` left it; a: (N,) any stride; g: (N, K). a and g include the logit scale.
         """
 
     @abstractmethod
     def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
-        """out = sum_ik weights_ik nll_ik, a tensor of one float32."""
+        """Write out = sum_ik weights_ik nll_ik, a tensor of one float32."""
 
     @abstractmethod
     def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
-        """x and y, contiguous, times ``factor``, a float32, in place; nothing is read or written where that is 1."""
+        """Multiply x and y, contiguous, in place by ``factor``, a float32; if that is 1, nothing is read or written."""

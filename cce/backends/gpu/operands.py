@@ -1,4 +1,4 @@
-"""Operands as the kernels take them: aligned, in the products' dtype; copied only where they are not."""
+"""Operands as the kernels take them: aligned and in the products' dtype; others are copied."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cce.spec import Spec
 
 
 def is_aligned(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a matrix is in the products' dtype and its rows begin, end and follow one another at whole 16 bytes."""
-    rows = x.shape[1] <= x.stride(0) and x.stride(1) == 1  # not one row, expanded
+    """Whether a matrix is in the products' dtype, and its address, row size and pitch are multiples of 16 bytes."""
+    rows = x.shape[1] <= x.stride(0) and x.stride(1) == 1  # not one expanded row
     sizes = (x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1] * x.element_size())
     return x.dtype == dtype and rows and not any(size % ALIGNMENT for size in sizes)
 
 
 def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: Tensor | None = None) -> Tensor:
-    """``x``, or its rows ``index``: as it is if that will do, else a copy, in the first rows of ``buffer`` if given."""
+    """Return ``x``, or its rows ``index``, as it is if aligned, else a copy, in the first rows of ``buffer``."""
     if index is None and is_aligned(x, dtype):
         return x
     rows, d = len(x) if index is None else len(index), x.shape[1]
@@ -40,14 +40,14 @@ def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: 
 
 
 def formula_of(bias: Tensor | None, problem: Problem) -> Formula:
-    """Of logits of the whole vocabulary; ``bias`` of any dtype, contiguous."""
+    """Formula of the logits of the whole vocabulary; ``bias`` of any dtype, contiguous."""
     bias = None if bias is None else bias.to(torch.float32)
     ieee = torch.get_float32_matmul_precision() == "highest"
     return Formula(bias, c_float(problem.logit_scale).value, softcap_of(problem), ieee)
 
 
 def softcap_of(problem: Problem) -> float | None:
-    """The softcap as float32 can work with it: one beyond 1e30, either way, does the same to any logit as 1e30."""
+    """The softcap clamped to 1e-30 ... 1e30 for float32: beyond, it changes no logit any further."""
     return None if problem.softcap is None else min(max(problem.softcap, 1e-30), 1e30)
 
 
@@ -57,7 +57,7 @@ class Call(Blocks):
 
     Attributes:
         e: (N, D) aligned, rows in use only. c: (V, D) as given.
-        formula: of logits of the whole vocabulary.
+        formula: formula of the logits of the whole vocabulary.
         order: (V,) vocabulary order or None.
     """
 
@@ -76,25 +76,25 @@ class Call(Blocks):
 
     @property
     def own_e(self) -> Tensor:
-        """(N, D) without padding."""
+        """The rows of ``e``, (N, D), without padding."""
         return self.e[:, : self.problem.d]
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.e.new_empty(shape, dtype=dtype)
 
     def weights(self, logit_weight: Tensor | None) -> Tensor:
-        """(V,) float32 weights u of the entries; 1 / V each if none are given."""
+        """Weights u of the entries, (V,) float32; 1 / V each if none are given."""
         if logit_weight is None:
             return torch.full((self.problem.v,), 1 / self.problem.v, dtype=torch.float32, device=self.e.device)
         return logit_weight.to(torch.float32)
 
 
 class Windows:
-    """Rows of ``c`` of places that follow one another; copied, window by window, where ``c`` is not as kernels take it.
+    """Rows of ``c`` at consecutive places; copied, window by window, where the kernels cannot take ``c`` as it is.
 
     Args:
-        call: whose ``c`` it is; in its order, if ``ordered``.
-        ordered: places are those of the vocabulary order, not entries.
+        call: call whose ``c`` and vocabulary order are used.
+        ordered: whether places are positions in the vocabulary order, rather than entries.
     """
 
     def __init__(self, call: Call, ordered: bool) -> None:
@@ -103,21 +103,21 @@ class Windows:
         is_ready = is_aligned(call.c, call.problem.dtype)
         self.copied = self._order is not None or not is_ready
         self.gathered = self._order is not None and is_ready
-        self._buffers: list[Tensor] = []  # that of the window at hand first
-        self._is_ahead = False  # the next window is in the other one
+        self._buffers: list[Tensor] = []  # the current window's first
+        self._is_ahead = False  # whether the other buffer holds the next window
 
     @property
     def row_bytes(self) -> int:
-        """What a place takes of the scratch memory."""
+        """Bytes of the scratch memory that a place takes."""
         dtype = self._call.problem.dtype
         return padded(self._call.problem.d, dtype) * dtype.itemsize if self.copied else 0
 
     def at(self, v0: int, v1: int) -> tuple[Tensor, Formula]:
-        """Rows v0 to v1, until the next call, and their formula."""
+        """Rows v0 to v1, valid until the next call, and their formula."""
         return self.rows(v0, v1), replace(self._formula, bias=self.of(self._formula.bias, v0, v1))
 
     def rows(self, v0: int, v1: int) -> Tensor:
-        """Rows v0 to v1, until the next call. The first window is the largest."""
+        """Rows v0 to v1, valid until the next call. The first window must be the largest."""
         call = self._call
         if not self.copied:
             return call.c[v0:v1]
@@ -136,7 +136,7 @@ class Windows:
         return out
 
     def ahead(self, v0: int, v1: int) -> Ahead:
-        """What gathers the rows of the next window, v0 to v1, while that at hand is worked on; where ``gathered``."""
+        """Gather of the rows of the next window, v0 to v1, during work on the current one; needs ``gathered``."""
         assert self._order is not None
         if len(self._buffers) < 2:
             self._buffers.append(self._new(len(self._buffers[0])))
@@ -148,7 +148,7 @@ class Windows:
         return self._call.empty(rows, padded(self._call.problem.d, dtype), dtype=dtype)
 
     def of(self, x: Tensor | None, v0: int, v1: int) -> Tensor | None:
-        """What belongs to these places of a vector with a number an entry."""
+        """Elements of a vector over the entries that belong to these places."""
         if x is None:
             return None
         return x[v0:v1] if self._order is None else x.index_select(0, self._order[v0:v1])

@@ -1,4 +1,4 @@
-"""Products of the library, of narrow factors into a wide sum."""
+"""Products by torch of narrow factors into a wide sum."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LEAST_ROWS = 16
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor:
-    """a b, added to ``total`` in place, of a dtype not narrower than the factors'."""
+    """Return a b in ``dtype``, or add it to ``total`` in place; neither is narrower than the factors."""
     if a.dtype == dtype:
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    if a.device.type == "cpu":  # kernels interpreted or simulated: the library has no such product there
+    if a.device.type == "cpu":  # kernels interpreted or simulated: torch has no such product on a CPU
         found = torch.mm(a.to(dtype), b.to(dtype))
         return found if total is None else total.add_(found)
     if total is None:
@@ -33,7 +33,7 @@ def sums_bytes(problem: Problem, spec: Spec) -> int:
 
 
 def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, of a dtype not narrower than the factors'."""
+    """Write out = a b, in a dtype not narrower than the factors'."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.device.type == "cpu":
@@ -43,19 +43,19 @@ def wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def narrow_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b, in the factors' dtype."""
+    """Return a b in the factors' dtype."""
     if a.device.type == "cpu" and a.dtype != torch.float32:
-        # oneDNN's bfloat16 products on AMX take up what lies behind a row, padding or the next row, with any NaN in it.
+        # oneDNN's bfloat16 products on AMX read beyond the end of a row (padding or the next row), and any NaN there.
         found = torch.mm(a.float(), b.float()).to(a.dtype)
         return found if out is None else out.copy_(found)
     return torch.mm(a, b, out=out)
 
 
 def write_product(a: Tensor, b: Tensor, out: Tensor, norm: Tensor | None = None, room: int = 0) -> None:
-    """out = a b, times ``norm`` if there is one, rounded to the dtype of ``out``.
+    """Write out = a b, times ``norm`` if there is one, rounded to the dtype of ``out``.
 
-    With a ``norm`` sums stay in float32 until they have met it, some rows at a time: that the factors have been brought
-    to float16's range says nothing of their product, which may leave it although 1/16 of it, 12 * 16384 / 16, does not.
+    With a ``norm``, sums stay in float32 until they are multiplied by it, some rows at a time. Factors within float16's
+    range may have a product outside it, although the product times ``norm`` is within: 12 * 16384, and 1/16 of that.
 
     Args:
         a: (M, N); b: (N, D); out: (M, D).

@@ -1,4 +1,4 @@
-"""What the GPU backends refuse, for whatever kernels."""
+"""Reasons for which every GPU backend refuses a problem, whatever its kernels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from cce.spec import Spec
 
 
 def missing_gpu(device: str, rocm: str, otherwise: str = "") -> list[str]:
-    """Why no kernel can run on this device type, here.
+    """Reasons why no kernel can run on this device type here.
 
     Args:
-        rocm: why not on ROCm.
-        otherwise: what runs on other device types, and how, in brackets.
+        rocm: reason for refusing ROCm. otherwise: how to run on other device types, in brackets.
     """
     if device != "cuda":
         return [f"runs on CUDA devices{otherwise}, not on {device!r}"]
@@ -33,12 +32,12 @@ def missing_gpu(device: str, rocm: str, otherwise: str = "") -> list[str]:
 
 @lru_cache
 def capability_of(index: int) -> tuple[int, int]:
-    """Compute capability of a GPU; a call of torch's own takes ten times as long."""
+    """Compute capability of a GPU, cached: torch's own function takes ten times as long."""
     return torch.cuda.get_device_capability(index)
 
 
 def common_refusals(problem: Problem, spec: Spec) -> list[str]:
-    """What no kernel with float32 sums and matrix tiles can do."""
+    """Reasons that hold for every kernel with float32 sums and matrix tiles."""
     reasons = []
     if problem.dtype == torch.float64:
         reasons.append("float64 inputs: its sums are float32; backend 'torch' has float64")

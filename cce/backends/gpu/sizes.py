@@ -1,4 +1,4 @@
-"""Sizes that the GPU backends' host code has in common: blocks, scratch memory, splits; from metadata alone."""
+"""Sizes shared by the GPU backends' host code: blocks, scratch memory, splits; from metadata alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ BLOCKS_N = (16, 32, 64, 128)
 BLOCKS_V = (16, 32, 64, 128, 256)
 #: Columns of the narrowest chunk of the exact backward: no tile of it may be wider.
 LEAST_COLUMNS = 256
-#: Bytes held beside the gradients up to which a copy of ``e`` may be among them that is no part of the scratch memory.
+#: Limit, in bytes, on memory held besides the gradients if it includes a copy of ``e`` outside the scratch memory.
 MOST_BESIDE = 128 * 2**20
-#: Bytes, of the rows of an operand.
+#: Alignment, in bytes, of the rows of an operand.
 ALIGNMENT = 16
 
 
@@ -43,12 +43,12 @@ class Blocks:
         return self.spec.tiles(self.problem.v)
 
 
-#: Targets that one program counts before operations of their own would be faster.
+#: Most targets that one program counts; beyond this, torch operations are faster.
 MOST_WEIGHED = 2**14
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up. Triton's own wraps its arguments for the compiler, which takes ten times as long."""
+    """Return ``a / b`` rounded up. Triton's own wraps its arguments for the compiler and takes ten times as long."""
     return -(-a // b)
 
 
@@ -64,60 +64,60 @@ def row_blocks(problem: Problem, spec: Spec) -> int:
 
 
 def slot_bytes(problem: Problem, spec: Spec) -> int:
-    """Memory of a live tile in the scratch: dx, its entries and column sums, its item of the plan."""
+    """Bytes of scratch memory of a live tile: dx, its entries and column sums, its item of the plan."""
     assert spec.block_n is not None and spec.block_v is not None
     return spec.block_n * spec.block_v * problem.dtype.itemsize + 8 * spec.block_v + 16
 
 
 def pitch(columns: int) -> int:
-    """Elements from row to row of the scratch: a multiple of 16, more than tensor maps and wide stores need."""
+    """Row pitch of the scratch memory in elements: a multiple of 16, more than tensor maps and wide stores need."""
     return -(-columns // 16) * 16
 
 
 def logits_bytes(problem: Problem) -> int:
-    """Memory of all logits in the products' dtype."""
+    """Bytes of all logits in the products' dtype."""
     return problem.n * pitch(problem.v) * problem.dtype.itemsize
 
 
 def least_scratch(problem: Problem, spec: Spec) -> int:
-    """Bytes of the least the backward works on: a narrow chunk, or two vocabulary blocks whose tiles are all live."""
+    """Least scratch bytes of a backward: for a narrow chunk, or two vocabulary blocks whose tiles are all live."""
     if spec.filter == "none":
         return problem.n * LEAST_COLUMNS * problem.dtype.itemsize
     return 2 * row_blocks(problem, spec) * slot_bytes(problem, spec)
 
 
 def windows(places: int, tile: int, row_bytes: int, budget: int) -> list[tuple[int, int]]:
-    """Runs of whole tiles, of about equal size, whose rows fit into ``budget`` bytes; one tile at least."""
+    """Runs of whole tiles, of about equal size, whose rows fit into ``budget`` bytes; at least one tile each."""
     step = max(tile, budget // row_bytes // tile * tile)
     step = cdiv(cdiv(places, cdiv(places, step)), tile) * tile
     return [(v0, min(places, v0 + step)) for v0 in range(0, places, step)]
 
 
 def busiest_splits(blocks: int, tiles: int, programs: int, most: int) -> int:
-    """The number of splits, ``most`` at most, that keeps the multiprocessors busiest.
+    """Number of splits, at most ``most``, that keeps the multiprocessors busiest.
 
-    ``blocks`` row blocks times the splits are shared by ``programs``; each walks all tiles of its split.
+    ``programs`` share ``blocks`` row blocks times the splits; each walks all tiles of its split.
     """
 
     def rounds(splits: int) -> int:
-        """Tiles one after the other on the busiest multiprocessor, about."""
+        """Approximate number of tiles that the busiest multiprocessor computes one after the other."""
         return cdiv(blocks * splits, programs) * cdiv(tiles, splits)
 
     return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
 
 
 def copied_in_scratch(problem: Problem, spec: Spec) -> int:
-    """Bytes of the scratch memory that a copy of the rows of ``e`` takes: two thirds of it at most, or none."""
+    """Bytes of scratch memory taken by a copy of the rows of ``e``: at most two thirds of it, or 0 without a copy."""
     copy = _rows_bytes(problem)
     fits = 3 * copy <= 2 * spec.scratch_bytes and copy + least_scratch(problem, spec) <= spec.scratch_bytes
     return copy if fits else 0
 
 
 def rows_are_copied(problem: Problem, spec: Spec) -> bool:
-    """Whether a filtered backward has a copy of the rows of ``e`` in the work list's order.
+    """Whether a filtered backward copies the rows of ``e`` into the work list's order.
 
-    In the scratch memory; or beside it, up to twice as large, while all that is held beside the gradients (which is the
-    float32 dE, and of each vocabulary block a row of dC, but not yet dE) stays within :data:`MOST_BESIDE`.
+    The copy lies in the scratch memory; or outside it, up to twice as large, if everything held besides the gradients
+    (the float32 dE, and a row of dC for each vocabulary block, but not yet dE) stays within :data:`MOST_BESIDE`.
     """
     if copied_in_scratch(problem, spec):
         return True
@@ -128,11 +128,11 @@ def rows_are_copied(problem: Problem, spec: Spec) -> bool:
 
 
 def _rows_bytes(problem: Problem) -> int:
-    """Of aligned rows of ``e``."""
+    """Bytes of aligned rows of ``e``."""
     return problem.n * padded(problem.d, problem.dtype) * problem.dtype.itemsize
 
 
 def padded(d: int, dtype: torch.dtype) -> int:
-    """D and what makes a row of it a multiple of 16 bytes."""
+    """D, padded so that a row is a multiple of 16 bytes."""
     unit = ALIGNMENT // dtype.itemsize
     return cdiv(d, unit) * unit

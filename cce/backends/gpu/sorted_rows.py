@@ -15,7 +15,7 @@ class SortedRows:
     """The rows of ``e`` in the work list's order, zeros where no gradient is wanted; copied as a whole or in pieces.
 
     Attributes:
-        row_order: (N,). keep: (N,) bool, the row wants a gradient, in its own place.
+        row_order: (N,). keep: (N,) bool, in the rows' own order: whether the row needs a gradient.
         e: (N, D) aligned copy of all, or None.
     """
 
@@ -26,12 +26,12 @@ class SortedRows:
 
     @classmethod
     def of(cls, call: Call, row_order: Tensor, keep: Tensor) -> SortedRows:
-        """A copy of all, if there is room for it."""
+        """Copy all rows, if there is room for it."""
         rows = cls(call, row_order, keep, None)
         return replace(rows, e=rows.part(0, len(keep))) if rows_are_copied(call.problem, call.spec) else rows
 
     def part(self, n0: int, n1: int) -> Tensor:
-        """(n1 - n0, D) aligned: rows n0 to n1 of the order."""
+        """Rows n0 to n1 of the order, (n1 - n0, D), aligned."""
         if self.e is not None:
             return self.e[n0:n1]
         index = self.row_order[n0:n1]
@@ -41,6 +41,6 @@ class SortedRows:
 
     @property
     def step(self) -> int:
-        """Rows of a piece that is small beside the scratch memory."""
+        """Number of rows of a piece that is small compared with the scratch memory."""
         n, one = self.call.problem.n, self.call.e.shape[1] * self.call.e.element_size()
         return n if self.e is not None else max(1, self.call.spec.scratch_bytes // 8 // one)

@@ -1,7 +1,7 @@
-"""The exact backward's rows: those that count, for which the GPU is asked once, but not while a graph is captured.
+"""The exact backward's rows in use; the GPU is asked for them once, but not while a CUDA graph is captured.
 
-The question is best put by the forward, before its kernels (:func:`ask`), and the answer looked at in the backward: it
-is there long before these kernels are done, and the host prepares the backward's launches while the forward runs.
+The forward should ask before its kernels (:func:`ask`), and the backward read the answer: it arrives long before these
+kernels are done, so that the host prepares the backward's launches while the forward runs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.backends.shared.rows import rows_in_use, rows_of, used_rows
 
-#: A backward of rows that all count.
+#: A backward whose rows are all in use.
 Backward = Callable[[Inputs[Tensor], Problem, Outputs[Tensor], Upstream[Tensor]], Gradients[Tensor]]
-_LARGEST = 1e30  # of a logit
-_ASKED = "_cce_rows_in_use"  # an attribute of the targets, which autograd keeps for the backward as they are
+_LARGEST = 1e30  # a bound on logits
+_ASKED = "_cce_rows_in_use"  # attribute of the targets tensor, which autograd keeps unchanged for the backward
 
 
 def ask(targets: Tensor) -> None:
-    """Has the number of rows with a target copied to the host, some time later."""
+    """Start copying the number of rows with a target to the host; the copy completes later."""
     if not targets.is_cuda or torch.cuda.is_current_stream_capturing():
         return
     count = torch.empty((), dtype=torch.int64, pin_memory=True)
@@ -34,7 +34,7 @@ def ask(targets: Tensor) -> None:
 
 
 def _rows_with_target(targets: Tensor, in_use: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """As :func:`cce.frontend.rows.rows_in_use`; waits for no more than the answer where :func:`ask` has been called."""
+    """Like :func:`cce.backends.shared.rows.rows_in_use`; after :func:`ask` it waits for the answer only."""
     asked: tuple[int, torch.cuda.Event, Tensor] | None = getattr(targets, _ASKED, None)
     if asked is None or in_use is not None or asked[0] != targets._version:
         return rows_in_use(targets, in_use)
@@ -49,10 +49,10 @@ def _rows_with_target(targets: Tensor, in_use: Tensor | None) -> tuple[Tensor | 
 def of_used_rows(
     backward: Backward, inputs: Inputs[Tensor], problem: Problem, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """What ``backward`` gives; rows without a target are left out, which takes one question to the GPU.
+    """Run ``backward`` without the rows that have no target, which takes one question to the GPU.
 
-    While a CUDA graph is captured nothing can be asked: then such rows are computed as zeros. In what order the
-    vocabulary is taken makes no difference to an exact backward, so it comes in its own.
+    While a CUDA graph is captured nothing can be asked: such rows are then computed as zeros. The order of the
+        vocabulary makes no difference to an exact backward, so the natural order is used.
     """
     inputs = replace(inputs, vocab_order=None)
     if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -74,20 +74,20 @@ def of_used_rows(
 def _as_zeros(
     backward: Backward, inputs: Inputs[Tensor], problem: Problem, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """What ``backward`` gives of all rows, where those without a target are zeros that nobody sends a gradient."""
+    """Run ``backward`` on all rows, with zeros and no upstream gradient in rows without a target."""
     used = used_rows(inputs)
     e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
     e = torch.where(used[:, None], e, 0)
-    # Their logits are the bias, which may be large: exp(z - lse) is 0 for any of them.
+    # The logits of such rows are the bias, which may be large: with this lse, exp(z - lse) is 0 for all of them.
     outputs = replace(outputs, lse=torch.where(used, outputs.lse, _LARGEST))
     found = backward(replace(inputs, e=e, rows=None), problem, outputs, in_rows(upstream, used))
     if found.de is not None:
-        found.de.masked_fill_(~used[:, None], 0)  # 0 times an entry, which may be NaN
+        found.de.masked_fill_(~used[:, None], 0)  # clears 0 times an entry, which may be NaN
     return found
 
 
 def in_rows(upstream: Upstream[Tensor], used: Tensor) -> Upstream[Tensor]:
-    """The gradients of the rows that are ``used`` (N,), 0 of the others, whatever they hold."""
+    """Upstream gradients of the rows that are ``used`` (N,), and 0 for the others, whatever they hold."""
     kept: dict[str, Any] = {
         name: None if x is None else torch.where(used if x.ndim == 1 else used[:, None], x, 0)
         for name, x in vars(upstream).items()
@@ -96,7 +96,7 @@ def in_rows(upstream: Upstream[Tensor], used: Tensor) -> Upstream[Tensor]:
 
 
 def _nothing(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]:
-    """The gradients of no row at all."""
+    """Gradients of a problem without any row in use."""
     c = inputs.c
     return Gradients(
         c.new_zeros(problem.n, problem.d) if problem.grad_e else None,

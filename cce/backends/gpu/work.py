@@ -15,13 +15,13 @@ from cce.spec import Spec
 
 @dataclass(frozen=True)
 class Work:
-    """Which rows, and which tiles of theirs.
+    """Rows of a filtered backward, and their live tiles.
 
     Attributes:
         row_order: (N,) int64; block b holds rows ``row_order[b BLOCK_N : (b + 1) BLOCK_N]``.
-        keep: (N,) bool, the row wants a gradient, in its own place.
+        keep: (N,) bool, in the rows' own order: whether the row needs a gradient.
         live: (T, B) bool, contiguous.
-        row_of: (N,) int32, ``row_order``, or -1 where the row wants no gradient; or None.
+        row_of: (N,) int32, ``row_order``, or -1 where the row needs no gradient; or None.
     """
 
     row_order: Tensor
@@ -33,7 +33,7 @@ class Work:
     def of(
         cls, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
     ) -> Work:
-        """By operations of the library."""
+        """Make the work list by operations of torch."""
         row_order, live = live_blocks(inputs, problem, spec, maps, upstream, used_rows(inputs))
         keep = (upstream.a != 0) | (upstream.g != 0).any(1)
         if upstream.h is not None:
@@ -42,14 +42,14 @@ class Work:
 
 
 def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.gather_rows`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.gather_rows` with torch."""
     torch.index_select(e, 0, row_order, out=out)
     if keep is not None:
         out.masked_fill_(~keep.index_select(0, row_order)[:, None], 0)
 
 
 def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, step: int, out: Tensor) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows`; ``step`` rows at a time."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows` with torch, ``step`` rows at a time."""
     if norm is not None:
         total.mul_(norm)
     for rows, index in zip(total.split(step), row_order.split(step), strict=True):

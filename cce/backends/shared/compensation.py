@@ -1,4 +1,4 @@
-"""What stands for the tiles that were skipped: their mass times the tile's mean row (docs/algorithm.md, step 5)."""
+"""Compensation for skipped tiles: their mass times the tile's mean row (docs/algorithm.md, step 5)."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def dead_mass(
     t0: int,
     t1: int,
 ) -> Tensor:
-    """(t1 - t0, N): sum of dx over the columns of each skipped tile; 0 where the tile is live.
+    """Sum of dx over the columns of each skipped tile, (t1 - t0, N); 0 where the tile is live.
 
     ``m_it = logit_scale * softcap'(zbar) * tile_mass * (a + h (tile_entropy - log tile_mass - H))``
 
     zbar, the log of the tile's mean exp(z), stands for its logits in the softcap's derivative.
     """
     assert maps.tile_mass is not None
-    p = maps.tile_mass[t0:t1].clamp(min=0).to(upstream.a.dtype)  # (t, N); of tiles hit it is negative
+    p = maps.tile_mass[t0:t1].clamp(min=0).to(upstream.a.dtype)  # (t, N); negative for tiles hit
     entropy = None if maps.tile_entropy is None else maps.tile_entropy[t0:t1]
     mass = p * dead_weight(problem, spec, outputs, p, entropy, upstream, t0, t1) * problem.logit_scale
     return mass.masked_fill_(row_live[t0:t1], 0)
@@ -42,9 +42,10 @@ def dead_weight(
     t0: int,
     t1: int,
 ) -> Tensor:
-    """What the mass ``p`` of tiles t0 to t1 is multiplied by, but for the scale: (N,), or (t1 - t0, N) where it varies.
+    """Factor of the mass ``p`` of tiles t0 to t1, without the scale: (N,), or (t1 - t0, N) if it depends on the tile.
 
-    ``p`` and ``tile_entropy`` (t1 - t0, N) are of these tiles; rows are in whatever order all arguments have.
+    ``p`` and ``tile_entropy`` (t1 - t0, N) belong to these tiles; all arguments have their rows in the same order,
+    whichever it is.
     """
     weight = upstream.a
     if upstream.h is not None:
@@ -58,7 +59,7 @@ def dead_weight(
 
 
 def columns_of_tiles(problem: Problem, spec: Spec, t0: int, t1: int, like: Tensor) -> Tensor:
-    """(t1 - t0,) number of columns of each tile: BLOCK_V, fewer in the last; dtype and device of ``like``."""
+    """Number of columns of each tile, (t1 - t0,): BLOCK_V, fewer in the last; dtype and device of ``like``."""
     assert spec.block_v is not None
     columns = torch.full((t1 - t0,), float(spec.block_v), dtype=like.dtype, device=like.device)
     if t1 == spec.tiles(problem.v):

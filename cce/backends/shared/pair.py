@@ -1,4 +1,4 @@
-"""The log-sum-exp of a row as a pair of numbers, of which the second is what rounding took from the first.
+"""The log-sum-exp of a row as a pair of numbers, the second of which is the rounding error of the first.
 
 Only differences of logits count. Where all logits of a row share a large offset, a float32 log-sum-exp holds few digits
 of them; a pair holds them all (Dekker, *A floating-point technique for extending the available precision*, 1971).
@@ -11,15 +11,16 @@ from torch import Tensor
 
 
 def finite(m: Tensor) -> Tensor:
-    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
+    """Replace -inf, the maximum of masked entries, by 0, so that it can be subtracted: -inf + inf would be NaN."""
     return torch.where(m == -torch.inf, 0, m)
 
 
 def joined(m: Tensor, log_s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Maximum M and ``log sum_k exp(m_k - M + log_s_k)`` along ``dim``: the log-sum-exp is the sum of both.
+    """Maximum M and ``log sum_k exp(m_k - M + log_s_k)`` along ``dim``; their sum is the log-sum-exp.
 
     Args:
-        m: maxima, -inf where a part has no entry left. log_s: log of the part's sum relative to it; any there.
+        m: maxima, -inf where a part has no entry left. log_s: log of the part's sum relative to m; ignored where m is
+            -inf.
     """
     largest = m.amax(dim, keepdim=True)
     relative = torch.where(m == -torch.inf, m, (m - finite(largest)) + log_s)
@@ -27,7 +28,7 @@ def joined(m: Tensor, log_s: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def pair(m: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:
-    """``m + log_s`` rounded, and the error of that rounding; the error is NaN where the sum is not finite.
+    """Return ``m + log_s`` rounded, and the error of that rounding, which is NaN where the sum is not finite.
 
     A maximum of inf is the log-sum-exp, although the sum of its row is NaN.
     """

@@ -11,12 +11,12 @@ from cce.backends.problem import Inputs, Outputs, Upstream
 
 
 def used_rows(inputs: Inputs[Tensor]) -> Tensor:
-    """(N,) bool: the rows that count."""
+    """Mask of the rows that count, (N,) bool."""
     return (inputs.targets >= 0).any(1) if inputs.in_use is None else inputs.in_use
 
 
 def rows_in_use(targets: Tensor, in_use: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-    """Indices of the rows ``in_use``, by default those with a target, or None if that is all; their targets (N, K)."""
+    """Indices of the rows ``in_use`` (default: those with a target), or None for all rows; and their targets (N, K)."""
     in_use = (targets >= 0).any(1) if in_use is None else in_use
     rows = in_use.nonzero()[:, 0]
     if len(rows) == len(targets):
@@ -25,7 +25,7 @@ def rows_in_use(targets: Tensor, in_use: Tensor | None = None) -> tuple[Tensor |
 
 
 def select(x: Tensor, rows: Tensor | None) -> Tensor:
-    """``x[rows]``; an empty ``x`` stands for one that is not there."""
+    """Return ``x[rows]``; an empty ``x`` stands for an absent one and is returned as it is."""
     return x if rows is None or x.numel() == 0 else x.index_select(0, rows)
 
 

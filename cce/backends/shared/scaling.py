@@ -1,4 +1,4 @@
-"""Upstream gradients as the products take them: with the logit scale in them, and in float16's range."""
+"""Upstream gradients as the products take them: multiplied by the logit scale, and within the range of float16."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cce.backends.problem import Upstream
 def norm_of(
     upstream: Upstream[Tensor], operand: torch.dtype, logit_scale: float, largest: float = 1.0
 ) -> Tensor | None:
-    """What the upstream gradients are divided by so that dz does not underflow in float16; None for other dtypes.
+    """Divisor of the upstream gradients that keeps dz from underflowing in float16; None for other dtypes.
 
-    A power of two, so that dividing and multiplying by it rounds nothing: the one that brings the largest of those that
-    are finite, times the logit scale, to between half of ``largest`` and it. dz is then at most some tens of times as
-    large (an entropy's term, a target named several times). A product of it may leave float16's range all the same, as
-    it grows with e, c and their number of rows: its sums are multiplied by this before they are rounded.
+    It is a power of two, so that dividing and multiplying by it are exact: the one that brings the largest finite
+    gradient, times the logit scale, between half of ``largest`` and ``largest``. dz is then at most some tens of
+    times as large (the entropy's term, a target named several times). A product of dz may still leave float16's range,
+    as it grows with e, c and their number of rows: its sums are multiplied by the norm before they are rounded.
     """
     if operand != torch.float16:
         return None

@@ -1,4 +1,4 @@
-"""Targets as the backends take them, by operations of the library."""
+"""Preparation of targets for the backends, by operations of torch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 def checked_on_host(targets: Tensor) -> bool:
-    """Whether a bad target is a ValueError: on a CPU, and with CCE_CHECK_TARGETS=1 in the environment anywhere."""
+    """Whether a bad target raises a ValueError: always on a CPU, elsewhere if CCE_CHECK_TARGETS=1 is set."""
     return targets.device.type == "cpu" or os.environ.get("CCE_CHECK_TARGETS") == "1"
 
 
 def prepare(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """``targets`` as int64 with -1 for ``ignore_index``; an entry outside [0, v) is an error, and never read.
+    """Return ``targets`` as int64 with -1 for ``ignore_index``; any other value outside [0, v) is an error.
 
-    On a CPU the error is a ValueError here. On a GPU it is a device-side assertion, so that nothing waits;
-    with CCE_CHECK_TARGETS=1 in the environment it is a ValueError there too, at the price of a synchronisation.
+    On a CPU the error is a ValueError. On a GPU it is a device-side assertion, so that nothing waits; with
+    CCE_CHECK_TARGETS=1 in the environment it is a ValueError there too, at the price of a synchronisation.
     """
     # Few operations: at a small N their launches take longer than the kernels.
     targets = targets.to(torch.int64)
@@ -37,6 +37,6 @@ def prepare(targets: Tensor, v: int, ignore_index: int) -> Tensor:
 
 
 def mean_weights(targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights of prepared targets in a mean: 1 / their number, 0 for -1; NaN where there are none."""
+    """Weights of prepared targets in a mean: 1 / (number of targets), 0 for -1; NaN if there are no targets."""
     in_use = targets >= 0
     return in_use / in_use.sum(dtype=dtype)

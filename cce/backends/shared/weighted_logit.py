@@ -1,4 +1,4 @@
-"""The mean logit of a row, for label smoothing: without a softcap it takes two products with a vector, no logits."""
+"""The mean logit of a row, for label smoothing: without a softcap, two products with a vector and no logits."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cce.spec import Spec
 
 
 def finest_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which a mean logit is subtracted from a log-sum-exp: float64, but on MPS, which has none."""
+    """Dtype in which a mean logit is subtracted from a log-sum-exp: float64, or float32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def weighted_logit(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Tensor:
-    """(N,) ``sum_v u_v z_iv = logit_scale (e_i . sum_v u_v c_v + sum_v u_v bias_v)``, for problems without a softcap.
+    """Weighted logit ``sum_v u_v z_iv = logit_scale (e_i . sum_v u_v c_v + sum_v u_v bias_v)``, without a softcap.
 
-    In :func:`finest_dtype`, since a smoothed loss is its difference to the log-sum-exp, and both may be large. Copies
-    of pieces of ``c`` and ``e`` stay within the scratch memory. A weight of 0 on a bias of -inf gives NaN, as in
-    PyTorch.
+    The result is (N,) in :func:`finest_dtype`: a smoothed loss is its difference from the log-sum-exp, and both may be
+    large. Copies of pieces of ``c`` and ``e`` stay within the scratch memory. A weight of 0 on a bias of -inf gives
+    NaN, as in PyTorch.
     """
     wide = finest_dtype(inputs.e.device)
     step = max(1, spec.scratch_bytes // (4 * problem.d * wide.itemsize))
@@ -37,7 +37,7 @@ def weighted_logit(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Tens
 
 
 def weighted_rows(inputs: Inputs[Tensor], problem: Problem, wide: torch.dtype, step: int) -> Tensor:
-    """(D,) ``sum_v u_v c_v`` in dtype ``wide``, in pieces of ``step`` rows of ``c``."""
+    """Sum ``sum_v u_v c_v``, (D,) in dtype ``wide``, computed in pieces of ``step`` rows of ``c``."""
     total = inputs.c.new_zeros(problem.d, dtype=wide)
     for v0 in range(0, problem.v, step):
         piece = inputs.c[v0 : v0 + step].to(wide)

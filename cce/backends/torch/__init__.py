@@ -1,4 +1,4 @@
-"""The portable backend: vocabulary chunks and library matrix products, on any PyTorch device."""
+"""The portable backend: vocabulary chunks and torch's matrix products, on any PyTorch device."""
 
 from cce.backends.torch.backend import TorchBackend
 

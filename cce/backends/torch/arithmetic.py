@@ -1,4 +1,4 @@
-"""Matrix products with a wide accumulator, in whatever way the device offers."""
+"""Matrix products with a wide accumulator, by the means each device offers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _WIDE = {"float32": torch.float32, "float64": torch.float64}
 class Arithmetic:
     """Dtypes of the products: both factors in ``operand``, the sum in ``result``.
 
-    CUDA multiplies 16-bit factors into a float32 result. Elsewhere the library's 16-bit product rounds its
-    result to 16 bits (and on CPUs without such instructions is tens of times slower), which would cost the
-    log-sum-exp its accuracy: there a piece of the factors is widened before each product.
+    CUDA multiplies 16-bit factors into a float32 result. Elsewhere torch's 16-bit product rounds its result to 16 bits,
+    which would ruin the accuracy of the log-sum-exp (and on CPUs without 16-bit instructions it is tens of times
+    slower): there a piece of the factors is widened before each product.
     """
 
     operand: torch.dtype
@@ -33,19 +33,19 @@ class Arithmetic:
         return cls(problem.dtype if half and native else result, result)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """out = a b"""
+        """Write out = a b."""
         if self.operand == self.result:
             return torch.mm(a, b, out=out)
         return torch.mm(a, b, out_dtype=self.result, out=out)
 
     def add_product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """out += a b"""
+        """Compute out += a b."""
         if self.operand == self.result:
             return out.addmm_(a, b)
         return torch.addmm(out, a, b, out_dtype=self.result, out=out)
 
     def columns(self, inputs: Inputs[Tensor], v0: int, v1: int) -> Tensor:
-        """(v1 - v0, D): rows of ``c`` of one vocabulary chunk; a view where no copy is needed."""
+        """Rows of ``c`` of one vocabulary chunk, (v1 - v0, D); a view where no copy is needed."""
         return along_vocabulary(inputs, inputs.c, v0, v1).to(self.operand)
 
     def bias(self, inputs: Inputs[Tensor], v0: int, v1: int) -> Tensor | None:
@@ -69,8 +69,8 @@ def gathered(inputs: Inputs[Tensor]) -> bool:
 class Rows:
     """The rows of ``e`` a problem uses, in the products' dtype.
 
-    They are copied at most once, and only if that copy is small beside the scratch budget; otherwise each
-    piece is gathered and widened when it is asked for.
+    They are copied at most once, and only if the copy is small compared with the scratch budget; otherwise each piece
+    is gathered and widened when it is requested.
     """
 
     def __init__(self, inputs: Inputs[Tensor], arithmetic: Arithmetic, keep: bool) -> None:
@@ -79,12 +79,12 @@ class Rows:
             self._e, self._rows = self.block(0, len(inputs.targets)), None
 
     def block(self, n0: int, n1: int) -> Tensor:
-        """(n1 - n0, D): rows n0 to n1 of the problem."""
+        """Rows n0 to n1 of the problem, (n1 - n0, D)."""
         if self._rows is None:
             return self._e[n0:n1].to(self._dtype)
         return self._e.index_select(0, self._rows[n0:n1]).to(self._dtype)
 
     def gather(self, index: Tensor) -> Tensor:
-        """(len(index), D): the problem's rows ``index``."""
+        """Rows ``index`` of the problem, (len(index), D)."""
         index = index if self._rows is None else self._rows.index_select(0, index)
         return self._e.index_select(0, index).to(self._dtype)

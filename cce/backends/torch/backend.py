@@ -1,4 +1,4 @@
-"""The `torch` backend's face to the registry."""
+"""The `torch` backend as the registry sees it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cce.spec import Spec
 
 
 class TorchBackend(Backend, OnePass):
-    """Every option, every dtype, every device; the default without a GPU kernel."""
+    """Backend for every option, every dtype and every device; the default where there is no GPU kernel."""
 
     name = "torch"
 

@@ -1,4 +1,4 @@
-"""Backward: recompute the live pieces of the logits, multiply their gradient by ``c`` and by ``e``."""
+"""The backward: recompute the live pieces of the logits, multiply their gradient by ``c`` and by ``e``."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from cce.backends.torch.plan import Plan
 from cce.backends.torch.segments import Segment, Targets, segments
 from cce.spec import Spec
 
-# Of the upstream gradients in float16: far below 65504, so that what is small beside it seldom underflows. dC is summed
-# in float32 here.
+# Largest upstream gradient in float16: well below 65504 so that sums do not overflow, yet large, so that values much
+# smaller than it seldom underflow. dC is summed in float32 here.
 _LARGEST = 2.0**8
 
 
 @dataclass
 class Skipped:
-    """What compensates the tiles the filter skips, of one group of tiles at a time.
+    """Compensation for the tiles the filter skips, for one group of tiles at a time.
 
     Attributes:
-        step: tiles of a group.
-        t0, t1: the group.
-        mass: (t1 - t0, N) of its skipped tiles, rows in the work list's order.
+        step: number of tiles in a group.
+        t0, t1: first tile of the group, and the first after it.
+        mass: (t1 - t0, N) mass of its skipped tiles, rows in the work list's order.
         means: (t1 - t0, D) mean rows of ``c``, filled as the walk meets the tiles; None without dE.
-        dc: (t1 - t0, D), what every row of a tile's dC gets besides its live part; None without dC.
-        dbias: (t1 - t0,), the same of the bias.
+        dc: (t1 - t0, D) addition to every row of a tile's dC, besides its live part; None without dC.
+        dbias: (t1 - t0,) likewise for the bias.
     """
 
     step: int
@@ -55,7 +55,7 @@ def backward(
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
-    """dE accumulates over the vocabulary; every row of dC is complete in one visit and written once."""
+    """Compute the gradients: dE accumulates over the vocabulary, each row of dC is complete after one visit."""
     work = None if spec.filter == "none" else work_list(inputs, problem, spec, maps, upstream)
     run = Run(inputs, problem, spec, outputs, maps, upstream, work)
     if upstream.s is not None and problem.softcap is None:
@@ -68,10 +68,10 @@ def backward(
 
 
 class Run:
-    """The sums of one backward, and the buffers of the piece being worked on.
+    """The sums of one backward, and the buffers of the current piece.
 
-    Under a filter rows stand in the work list's order, dE's too until the end; what the dead tiles' mass is made from
-    stays as it was given.
+    Under a filter, rows are in the work list's order, those of dE too until the end; the values that give the dead
+    tiles' mass stay in the given order.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Run:
         self.rank_one: Tensor | None = None  # (D,): dC_v += u_v rank_one
 
     def _compensate_from(self, t: int) -> None:
-        """Ends the group of tiles before ``t`` and begins the next, if t is not of the group."""
+        """End the current group of tiles and begin the next with ``t``, if ``t`` is not in the current one."""
         skipped = self.skipped
         if skipped is None or self.work is None or t < skipped.t1:
             return
@@ -125,14 +125,14 @@ class Run:
         skipped.dc = self._times_e(mass) / columns[:, None] if self.dc is not None else None
 
     def _end_group(self) -> None:
-        """dE += m cbar."""
+        """Compute dE += m cbar."""
         skipped = self.skipped
         if skipped is not None and self.de is not None and skipped.mass is not None and skipped.means is not None:
             self.de.addmm_(skipped.mass.T, skipped.means)
             skipped.mass = skipped.means = None
 
     def add_rank_one(self) -> None:
-        """The gradient of sum_v u_v z_v without a softcap: dE_i += s_i sum_v u_v c_v, dC_v += u_v sum_i s_i e_i."""
+        """Add the gradient of sum_v u_v z_v without a softcap: dE_i += s_i sum_v u_v c_v, dC_v += u_v sum_i s_i e_i."""
         s = self.upstream.s
         assert s is not None
         if self.de is not None:
@@ -143,7 +143,7 @@ class Run:
             self.dbias += s.sum() * weights_along(self.inputs, self.problem, 0, self.problem.v, s)
 
     def segment(self, segment: Segment, targets: tuple[Tensor, Tensor, Tensor]) -> None:
-        """One run of tiles: its live rows block by block, then its rows of dC."""
+        """Process one run of tiles: its live rows block by block, then its rows of dC."""
         skipped = self.skipped if segment.blocks is not None else None
         if skipped is not None:
             self._compensate_from(segment.t0)
@@ -166,7 +166,7 @@ class Run:
         n1: int,
         targets: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Rows n0 to n1 of a segment: their dz, and what it adds to the sums."""
+        """Process rows n0 to n1 of a segment: compute their dz, and add its products to the sums."""
         rows = segment.part(n0, n1)
         e = self.rows.block(rows.start, rows.stop) if isinstance(rows, slice) else self.rows.gather(rows)
         dz = self._dz(segment, e, c, rows, targets)
@@ -183,7 +183,7 @@ class Run:
     def finish(self) -> Gradients[Tensor]:
         self._end_group()
         self.skipped = None
-        self.z = self.z.new_empty(0)  # dE in its rows' own order takes as much as a piece
+        self.z = self.z.new_empty(0)  # dE in its rows' own order takes as much memory as a piece
         if self.norm is not None:
             for total in (self.de, self.dbias):
                 if total is not None:
@@ -194,7 +194,7 @@ class Run:
         return Gradients(self._de_as_given(), self.dc, dbias)
 
     def _de_as_given(self) -> Tensor | None:
-        """dE, its rows in their own order and, where these have to be moved, in its dtype."""
+        """dE with its rows in their own order; in its final dtype if the rows had to be moved."""
         if self.de is None or self.work is None:
             return self.de
         out = self.de.new_empty(self.de.shape, dtype=self.problem.de_dtype)
@@ -205,7 +205,7 @@ class Run:
     def _dz(
         self, segment: Segment, e: Tensor, c: Tensor, rows: slice | Tensor, targets: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
-        """(rows, columns) gradient of logit_scale (e c^T + bias), in the accumulation dtype."""
+        """Gradient of logit_scale (e c^T + bias), (rows, columns), in the accumulation dtype."""
         shape = (len(e), segment.v1 - segment.v0)
         out = self.z[: shape[0] * shape[1]].view(shape)
         bias = self.arithmetic.bias(self.inputs, segment.v0, segment.v1)
@@ -225,7 +225,7 @@ class Run:
             de.index_copy_(0, rows, self.arithmetic.add_product(dz, c, de.index_select(0, rows)))
 
     def _slab(self, segment: Segment) -> Tensor | None:
-        """(columns, D) where the segment's dC is summed: in dC itself if it has the right dtype and order."""
+        """Memory (columns, D) for the sum of the segment's dC: dC itself if it has the right dtype and order."""
         if self.dc is None:
             return None
         if self.dc.dtype == self.arithmetic.result and self.inputs.vocab_order is None:
@@ -233,7 +233,7 @@ class Run:
         return self.dc.new_empty(segment.v1 - segment.v0, self.problem.d, dtype=self.arithmetic.result)
 
     def _write(self, segment: Segment, slab: Tensor | None, empty: bool) -> None:
-        """Adds what is the same for a tile's rows, undoes the scaling, and stores dC in its dtype."""
+        """Add the terms common to a tile's rows, undo the scaling, and store dC in its dtype."""
         skipped = self.skipped if segment.blocks is not None else None
         if skipped is not None and skipped.dbias is not None and self.dbias is not None:
             self.dbias[segment.v0 : segment.v1] += skipped.dbias[segment.t0 - skipped.t0]
@@ -253,7 +253,7 @@ class Run:
             self.dc[segment.v0 : segment.v1] = slab
 
     def _times_e(self, weights: Tensor) -> Tensor:
-        """weights (t, N) times the rows of ``e``: (t, D), a block of rows at a time."""
+        """Multiply weights (t, N) by the rows of ``e``, a block of rows at a time: (t, D)."""
         total = weights.new_zeros(len(weights), self.problem.d)
         for n0, n1 in self.plan.row_blocks(self.problem.n):
             total.addmm_(weights[:, n0:n1], self.rows.block(n0, n1).to(weights.dtype))
@@ -261,7 +261,7 @@ class Run:
 
 
 def _within(targets: tuple[Tensor, Tensor, Tensor], n0: int, n1: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The target entries of rows n0 to n1, counted from n0."""
+    """Target entries of rows n0 to n1, with rows counted from n0."""
     if n0 == 0 and n1 == total:
         return targets
     row, column, value = targets

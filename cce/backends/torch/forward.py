@@ -1,4 +1,4 @@
-"""Forward: log-sum-exp of every tile, then of every row; the logits live one piece at a time."""
+"""The forward: log-sum-exp of every tile, then of every row; only one piece of the logits exists at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cce.spec import Spec
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole vocabulary tiles t0 to t1, which are the columns v0 to v1; a ragged last tile stands alone."""
+    """Whole vocabulary tiles t0 to t1, covering columns v0 to v1; a ragged last tile is a chunk of its own."""
 
     t0: int
     t1: int
@@ -30,7 +30,7 @@ class Chunk:
 
 
 def chunks(problem: Problem, spec: Spec, columns: int) -> list[Chunk]:
-    """The vocabulary in chunks of at most ``columns`` columns (a multiple of BLOCK_V)."""
+    """Divide the vocabulary into chunks of at most ``columns`` columns (a multiple of BLOCK_V)."""
     assert spec.block_v is not None
     block_v, whole = spec.block_v, problem.v // spec.block_v
     step = columns // block_v
@@ -42,7 +42,7 @@ def chunks(problem: Problem, spec: Spec, columns: int) -> list[Chunk]:
 
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
-    """All rows, a block of rows at a time; fills ``maps``."""
+    """Compute the outputs of all rows, a block of rows at a time; fill ``maps``."""
     arithmetic = Arithmetic.choose(problem, spec)
     plan = Plan.choose(problem, spec, gathered(inputs))
     vocabulary = chunks(problem, spec, plan.columns)
@@ -50,7 +50,7 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
     targets = target_positions(inputs)
     closed_form = None
     if "weighted_logit" in problem.outputs and problem.softcap is None:
-        closed_form = weighted_logit(inputs, problem, spec)  # before the buffer takes what memory there is
+        closed_form = weighted_logit(inputs, problem, spec)  # before the buffer takes the memory
     buffer = inputs.e.new_empty(plan.rows * plan.columns, dtype=arithmetic.result)
     blocks = []
     for n0, n1 in plan.row_blocks(problem.n):
@@ -67,7 +67,7 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
 
 
 def weights_along(inputs: Inputs[Tensor], problem: Problem, v0: int, v1: int, like: Tensor) -> Tensor:
-    """(v1 - v0,) logit weights u of a chunk; 1 / V each if none are given."""
+    """Logit weights u of a chunk, (v1 - v0,); 1 / V each if none are given."""
     if inputs.logit_weight is None:
         return like.new_full((v1 - v0,), 1.0 / problem.v)
     return along_vocabulary(inputs, inputs.logit_weight, v0, v1).to(like.dtype)
@@ -83,28 +83,28 @@ class RowBlock:
         self.inputs, self.problem, self.spec, self.targets, self.n0 = inputs, problem, spec, targets, n0
         self.tiled = bool(problem.maps(spec))
         self.online = spec.lse_accumulation == "online"
-        self.parts: list[Sums] = []  # of each chunk, one tile
-        self.tiles: list[tuple[Chunk, Sums]] = []  # of each chunk, all its tiles
+        self.parts: list[Sums] = []  # one tile for each chunk
+        self.tiles: list[tuple[Chunk, Sums]] = []  # all tiles of each chunk
         self.target_logits = like.new_zeros(targets.shape)
         self.weighted = like.new_zeros(n) if _capped_weights(problem) else None
         self.best = like.new_full((n,), -torch.inf)
         self.prediction = torch.zeros(n, dtype=torch.int64, device=like.device)
 
     def add(self, chunk: Chunk, z: Tensor, maps: Maps[Tensor]) -> None:
-        """One chunk's logits (rows, columns), which are overwritten."""
+        """Add one chunk's logits (rows, columns), which are overwritten."""
         self._targets(chunk, z)
         if "prediction" in self.problem.outputs:
             self._prediction(chunk, z)
         if self.weighted is not None:
             self.weighted += z @ weights_along(self.inputs, self.problem, chunk.v0, chunk.v1, z)
-        # Without maps nobody asks for the tiles: the chunk is one.
+        # Without maps, single tiles are not needed: the chunk is one tile.
         tiles = z.view(len(z), chunk.t1 - chunk.t0 if self.tiled else 1, -1)
         found = tile_sums(tiles, entropy="entropy" in self.problem.outputs)
         if self.tiled:
             self.tiles.append((chunk, found))
         if maps.tile_entropy is not None and found.entropy is not None:
             maps.tile_entropy[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(z)] = found.entropy.T
-        # One partial a chunk: those of all tiles would be larger than the logits of a piece.
+        # Keep one partial sum per chunk: those of all tiles would be larger than the logits of a piece.
         self.parts.append(_join([found]))
         if self.online:
             self.parts = [_join(self.parts)]
@@ -114,7 +114,7 @@ class RowBlock:
         for chunk, tiles in self.tiles:
             self._fill(maps, chunk, tiles, row)
         lse, lse_low = pair(row.max[:, 0], row.log_sum[:, 0])
-        # A target's logit is one of those summed: nll is never negative, but for the rounding of the logarithm.
+        # A target's logit is one of those summed, so only the rounding of the logarithm can make nll negative.
         nll = (row.log_sum + (row.max - self.target_logits)).clamp_(min=0).masked_fill_(self.targets < 0, 0)
         return Outputs(
             lse,
@@ -126,9 +126,9 @@ class RowBlock:
         )
 
     def _fill(self, maps: Maps[Tensor], chunk: Chunk, tiles: Sums, row: Sums) -> None:
-        """The masses of a chunk's tiles; the filter compares differences to the row's log-sum-exp."""
+        """Fill in the masses of a chunk's tiles; the filter compares differences from the row's log-sum-exp."""
         assert maps.tile_mass is not None and self.spec.threshold is not None
-        log_max = (tiles.max - row.max) - row.log_sum  # of the largest p
+        log_max = (tiles.max - row.max) - row.log_sum  # log of the largest p
         log_mass = torch.where(tiles.max == -torch.inf, log_max, log_max + tiles.log_sum)
         quantity = log_max if self.spec.filter == "element" else log_mass
         mass = log_mass.exp()
@@ -136,7 +136,7 @@ class RowBlock:
         maps.tile_mass[chunk.t0 : chunk.t1, self.n0 : self.n0 + len(mass)] = mass.T
 
     def _targets(self, chunk: Chunk, z: Tensor) -> None:
-        # From the same accumulator as the log-sum-exp, so that lse - z is never negative.
+        # Read from the same accumulator as the log-sum-exp, so that lse - z is never negative.
         column = self.targets - chunk.v0
         inside = (column >= 0) & (column < z.shape[1])
         found = z.gather(1, column.clamp(0, z.shape[1] - 1))
@@ -155,12 +155,12 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class Sums:
-    """Statistics of tiles of some rows, (rows, tiles) each.
+    """Statistics of some rows in some tiles, (rows, tiles) each.
 
     Attributes:
-        max: m, the largest logit; -inf where all are.
+        max: m, the largest logit; -inf where all are -inf.
         log_sum: log sum exp(z - m); 0 where m is -inf.
-        entropy: of the softmax within the tile; or None.
+        entropy: entropy of the softmax within the tile; or None.
     """
 
     max: Tensor
@@ -175,7 +175,7 @@ def tile_sums(z: Tensor, entropy: bool) -> Sums:
     cannot come out below 0.
     """
     m = z.amax(-1)  # (rows, tiles)
-    # A tile of masked entries has m = -inf; a finite shift leaves exp(-inf) = 0 where -inf + inf is NaN.
+    # A tile of masked entries has m = -inf; a finite shift gives exp(-inf) = 0, where -inf + inf would be NaN.
     z.sub_(finite(m)[..., None])
     if not entropy:
         return Sums(m, _log(m, z.exp_().sum(-1)), None)
@@ -187,12 +187,12 @@ def tile_sums(z: Tensor, entropy: bool) -> Sums:
 
 
 def _log(m: Tensor, s: Tensor) -> Tensor:
-    """log s; 0 where nothing is left to sum."""
+    """Return log s; 0 where there is nothing to sum."""
     return s.log().masked_fill_(m == -torch.inf, 0)
 
 
 def _join(parts: list[Sums]) -> Sums:
-    """(rows, 1) statistics of the union of all tiles, by the chain rule of the entropy.
+    """Statistics of the union of all tiles, (rows, 1), by the chain rule of the entropy.
 
     H = sum_t w_t (H_t - log w_t), w_t = exp(tile_lse_t - lse)
     """

@@ -10,7 +10,7 @@ from cce.backends.torch.arithmetic import Arithmetic
 
 
 def logits_(problem: Problem, arithmetic: Arithmetic, e: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """out = z = softcap tanh(logit_scale (e c^T + bias) / softcap)   # (rows, columns)"""
+    """Write out = z = softcap tanh(logit_scale (e c^T + bias) / softcap), (rows, columns)."""
     z = arithmetic.product(e, c.T, out)
     if bias is not None:
         z += bias
@@ -28,7 +28,7 @@ def logits_(problem: Problem, arithmetic: Arithmetic, e: Tensor, c: Tensor, bias
 def softmax_gradient_(
     problem: Problem, z: Tensor, outputs: Outputs[Tensor], upstream: Upstream[Tensor], u: Tensor | float
 ) -> Tensor:
-    """z becomes p (a + h (lse - H - z)) + s u, all of dz but its targets   # (rows, columns)
+    """Replace z by p (a + h (lse - H - z)) + s u, all of dz but its targets, (rows, columns).
 
     ``outputs`` and ``upstream`` hold the rows of this piece; ``u`` its logit weights, used only under a softcap.
     """
@@ -40,7 +40,7 @@ def softmax_gradient_(
     else:
         assert outputs.entropy is not None
         p = log_p.exp()
-        # p is 0 long before log p = -1e4; a bound, or masked logits (-inf) would make 0 * inf = NaN.
+        # p is 0 long before log p = -1e4; without a bound, masked logits (-inf) would give 0 * inf = NaN.
         log_p.clamp_(min=-1e4).neg_().sub_(outputs.entropy[:, None])
         log_p.mul_(upstream.h[:, None]).add_(upstream.a[:, None]).mul_(p)
     if upstream.s is not None and problem.softcap is not None:
@@ -49,17 +49,17 @@ def softmax_gradient_(
 
 
 def softcap_derivative(problem: Problem, z: Tensor) -> Tensor | None:
-    """1 - (z / softcap)^2, the derivative of the capped logit; None without a softcap."""
+    """Derivative of the capped logit, 1 - (z / softcap)^2; None without a softcap."""
     if problem.softcap is None:
         return None
-    return torch.mul(z, 1 / problem.softcap).clamp_(min=-1.0).square_().neg_().add_(1.0)  # 0 of a masked entry
+    return torch.mul(z, 1 / problem.softcap).clamp_(min=-1.0).square_().neg_().add_(1.0)  # 0 for a masked entry
 
 
 def add_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-    """x[index] += values for 1-D x, repeated indices added in a fixed order.
+    """Compute x[index] += values for 1-D x, adding repeated indices in a fixed order.
 
-    On a CPU ``index_add_`` runs through the indices in order; on a GPU it would use atomics, and
-    ``index_put_`` sorts instead.
+    On a CPU, ``index_add_`` runs through the indices in order; on a GPU it would use atomics, so ``index_put_``, which
+    sorts, is used instead.
     """
     if x.device.type == "cpu":
         x.index_add_(0, index, values)

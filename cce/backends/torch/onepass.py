@@ -16,24 +16,24 @@ from cce.backends.torch.forward import Chunk, chunks
 from cce.backends.torch.logits import add_at_, logits_
 from cce.spec import Spec
 
-# Rows of a block: with fewer, the products are short and dC is read and written too often to gain anything;
-# with more, the logits they hold grow and the time does not fall (docs/performance-notes.md).
+# Rows of a block: with fewer, the products are short and dC is read and written too often to gain anything; with more,
+# the memory for logits grows but the time does not fall (docs/performance-notes.md).
 _MOST, _LEAST = 208, 128
-_COLUMNS = 4096  # of a product
+_COLUMNS = 4096  # columns of a product
 
 
 def rows_at_once(problem: Problem, spec: Spec) -> int:
-    """Rows whose logits fit into ``spec.scratch_bytes``, in blocks of equal size; 0 where one pass does not pay.
+    """Number of rows whose logits fit into ``spec.scratch_bytes``, in blocks of equal size; 0 if one pass does not pay.
 
-    Measured on CPUs only. It needs a dC that can hold its own sum, and logits without a softcap, whose derivative
-    would need them a second time.
+    Measured on CPUs only. One pass needs a dC whose dtype can hold its own sum, and logits without a softcap: the
+        derivative of a softcap would need the logits a second time.
     """
     arithmetic = Arithmetic.choose(problem, spec)
     wide = arithmetic.result
     plain = spec.filter == "none" and spec.permutation is None and problem.softcap is None and not problem.outputs
     if problem.device != "cpu" or problem.n == 0 or not plain or (problem.grad_c and problem.c_dtype != wide):
         return 0
-    copies = problem.d * wide.itemsize  # of a row of e, and of c
+    copies = problem.d * wide.itemsize  # bytes of a row of e, and of c
     fixed = _COLUMNS * (copies if problem.c_dtype != wide else 0)
     fit = (spec.scratch_bytes - fixed) // (problem.v * wide.itemsize + 2 * copies)
     blocks = -(-problem.n // max(1, min(_MOST, fit)))
@@ -44,7 +44,7 @@ def rows_at_once(problem: Problem, spec: Spec) -> int:
 def loss_and_gradients(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-    """Outputs (lse and nll) and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
+    """Outputs (lse and nll), and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``."""
     arithmetic, step = Arithmetic.choose(problem, spec), rows_at_once(problem, spec)
     run = _Run(inputs, problem, arithmetic, chunks(problem, spec, _columns(spec)), step)
     found = [run.block(n0, min(problem.n, n0 + step), weights) for n0 in range(0, problem.n, step)]
@@ -58,7 +58,7 @@ def _columns(spec: Spec) -> int:
 
 
 class _Run:
-    """The sums, and the logits of the block of rows being worked on."""
+    """The sums, and the logits of the current block of rows."""
 
     def __init__(
         self, inputs: Inputs[Tensor], problem: Problem, arithmetic: Arithmetic, vocabulary: list[Chunk], step: int
@@ -72,7 +72,7 @@ class _Run:
         self.dbias = wide.new_zeros(problem.v) if problem.grad_bias else None
 
     def block(self, n0: int, n1: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """lse (rows,) and nll (rows, K) of one block of rows; adds its gradients to the sums."""
+        """Return lse (rows,) and nll (rows, K) of one block of rows; add its gradients to the sums."""
         e, targets = self.rows.block(n0, n1), self.inputs.targets[n0:n1]
         target_logits = e.new_zeros(targets.shape, dtype=self.arithmetic.result)
         pieces, m, s = [], [], []
@@ -81,7 +81,7 @@ class _Run:
             row, k = _inside(chunk, targets)
             target_logits[row, k] = z[row, targets[row, k] - chunk.v0]
             m.append(z.amax(1, keepdim=True))
-            s.append(z.sub_(finite(m[-1])).exp_().sum(1, keepdim=True))  # a chunk may be masked: no -inf + inf
+            s.append(z.sub_(finite(m[-1])).exp_().sum(1, keepdim=True))  # a chunk may be masked: avoid -inf + inf
             pieces.append(z)
         maxima, sums = torch.cat(m, 1), torch.cat(s, 1)  # (rows, chunks)
         row_m, log_s = joined(maxima, sums.log(), 1)
@@ -98,7 +98,7 @@ class _Run:
         return lse, nll
 
     def _piece(self, chunk: Chunk, rows: int) -> Tensor:
-        """Where the logits of ``chunk`` lie, (rows, columns)."""
+        """Memory for the logits of ``chunk``, (rows, columns)."""
         return self.buffer[rows * chunk.v0 : rows * chunk.v1].view(rows, chunk.v1 - chunk.v0)
 
     def _operands(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +106,7 @@ class _Run:
         return c, self.arithmetic.bias(self.inputs, chunk.v0, chunk.v1)
 
     def _products(self, chunk: Chunk, dx: Tensor, e: Tensor, n0: int, n1: int) -> None:
-        """dE of the rows += dx c; dC of the chunk += dx^T e; dbias += column sums."""
+        """Compute dE of the rows += dx c, dC of the chunk += dx^T e, and dbias += column sums."""
         if self.de is not None:
             c = self.arithmetic.columns(self.inputs, chunk.v0, chunk.v1)
             _add_product(dx, c, self.de[n0:n1], first=chunk.v0 == 0)
@@ -124,6 +124,6 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, first: bool) -> None:
 
 
 def _inside(chunk: Chunk, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and k of the targets that lie in ``chunk``."""
+    """Row and k of each target in ``chunk``."""
     row, k = ((targets >= chunk.v0) & (targets < chunk.v1)).nonzero(as_tuple=True)
     return row, k

@@ -1,4 +1,4 @@
-"""How large a piece of the logits is worked on at a time: as much as the scratch budget and the caches like."""
+"""Size of the piece of the logits computed at a time, from the scratch budget and the sizes of caches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from cce.backends.problem import Problem
 from cce.backends.torch.arithmetic import Arithmetic
 from cce.spec import Spec
 
-# Rows and columns of logits, by device type. On a CPU 1024 x 1024 float32 logits (4 MB) stay near the
-# cores between the product and the softmax; 512..4096 columns differ by less than the noise (performance notes).
+# Rows and columns of logits, by device type. On a CPU 1024 x 1024 float32 logits (4 MB) stay in cache between the
+# product and the softmax; 512 to 4096 columns differ by less than the noise (performance notes).
 _PREFERRED = {"cpu": (1024, 1024)}
-# On a GPU a piece has to fill the chip, and every piece costs a dozen launches.
+# On a GPU a piece has to fill the chip, and each costs a dozen launches.
 _PREFERRED_GPU = (8192, 4096)
 
 
-# At most so many skipped tiles are compensated in one go.
+# Largest number of skipped tiles compensated at once.
 _TILES = 64
 
 
@@ -24,8 +24,8 @@ class Plan:
     """Rows and columns of a piece of the logits; ``columns`` is a multiple of BLOCK_V.
 
     Attributes:
-        keep_rows: a copy of all rows of ``e``, gathered and in the products' dtype, is made once and kept.
-        tiles: skipped tiles that are compensated in one go; an eighth of the budget is theirs.
+        keep_rows: whether a copy of all rows of ``e``, gathered and in the products' dtype, is made once and kept.
+        tiles: number of skipped tiles compensated at once, in an eighth of the budget.
     """
 
     rows: int
@@ -35,13 +35,13 @@ class Plan:
 
     @classmethod
     def choose(cls, problem: Problem, spec: Spec, gathered: bool) -> Plan:
-        """The largest piece up to the preferred one whose temporaries fit into ``spec.scratch_bytes``.
+        """Choose the largest piece, up to the preferred one, whose temporaries fit into ``spec.scratch_bytes``.
 
-        ``gathered``: rows of ``e`` are left out, or the vocabulary has an order of its own.
+        ``gathered``: whether rows of ``e`` are left out, or the vocabulary has its own order.
         """
         assert spec.block_v is not None
         kept = problem.n * problem.d * Arithmetic.choose(problem, spec).operand.itemsize
-        keep = 4 * kept <= spec.scratch_bytes  # a quarter of the budget at most
+        keep = 4 * kept <= spec.scratch_bytes  # at most a quarter of the budget
         budget = spec.scratch_bytes - (kept if keep else 0)
         group = 0
         if spec.filter != "none" and spec.compensate:
@@ -60,12 +60,12 @@ class Plan:
         return cls(rows, tiles * spec.block_v, keep, group)
 
     def row_blocks(self, n: int) -> list[tuple[int, int]]:
-        """First and last row of every block of ``n`` rows."""
+        """Bounds of every block of rows, among ``n`` rows."""
         return [(n0, min(n, n0 + self.rows)) for n0 in range(0, n, self.rows)]
 
 
 def minimum_scratch(problem: Problem, spec: Spec) -> int:
-    """Bytes below which not even one row of one tile can be worked on."""
+    """Bytes needed for one row of one tile."""
     assert spec.block_v is not None
     # A kept copy of the rows takes up to a quarter of the budget, and the compensation an eighth.
     return 2 * _scratch(problem, spec, 1, spec.block_v, gathered=True)
@@ -77,19 +77,19 @@ def _scratch(problem: Problem, spec: Spec, rows: int, columns: int, gathered: bo
     wide, narrow = arithmetic.result.itemsize, arithmetic.operand.itemsize
     filtered = spec.filter != "none"
     sparse = gathered or filtered
-    # Gathering copies an operand once, widening it once more.
+    # Gathering copies an operand once, and widening copies it again.
     e_copies = sparse + (problem.e_dtype != arithmetic.operand)
     c_copies = gathered + (problem.c_dtype != arithmetic.operand)
     operands = (rows * e_copies + columns * c_copies) * problem.d * narrow
     slab = columns * problem.d * wide if gathered or problem.c_dtype != arithmetic.result else 0
     gathered_de = 2 * rows * problem.d * wide if filtered else 0
     vectors = 24 * rows * (problem.k + 1) * 8 + 4 * columns * wide
-    tiles = 3 * rows * spec.tiles(problem.v) * wide if problem.maps(spec) else 0  # until the row's lse is known
+    tiles = 3 * rows * spec.tiles(problem.v) * wide if problem.maps(spec) else 0  # kept until the row's lse is known
     return rows * columns * _logit_buffers(problem, arithmetic) + operands + slab + gathered_de + vectors + tiles
 
 
 def _logit_buffers(problem: Problem, arithmetic: Arithmetic) -> int:
-    """Bytes a logit takes: itself, a second array where its formula needs z and p, its copy in the products' dtype."""
+    """Bytes per logit: itself, a second array where the formula needs z and p, its copy in the products' dtype."""
     arrays = 1 + ("entropy" in problem.outputs) + (problem.softcap is not None)
     copy = arithmetic.operand.itemsize if arithmetic.operand != arithmetic.result else 0
     return arrays * arithmetic.result.itemsize + copy

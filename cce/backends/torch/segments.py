@@ -1,7 +1,7 @@
 """The pieces of the vocabulary the backward walks through: dense runs, and single tiles with their live rows.
 
-Rows stand in the work list's order, where those of a tile are whole blocks, most often neighbours: then a slice finds
-them, and nothing is gathered.
+Rows are in the work list's order, in which those of a tile are whole blocks, most often neighbours: a slice then
+selects them, and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from cce.spec import Spec
 
 @dataclass(frozen=True)
 class Segment:
-    """Vocabulary tiles t0 to t1 (columns v0 to v1) whose live row blocks are the same: ``blocks``; None stands for all.
+    """Vocabulary tiles t0 to t1 (columns v0 to v1) with the same live row blocks, ``blocks``; None stands for all.
 
-    ``rows`` are those of the blocks, made by :meth:`located` when the walk arrives: a slice if the blocks are
-    neighbours, else (L,) int64, ascending; indices of all segments at once would take more than the logits.
+    ``rows`` are the rows of the blocks, set by :meth:`located` when the segment's turn comes: a slice if the blocks are
+    neighbours, else (L,) int64, ascending. Indices of all segments at once would take more memory than the logits.
     """
 
     t0: int
@@ -33,7 +33,7 @@ class Segment:
     rows: slice | Tensor = field(default_factory=lambda: slice(0, 0))
 
     def located(self, problem: Problem, spec: Spec, device: torch.device) -> Segment:
-        """The segment with its rows."""
+        """Return the segment with its rows set."""
         blocks, block_n = self.blocks, spec.block_n or 1
         if blocks is None:
             return replace(self, rows=slice(0, problem.n))
@@ -48,16 +48,16 @@ class Segment:
         return len(self.rows) if isinstance(self.rows, Tensor) else self.rows.stop - self.rows.start
 
     def part(self, n0: int, n1: int) -> slice | Tensor:
-        """The rows that are number n0 to n1 of the segment's."""
+        """Rows n0 to n1, counted within the segment."""
         if isinstance(self.rows, Tensor):
             return self.rows[n0:n1]
         return slice(self.rows.start + n0, self.rows.start + n1)
 
 
 def segments(problem: Problem, spec: Spec, columns: int, live: Tensor | None) -> list[Segment]:
-    """The whole vocabulary; neighbouring tiles that are live in all rows are joined up to ``columns``.
+    """Divide the whole vocabulary into segments, joining neighbouring tiles live in all rows up to ``columns``.
 
-    ``live`` (B, T) bool are the live tiles of every row block; None stands for all.
+    ``live`` (B, T) bool marks the live tiles of every row block; None stands for all.
     """
     if live is None:
         return [Segment(k.t0, k.t1, k.v0, k.v1) for k in chunks(problem, spec, columns)]
@@ -86,7 +86,7 @@ class Targets:
     """
 
     def __init__(self, inputs: Inputs[Tensor], upstream: Upstream[Tensor], found: list[Segment]) -> None:
-        # An entry without gradient is no entry: its tile may be dead, and its row not among the segment's.
+        # Drop entries without a gradient: their tile may be dead, and their row not in the segment.
         place = torch.where(upstream.g == 0, -1, target_positions(inputs))
         k = place.shape[1]
         order = place.flatten().argsort(stable=True)
@@ -98,7 +98,7 @@ class Targets:
         self._ends = [first, *torch.searchsorted(self.place, ends).tolist()]
 
     def of(self, index: int, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
-        """Position among the segment's rows, column within it, and value of the entries in segment ``index``."""
+        """Row and column within the segment, and value, of the entries in segment ``index``."""
         here = slice(self._ends[index], self._ends[index + 1])
         row, rows = self.row[here], segment.rows
         row = torch.searchsorted(rows, row) if isinstance(rows, Tensor) else row - rows.start

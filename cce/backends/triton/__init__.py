@@ -1,4 +1,4 @@
-"""The Triton backend: fused kernels for CUDA GPUs (sm_80 and later), and for the interpreter without one."""
+"""The Triton backend: fused kernels for CUDA GPUs (sm_80 and later), or interpreted without a GPU."""
 
 from cce.backends.triton.backend import TritonBackend
 

@@ -1,4 +1,4 @@
-"""The `triton` backend's face to the registry; Triton itself is imported when a kernel is first needed."""
+"""The `triton` backend as the registry sees it; Triton itself is imported when a kernel is first needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cce.spec import Spec
 
 
 class TritonBackend(Backend, OnePass):
-    """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above."""
+    """Backend for every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above."""
 
     name = "triton"
     device = "cuda"

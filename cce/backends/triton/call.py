@@ -1,4 +1,4 @@
-"""What the kernels of one call have in common: operands, flags, and the launch configuration."""
+"""Shared state of the kernels of one call: operands, flags, and the launch configuration."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Of the device; the interpreter runs what sm_90 would."""
+    """Compute capability of the device; that of sm_90 in the interpreter."""
     return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
 
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; the interpreter has two programs, one after the other."""
+    """Number of multiprocessors of the device; 2 in the interpreter, which runs programs one after the other."""
     return 2 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache
 def device_name(device: torch.device) -> str:
-    """Of the model."""
+    """Name of the device's model."""
     return "interpreter" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def float32_precision() -> str:
-    """How float32 products are computed: as torch.get_float32_matmul_precision says."""
+    """Precision of float32 products, from torch.get_float32_matmul_precision."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def gpu_of(device: torch.device) -> Device:
-    """What a configuration depends on."""
+    """Properties of the device on which a configuration depends."""
     return Device(device_name(device), capability(device), multiprocessors(device), float32_precision())
 
 
@@ -56,7 +56,7 @@ _imposed: ContextVar[Launch | None] = ContextVar("launch", default=None)
 
 @contextmanager
 def launched_with(launch: Launch) -> Iterator[None]:
-    """Calls of this thread have this configuration, whatever the problem: for trying it out."""
+    """Context in which all calls of this thread use this configuration, whatever the problem; for trials."""
     token = _imposed.set(launch)
     try:
         yield
@@ -69,9 +69,9 @@ class Call(Blocks):
     """A problem on a device.
 
     Attributes:
-        e, c, bias: as given, rows in use only; ``e`` widened where ``c`` is wider.
+        e, c, bias: operands as given, rows in use only; ``e`` is widened where ``c`` is wider.
         order: (V,) vocabulary order or None.
-        launch: configuration.
+        launch: launch configuration.
     """
 
     launch: Launch
@@ -86,7 +86,7 @@ class Call(Blocks):
         e = inputs.e if inputs.rows is None else inputs.e.index_select(0, inputs.rows)
         launch, gpu = _imposed.get(), gpu_of(e.device)
         if launch is None:
-            # Without the vocabulary order, whose values a cache would compare, and so wait for.
+            # Leave out the vocabulary order: a cache would compare its values, and so wait for them.
             launch = choose(problem, Spec.from_key(spec.key), gpu, inputs.vocab_order is not None)
         return cls(problem, spec, launch, e.to(problem.dtype), inputs.c, inputs.bias, inputs.vocab_order, gpu.precision)
 
@@ -98,7 +98,7 @@ class Call(Blocks):
         return self.e.new_empty(shape, dtype=dtype)
 
     def formula(self) -> dict[str, Any]:
-        """The flags of how a logit is made from a product."""
+        """Kernel flags for the formula that turns a product into a logit."""
         return {
             "BIAS": self.bias is not None,
             "SCALE": self.problem.logit_scale != 1.0,
@@ -110,18 +110,18 @@ class Call(Blocks):
 
     @property
     def c_tma(self) -> bool:
-        """Whether tiles of ``c`` are boxes of the matrix: entries in their own order, in the products' dtype."""
+        """Whether tiles of ``c`` are boxes of the matrix: entries in natural order, in the products' dtype."""
         same = self.c.dtype == self.problem.dtype
         return self.launch.tma and self.order is None and same and tma_ready(self.c)
 
     def operands(self, tile: Tile, e: Tensor, c_rows: int | None = None, gather: bool = False) -> dict[str, Any]:
-        """Arguments and flags of a tile of logits.
+        """Kernel arguments and flags for a tile of logits.
 
         Args:
-            tile: of the product.
+            tile: tile of the product.
             e: (rows, D).
-            c_rows: rows of a box of ``c``; the tile's columns if None.
-            gather: rows of ``c`` are read one by one, wherever they lie.
+            c_rows: rows of a box of ``c``; None stands for the tile's columns.
+            gather: whether rows of ``c`` are read one by one, from anywhere.
         """
         e_tma, c_tma = self.e_tma(e), self.c_tma and not gather
         return {

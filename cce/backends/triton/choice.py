@@ -1,4 +1,4 @@
-"""Which launch configuration a call has: what the user has tuned for it, else what is shipped."""
+"""Choice of a call's launch configuration: the one the user tuned for it, else the shipped one."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from cce.spec import Spec
 
 @lru_cache(maxsize=256)
 def choose(problem: Problem, spec: Spec, device: Device, ordered: bool) -> Launch:
-    """The configuration for a problem on a device.
+    """Choose the configuration for a problem on a device.
 
     Args:
-        problem, spec: of the call; ``spec`` is resolved.
-        device: that runs it.
-        ordered: the vocabulary comes in an order of its own.
+        problem, spec: those of the call; ``spec`` is resolved.
+        device: device that runs it.
+        ordered: whether the vocabulary has its own order.
     """
     launch = shipped(problem, spec, device)
     entries = tunecache.entries(tunecache.folder())
-    if not entries:  # nothing was ever tuned: not even a key is made
+    if not entries:  # nothing was ever tuned: skip making a key
         return launch
     tiles = entries.get(tunecache.key_of(problem, spec, device, ordered))
     if tiles is None:
         return launch
     tuned = launch.with_tiles(tiles)
-    # One kernel has both products: tiles of dE have the warps of dC's, whichever was tuned.
+    # One kernel computes both products, so tiles of dE take the number of warps of dC, whichever was tuned.
     tuned = replace(tuned, de=replace(tuned.de, warps=tuned.dc.warps), tuned=True)
     if fitted(tuned, problem, spec) != tuned:
         warnings.warn(
@@ -43,6 +43,6 @@ def choose(problem: Problem, spec: Spec, device: Device, ordered: bool) -> Launc
 
 
 def forget() -> None:
-    """Has the next call look into the cache on disk again."""
+    """Make the next call read the cache on disk again."""
     choose.cache_clear()
     tunecache.entries.cache_clear()

@@ -1,4 +1,4 @@
-"""What stands for the dead tiles (docs/algorithm.md, step 5): a product of the library for dE, and one for dC."""
+"""Compensation for the dead tiles (docs/algorithm.md, step 5): one torch product for dE, and one for dC."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cce.backends.triton.sorted_rows import Rows, sorted_rows
 
 @dataclass(frozen=True)
 class Dead:
-    """What the dead tiles add.
+    """Contribution of the dead tiles.
 
     Attributes:
         de: (N, D) float32, m^T cbar, rows in the work list's order; None where dE is not wanted.
@@ -31,13 +31,13 @@ class Dead:
     mass: Tensor | None
 
     def of_blocks(self, t0: int, t1: int) -> Dead:
-        """The same of some vocabulary blocks."""
+        """Contribution of vocabulary blocks t0 to t1."""
         mass_e = None if self.mass_e is None else self.mass_e[t0:t1]
         return Dead(self.de, mass_e, None if self.mass is None else self.mass[t0:t1])
 
 
 def compensation(call: Call, formula: Formula, live: plans.Live, rows: Rows, maps: Maps[Tensor]) -> Dead:
-    """The products with the dead tiles' mass, in pieces of the map that fit into the scratch memory."""
+    """Compute the products with the dead tiles' mass, in pieces of the map that fit into the scratch memory."""
     problem, t = call.problem, call.tiles
     n, d = problem.n, problem.d
     piece = max(1, min(t, call.spec.scratch_bytes // 4 // (n * problem.dtype.itemsize)))
@@ -59,7 +59,7 @@ def compensation(call: Call, formula: Formula, live: plans.Live, rows: Rows, map
 
 
 def mean_rows(call: Call) -> Tensor:
-    """(T, D) the mean row of ``c`` of each vocabulary block, in the products' dtype."""
+    """Mean row of ``c`` of each vocabulary block, (T, D), in the products' dtype."""
     problem = call.problem
     means = call.empty(call.tiles, problem.d, dtype=problem.dtype)
     mean_rows_kernel[(call.tiles, cdiv(problem.d, 256))](
@@ -72,7 +72,7 @@ def mean_rows(call: Call) -> Tensor:
 def _dead_mass(
     call: Call, formula: Formula, live: plans.Live, maps: Maps[Tensor], m: Tensor, t0: int, t1: int
 ) -> Tensor:
-    """(t1 - t0, N): the sum of dx over the columns of each dead tile, rows in the work list's order."""
+    """Sum of dx over the columns of each dead tile, (t1 - t0, N), rows in the work list's order."""
     assert maps.tile_mass is not None
     n, outputs = call.problem.n, formula.outputs
     dead_mass_kernel[(t1 - t0, cdiv(n, 1024))](
@@ -85,7 +85,7 @@ def _dead_mass(
 
 
 def _times_e(call: Call, live: plans.Live, rows: Rows, m: Tensor, out: Tensor) -> None:
-    """out = m e, (tiles, D); without a copy of the sorted rows, some of them at a time."""
+    """Write out = m e, (tiles, D); without a copy of the sorted rows, in pieces of them."""
     n, d = call.problem.n, call.problem.d
     if rows.copied:
         wide_product(m, rows.e, out)

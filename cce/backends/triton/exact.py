@@ -1,4 +1,4 @@
-"""The exact backward: chunks of the vocabulary, recomputed by a kernel, multiplied by the library."""
+"""The exact backward: chunks of the vocabulary, recomputed by a kernel and multiplied by torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cce.spec import Spec
 def exact(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """The gradients; rows without a target are left out."""
+    """Compute the gradients; rows without a target are left out."""
 
     def of_rows(
         inputs: Inputs[Tensor], problem: Problem, outputs: Outputs[Tensor], upstream: Upstream[Tensor]
@@ -35,10 +35,10 @@ def exact(
 def _exact(
     call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """dE accumulates in float32 over the chunks; dC of a chunk is complete at once, and written once."""
+    """Compute the gradients: dE accumulates in float32 over the chunks, dC of a chunk is complete and written once."""
     problem = call.problem
     formula = Formula.of(call, inputs, outputs, upstream)
-    s = formula.upstream.s if problem.softcap is None else None  # with a softcap it is part of dz
+    s = formula.upstream.s if problem.softcap is None else None  # with a softcap, s is part of dz
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
     total = _chunks(call, inputs, formula, dc, dbias)
@@ -58,10 +58,10 @@ def _exact(
 def _chunks(
     call: Call, inputs: Inputs[Tensor], formula: Formula, dc: Tensor | None, dbias: Tensor | None
 ) -> Tensor | None:
-    """The float32 sum of dE; writes dC and dbias. The scratch memory is given back before dE is made of the sum."""
+    """Return the float32 sum of dE; write dC and dbias. The scratch memory is freed before dE is rounded."""
     problem, total = call.problem, None
     launch = _dz(call, inputs, formula)
-    own = call.c.dtype == problem.dtype  # else a chunk's rows of c are copied, and are to be few
+    own = call.c.dtype == problem.dtype  # else a chunk's rows of c are copied, and must be few
     lending, share = dc if own else None, share_of_chunk(problem.n, problem.d)
     for stretch in stretches(problem.v, lending, call.launch.dense.columns, share, call.spec.scratch_bytes):
         places, memory = _places(call, stretch)
@@ -75,7 +75,7 @@ def _chunks(
 
 
 def _places(call: Call, stretch: Stretch) -> tuple[list[tuple[int, int]], Tensor]:
-    """Of a stretch's chunks, and the memory for dx of each: what rows of dC are lent, or the scratch memory."""
+    """Places of each chunk of a stretch, and the memory for its dx: lent rows of dC, or the scratch memory."""
     n, size = call.problem.n, call.problem.dtype.itemsize
     room = call.spec.scratch_bytes - sums_bytes(call.problem, call.spec)
     room = room if stretch.lent is None else stretch.lent.numel()
@@ -87,7 +87,7 @@ def _places(call: Call, stretch: Stretch) -> tuple[list[tuple[int, int]], Tensor
 
 
 def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
-    """The kernel that makes dx of a chunk, with the arguments that are the same for all chunks."""
+    """Kernel that computes dx of a chunk, with the arguments that are the same for all chunks."""
     problem, launch, tile = call.problem, call.launch, call.launch.dense
     weighted = formula.upstream.s is not None and problem.softcap is not None
     arguments = {
@@ -103,7 +103,7 @@ def _dz(call: Call, inputs: Inputs[Tensor], formula: Formula) -> Repeated:
 
 
 def _chunk(call: Call, launch: Repeated, memory: Tensor, v0: int, v1: int, dbias: Tensor | None) -> Tensor:
-    """(N, v1 - v0): dx of a chunk; its column sums go into ``dbias`` (v1 - v0,)."""
+    """Compute dx of a chunk, (N, v1 - v0); its column sums go into ``dbias`` (v1 - v0,)."""
     tile, n, columns = call.launch.dense, call.problem.n, v1 - v0
     width = pitch(columns)
     dz = shaped(memory, (n, width), call.problem.dtype)
@@ -116,5 +116,5 @@ def _chunk(call: Call, launch: Repeated, memory: Tensor, v0: int, v1: int, dbias
 
 
 def _rows_of_c(call: Call, v0: int, v1: int) -> Tensor:
-    """(v1 - v0, D) rows of ``c`` in the products' dtype; a view where no copy is needed."""
+    """Rows of ``c`` in the products' dtype, (v1 - v0, D); a view where no copy is needed."""
     return call.c[v0:v1].to(call.problem.dtype)

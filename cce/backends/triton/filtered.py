@@ -1,4 +1,4 @@
-"""The filtered backward: live tiles only, and what stands for the dead ones (docs/algorithm.md, steps 3 to 5)."""
+"""The filtered backward: live tiles, and compensation for the dead ones (docs/algorithm.md, steps 3 to 5)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from cce.backends.triton.operands import dot_dtype, matrix, needs_wide, tma_read
 from cce.backends.triton.repeat import Repeated
 from cce.backends.triton.sorted_rows import Rows
 
-#: Of the entries that are left, those of the next stretch; each has a plan of its own, of some ten small kernels.
+#: Share of the remaining entries that the next stretch takes; each stretch has its own plan, of about ten small
+#: kernels.
 _SHARE, _MOST_STRETCHES = 2 / 3, 2
 
 
 def filtered(
     call: Call, inputs: Inputs[Tensor], outputs: Outputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]
 ) -> Gradients[Tensor]:
-    """One pass over the chunks of the plan; every launch finds its work in memory, and the host waits for nothing."""
+    """Run one pass over the chunks of the plan; every launch finds its work in memory, and the host never waits."""
     problem = call.problem
     formula = Formula.of(call, inputs, outputs, upstream)
     live = plans.find_live(call, formula.target_place, used_rows(inputs), maps, upstream, outputs.lse)
@@ -47,7 +48,7 @@ def filtered(
             add_rank_one_de(call, inputs, formula.upstream.s.index_select(0, live.row_order), total)
     dc = call.empty(problem.v, problem.d, dtype=problem.c_dtype) if problem.grad_c else None
     dbias = call.empty(problem.v) if problem.grad_bias else None
-    # With a vocabulary order, rows of dC are written anywhere.
+    # With a vocabulary order, rows of dC are written in any order.
     lending = dc if call.order is None else None
     for stretch in stretches(problem.v, lending, call.block_v, _SHARE, call.spec.scratch_bytes, _MOST_STRETCHES):
         part = _Part(call, formula, live, dead, Gradients(total, dc, dbias)).of(stretch)
@@ -64,7 +65,7 @@ def filtered(
 
 @dataclass(frozen=True)
 class _Part:
-    """A run of the vocabulary, as a problem of its own; its sums are parts of the whole's."""
+    """A run of the vocabulary as a problem of its own; its sums are parts of the whole sums."""
 
     call: Call
     formula: Formula
@@ -73,7 +74,7 @@ class _Part:
     sums: Gradients[Tensor]
 
     def of(self, stretch: Stretch) -> _Part:
-        """The part that is a stretch of this one."""
+        """Part that covers a stretch of this one."""
         call, v0, v1 = self.call, stretch.v0, stretch.v1
         if v1 - v0 == call.problem.v:
             return self
@@ -92,7 +93,7 @@ class _Part:
 
 
 class _Run:
-    """The scratch memory, and the launches of a chunk; which chunk is their only argument that changes."""
+    """The scratch memory, and the launches of a chunk; the chunk's number is their only argument that changes."""
 
     def __init__(self, part: _Part, rows: Rows, lent: Tensor | None) -> None:
         self.call, self.formula, self.live, self.rows, self.dead = part.call, part.formula, part.live, rows, part.dead
@@ -100,7 +101,7 @@ class _Run:
         problem = call.problem
         self.plan = plans.make(call, part.live, self._slots(lent), call.launch.sparse.columns // call.block_v)
         slots = self.plan.max_items
-        shape = (slots + 1) * call.block_n, call.block_v  # one to spare
+        shape = (slots + 1) * call.block_n, call.block_v  # one spare
         if lent is None:
             self.scratch = call.empty(*shape, dtype=problem.dtype)
         else:
@@ -116,30 +117,30 @@ class _Run:
             self.launches.append(self._dbias(sums.dbias))
 
     def _slots(self, lent: Tensor | None) -> int:
-        """Tiles that the memory of dx has room for."""
+        """Number of tiles for which the memory of dx has room."""
         problem, spec = self.call.problem, self.call.spec
         size = slot_bytes(problem, spec)
         if lent is None:
             return max((spec.scratch_bytes - self.rows.scratch) // size, 2 * row_blocks(problem, spec))
         dx = self.call.block_n * self.call.block_v * problem.dtype.itemsize
-        return min(lent.numel() // dx - 1, spec.scratch_bytes // (size - dx))  # the rest of a slot is scratch memory
+        return min(lent.numel() // dx - 1, spec.scratch_bytes // (size - dx))  # a slot's rest is scratch memory
 
     def all_chunks(self) -> None:
-        """Every chunk there may be; most find nothing to do."""
+        """Launch every chunk there may be; most find nothing to do."""
         for chunk in range(self.plan.chunks):
             for launch in self.launches:
                 launch(chunk=chunk)
 
     @property
     def boxes(self) -> bool:
-        """Tiles of ``c`` are read as boxes, one or two for a program."""
+        """Whether tiles of ``c`` are read as boxes, one or two per program."""
         return self.call.c_tma and 2 * self.call.block_v >= self.call.launch.sparse.columns
 
     def _dz(self) -> Repeated:
-        """dx of the chunk's live tiles into the scratch memory."""
+        """Compute dx of the chunk's live tiles into the scratch memory."""
         call, plan, tile, problem = self.call, self.plan, self.call.launch.sparse, self.call.problem
         operands = call.operands(tile, self.rows.e, c_rows=call.block_v, gather=not self.boxes)
-        if not self.rows.copied:  # rows of a block are anywhere
+        if not self.rows.copied:  # rows of a block may lie anywhere
             operands |= {"e": self.rows.e, "E_TMA": False}
         stored = self.dz_tma and self.boxes
         arguments = {
@@ -158,7 +159,7 @@ class _Run:
         return Repeated(sparse_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
     def _products(self, de: Tensor | None, dc: Tensor | None) -> Repeated:
-        """de += dx c, and rows of dC of the chunk's entries."""
+        """Compute de += dx c, and dC of the chunk's entries."""
         call, plan, problem = self.call, self.plan, self.call.problem
         of_e, of_c = call.launch.de, call.launch.dc
         e, e_tma = self.rows.e, self.rows.copied and call.e_tma(self.rows.e)
@@ -189,7 +190,7 @@ class _Run:
         return Repeated(products_kernel, (call.launch.programs,), arguments, num_warps=of_c.warps)
 
     def _dbias(self, dbias: Tensor) -> Repeated:
-        """dbias of the chunk's entries."""
+        """Compute dbias of the chunk's entries."""
         call, plan = self.call, self.plan
         mass = None if self.dead is None else self.dead.mass
         arguments = {
@@ -203,7 +204,7 @@ class _Run:
 
 
 def live_tiles(call: Call, inputs: Inputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]) -> WorkList:
-    """The live tiles, as other backends tell them."""
+    """The live tiles, in the form of the other backends."""
     place, used = target_positions(inputs).to(torch.int32), used_rows(inputs)
     live = plans.find_live(call, place, used, maps, upstream)
     position = torch.empty_like(live.row_order)

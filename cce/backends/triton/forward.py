@@ -20,13 +20,13 @@ from cce.backends.triton.operands import gather
 from cce.spec import Spec
 
 _MOST_SPLITS = 64  # reduce_kernel holds all splits of some rows at once
-_SPLIT_BYTES = 2**20  # of all splits' maxima and sums
+_SPLIT_BYTES = 2**20  # all splits' maxima and sums
 _SPLITS = ("split_max", "split_sum", "split_gap", "split_weighted", "split_best")
 _TILES = ("tile_max", "tile_log_sum", "tile_entropy")
 
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
-    """Outputs of all rows in use; 0 (-1 for the prediction) of the others. Fills ``maps``."""
+    """Compute the outputs of all rows in use, and 0 (-1 for the prediction) for the others; fill ``maps``."""
     if problem.needs_grad and spec.filter == "none":
         ask(inputs.targets)
     call = Call.of(inputs, problem, spec)
@@ -47,7 +47,7 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
 
 
 def target_logits_of(call: Call, targets: Tensor) -> Tensor:
-    """(N, K) z[i, targets[i, k]], 0 where the target is -1."""
+    """Targets' logits z[i, targets[i, k]], (N, K); 0 where the target is -1."""
     n, k = targets.shape
     e, c, d = call.e, call.c, call.problem.d
     found = call.empty(n, k)
@@ -59,14 +59,14 @@ def target_logits_of(call: Call, targets: Tensor) -> Tensor:
 
 
 def weights_of(call: Call, logit_weight: Tensor | None) -> Tensor:
-    """(V,) float32, contiguous: the weights u; 1 / V each if none are given."""
+    """Weights u, (V,) float32, contiguous; 1 / V each if none are given."""
     if logit_weight is None:
         return torch.full((call.problem.v,), 1 / call.problem.v, dtype=torch.float32, device=call.e.device)
     return logit_weight.to(torch.float32)
 
 
 def _windows(call: Call, ordered: bool) -> list[tuple[int, int]]:
-    """Places of the vocabulary: all, or where it has an order pieces whose rows of ``c`` fit into the scratch."""
+    """Windows of places: all at once, or, with a vocabulary order, pieces whose rows of ``c`` fit into the scratch."""
     if not ordered:
         return [(0, call.problem.v)]
     row_bytes = call.problem.d * call.c.element_size()
@@ -74,7 +74,7 @@ def _windows(call: Call, ordered: bool) -> list[tuple[int, int]]:
 
 
 def _splits(call: Call, tiles: int) -> int:
-    """The number of splits: a program walks all tiles of its split."""
+    """Number of splits; a program walks all tiles of its split."""
     most = max(1, min(_MOST_SPLITS, _SPLIT_BYTES // (8 * call.problem.n)))
     return busiest_splits(cdiv(call.problem.n, call.launch.forward.rows), tiles, call.launch.programs, most)
 
@@ -82,11 +82,11 @@ def _splits(call: Call, tiles: int) -> int:
 def _statistics(
     call: Call, in_use: Tensor, weight: Tensor | None, maps: Maps[Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Per row: what each split found, [splits, N], and the tiles' statistics, [T, N], if there are maps."""
+    """Statistics of each split and row, [splits, N], and of the tiles, [T, N], if there are maps."""
     problem, tile = call.problem, call.launch.forward
     n = problem.n
     entropy, prediction = "entropy" in problem.outputs, "prediction" in problem.outputs
-    ordered = call.order is not None and (maps.tile_mass is not None or prediction)  # else no order shows
+    ordered = call.order is not None and (maps.tile_mass is not None or prediction)  # otherwise the order has no effect
     windows = _windows(call, ordered)
     splits = _splits(call, cdiv(windows[0][1], tile.columns))
     found = {name: call.empty(splits, n) for name in ("split_max", "split_sum")}
@@ -99,7 +99,7 @@ def _statistics(
     tiles = {}
     if maps.tile_mass is not None:
         names = ["tile_max", "tile_log_sum", *(["tile_entropy"] if maps.tile_entropy is not None else [])]
-        # Whole tiles of the product store whole rows of the maps.
+        # The product's tiles are stored whole, and so are rows of the maps.
         height = cdiv(problem.v, tile.columns) * (tile.columns // call.block_v)
         tiles = {name: call.empty(height, n) for name in names}
     buffer = None
@@ -120,7 +120,7 @@ def _statistics(
 
 
 def _operands(call: Call, v0: int, v1: int, buffer: Tensor | None, weight: Tensor | None) -> dict[str, Any]:
-    """The operands of a window; what belongs to its entries is gathered where the vocabulary has an order."""
+    """Operands of a window; with a vocabulary order, the rows and values of its entries are gathered."""
     c, bias = call.c, call.bias
     if buffer is not None:
         assert call.order is not None
@@ -159,7 +159,7 @@ def _reduce(
 
 
 def _fill(call: Call, outputs: Outputs[Tensor], in_use: Tensor, tiles: dict[str, Tensor], maps: Maps[Tensor]) -> None:
-    """The maps the backward reads."""
+    """Fill the maps for the backward."""
     assert maps.tile_mass is not None and call.spec.threshold is not None
     n, t = call.problem.n, call.tiles
     block_n, block_t = 256, 8

@@ -1,4 +1,4 @@
-"""What the exact and the filtered backward share: the arguments of the gradient's formula, and the sums."""
+"""Shared parts of the exact and the filtered backward: the arguments of the gradient's formula, and the sums."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cce.backends.triton.kernels.products import finish_kernel, rank_one_kernel
 
 @dataclass(frozen=True)
 class Formula:
-    """Per row of the problem: what the gradient of a logit is made from.
+    """Values of each row of the problem that make up the gradient of a logit.
 
     Attributes:
-        upstream: gradients of the outputs, times the logit scale, over ``norm``.
-        norm: a power of two (a tensor of one element), or None.
+        upstream: gradients of the outputs, times the logit scale, divided by ``norm``.
+        norm: power of two (a tensor with one element), or None.
         target_place: (N, K) int32, places of the targets in the vocabulary order, -1 for none.
     """
 
@@ -42,7 +42,7 @@ class Formula:
         return cls(outputs, scaled(upstream, call.problem.logit_scale, norm), norm, place)
 
     def arguments(self) -> dict[str, Any]:
-        """As the kernels take them."""
+        """The values in the form of kernel arguments."""
         upstream = self.upstream
         return {
             "lse": self.outputs.lse,
@@ -66,9 +66,9 @@ def finish_de(
     keep: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dE (N, D) in its dtype, in ``out`` if given; ``total`` holds its rows in ``row_order``.
+    """Round dE (N, D) to its dtype, in ``out`` if given; ``total`` holds its rows in ``row_order``.
 
-    Rows with ``keep`` (N,) False get 0, whatever the sums are: zeros times a ``c`` that holds NaN are NaN.
+    Rows with ``keep`` (N,) False get 0, whatever the sums hold: zeros times a ``c`` with NaN are NaN.
     """
     problem = call.problem
     de = call.empty(problem.n, problem.d, dtype=problem.de_dtype) if out is None else out
@@ -80,14 +80,14 @@ def finish_de(
 
 
 def add_rank_one_de(call: Call, inputs: Inputs[Tensor], s: Tensor, total: Tensor) -> None:
-    """dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``s`` (N,) is times the logit scale."""
+    """Add dE of sum_v u_v z_v without a softcap: total_i += s_i sum_v u_v c_v; ``s`` (N,) includes the logit scale."""
     problem, wide = call.problem, torch.float32
     step = max(1, call.spec.scratch_bytes // (4 * problem.d * wide.itemsize))
     total.addr_(s, weighted_rows(inputs, problem, wide, step))
 
 
 def add_rank_one_dc(call: Call, weights: Tensor | None, s: Tensor, dc: Tensor | None, dbias: Tensor | None) -> None:
-    """The same of dC and dbias: dC_v += u_v sum_i s_i e_i, dbias_v += u_v sum_i s_i."""
+    """Add the same to dC and dbias: dC_v += u_v sum_i s_i e_i, dbias_v += u_v sum_i s_i."""
     problem, u = call.problem, weights_of(call, weights)
     if dc is not None:
         e = torch.where((s != 0)[:, None], call.e, 0)  # a row that does not count may be NaN

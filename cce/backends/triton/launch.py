@@ -1,9 +1,9 @@
-"""Launch configurations: what changes the speed of the kernels and nothing else.
+"""Launch configurations: settings that change the speed of the kernels and nothing else.
 
 One frozen dataclass, and one factory that owns the heuristics. The figures for sm_90 were measured
-(docs/performance-notes.md); those of the other architectures compile and were never timed. Tiles are smaller where they
-would spill many registers; what still does is in tests/triton/spills.py. ``choice.py`` puts in their place what the
-user has tuned.
+(docs/performance-notes.md); those for other architectures compile but were never timed. Tiles are smaller where they
+would spill many registers; tests/triton/spills.py lists those that still do. ``choice.py`` replaces them by
+configurations the user has tuned.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ TILES = ("forward", "dense", "sparse", "de", "dc")
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, as far as a configuration depends on it.
+    """Properties of a GPU on which a configuration depends.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         capability: compute capability.
         programs: number of multiprocessors.
-        precision: of float32 products, "ieee" or "tf32"; has no meaning for 16-bit ones.
+        precision: precision of float32 products, "ieee" or "tf32"; without meaning for 16-bit ones.
     """
 
     name: str
@@ -41,16 +41,17 @@ class Device:
 
 @dataclass(frozen=True)
 class Tile:
-    """One matrix product's output tile, and how it is computed.
+    """Output tile of a matrix product, and the way it is computed.
 
     Attributes:
-        rows, columns: of the output tile.
-        depth: of one step of the product.
-        warps, stages: of the program; stages of its software pipeline.
-        flatten: one pipeline through all of a program's tiles, so that stores overlap with the next tile's loads.
+        rows, columns: size of the output tile.
+        depth: depth of one step of the product.
+        warps, stages: warps of the program, stages of its software pipeline.
+        flatten: whether one pipeline runs through all of a program's tiles, so that stores overlap the next tile's
+            loads.
 
     Raises:
-        TypeError, ValueError: a field is nothing a kernel can be made with; it may have come from a file.
+        TypeError, ValueError: no kernel can be made with a field's value, which may have come from a file.
     """
 
     rows: int
@@ -83,16 +84,16 @@ def _int(name: str, value: object) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """Every kernel's configuration for one problem.
+    """Configuration of every kernel for one problem.
 
     Attributes:
         forward, dense, sparse: tiles of logits, BLOCK_N x TILE_V, depth along D.
         de, dc: tiles of the block-sparse products; the depth of ``de`` runs along the vocabulary, of ``dc`` along rows.
         group_n: row blocks that run side by side and share what they read of ``c``.
-        tma: the architecture has tensor-map loads.
-        programs: of a persistent grid: one a multiprocessor.
-        measured: the figures come from a measurement on this architecture.
-        tuned: they come from a measurement of this problem on this GPU.
+        tma: whether the architecture has tensor-map loads.
+        programs: programs of a persistent grid, one per multiprocessor.
+        measured: whether the figures come from a measurement on this architecture.
+        tuned: whether they come from a measurement of this problem on this GPU.
     """
 
     forward: Tile
@@ -107,16 +108,16 @@ class Launch:
     tuned: bool = False
 
     def with_tiles(self, tiles: Mapping[str, Tile]) -> Launch:
-        """This configuration with other tiles, by name."""
+        """Return this configuration with some tiles, given by name, replaced."""
         changes: dict[str, Any] = {**tiles}
         return replace(self, **changes)
 
     def tiles(self, names: Iterable[str]) -> dict[str, Tile]:
-        """The tiles of these names."""
+        """Tiles with these names."""
         return {name: getattr(self, name) for name in names}
 
 
-#: Tiles by architecture for 16-bit operands; the products' tiles are BLOCK_N (BLOCK_V) high whatever is said here.
+#: Tiles by architecture for 16-bit operands; the products' tiles are always BLOCK_N (BLOCK_V) high, despite these rows.
 _SM90 = Launch(
     forward=Tile(128, 256, 64, stages=4, flatten=True),
     dense=Tile(128, 256, 64, stages=3, flatten=True),
@@ -148,10 +149,11 @@ _SM80 = Launch(
     programs=108,
     measured=False,
 )
-#: IEEE float32 has no matrix unit: small tiles of multiply-adds; the filter's blocks make a larger one.
+#: IEEE float32 has no matrix unit, so tiles of multiply-adds are small, unless the filter's blocks need a larger one.
 _FMA = Tile(32, 64, 32, warps=4, stages=2)
 _FMA_BLOCKS = Tile(32, 64, 32, warps=8, stages=2)
-#: Where operands come by pointers and masks, a register or two for each; and where an epilogue has many options.
+#: Tiles that need fewer registers: where operands are loaded by pointers and masks, which take a register or two each,
+#: and where an epilogue has many options.
 _ODD = {
     "forward": Tile(128, 128, 32),
     "dense": Tile(128, 128, 64),
@@ -170,7 +172,7 @@ _NARROW = {90: Tile(128, 128, 64), 80: Tile(128, 64, 32, stages=3)}
 
 
 def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
-    """The configuration for a problem on a device; ``spec`` is resolved."""
+    """Shipped configuration for a problem on a device; ``spec`` is resolved."""
     base = _SM100 if device.capability >= (10, 0) else _SM90 if device.capability >= (9, 0) else _SM80
     wide = problem.dtype == torch.float32
     if wide and device.precision == "ieee":
@@ -181,7 +183,7 @@ def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
     else:
         base = base.with_tiles(_spared(problem, device.capability))
     assert spec.block_n is not None
-    # Few row blocks make few tiles of dE: narrower ones then keep more multiprocessors busy.
+    # Few row blocks give few tiles of dE: narrower tiles then keep more multiprocessors busy.
     blocks = -(-problem.n // min(spec.block_n, base.sparse.rows))
     if blocks * -(-problem.d // base.de.columns) < 2 * device.programs:
         base = replace(base, de=replace(base.de, columns=min(base.de.columns, 128)))
@@ -189,7 +191,7 @@ def shipped(problem: Problem, spec: Spec, device: Device) -> Launch:
 
 
 def _spared(problem: Problem, capability: tuple[int, int]) -> dict[str, Tile]:
-    """Tiles of 16-bit operands for which the usual ones would spill registers, by name."""
+    """Tiles of 16-bit operands, by name, that replace the usual ones where those would spill registers."""
     tma = capability >= (9, 0)
     if problem.d * problem.dtype.itemsize % ALIGNMENT:
         return _ODD if tma else _ODD_80
@@ -203,13 +205,13 @@ def _spared(problem: Problem, capability: tuple[int, int]) -> dict[str, Tile]:
 
 
 def fitted(launch: Launch, problem: Problem, spec: Spec) -> Launch:
-    """The configuration nearest to ``launch`` that computes what a resolved ``spec`` says of ``problem``.
+    """Configuration nearest to ``launch`` that can compute ``problem`` under a resolved ``spec``.
 
-    The blocks of the filter are the spec's, the scratch memory has room for a chunk of the least width, and what no
-    kernel is made for is left out.
+    It takes the filter's blocks from the spec, fits a chunk of the least width into the scratch memory, and leaves out
+    settings that no kernel supports.
     """
-    # A second target a row takes a loop in the epilogue, which one pipeline through all tiles cannot hold; nor has it
-    # registers for a softcap or an entropy.
+    # A second target per row takes a loop in the epilogue, which one pipeline through all tiles cannot contain; nor
+    # does it have registers for a softcap or an entropy.
     plain = problem.k == 1 and problem.softcap is None and "entropy" not in problem.outputs
     dense = replace(
         launch.dense, columns=min(launch.dense.columns, LEAST_COLUMNS), flatten=launch.dense.flatten and plain
@@ -221,23 +223,23 @@ def fitted(launch: Launch, problem: Problem, spec: Spec) -> Launch:
     assert spec.block_n is not None and spec.block_v is not None
     if problem.maps(spec):
         forward = replace(forward, columns=max(spec.block_v, forward.columns))
-    # The widest block is stored from twice the shared memory of two narrower ones: what a stage takes.
+    # The widest block needs twice the shared memory of two narrower ones for its store, as much as a stage.
     stages = min(sparse.stages, 3) if spec.block_v == BLOCKS_V[-1] else sparse.stages
     return replace(
         launch,
         forward=forward,
-        # Never one pipeline through all items: on an H100, Triton 3.6 made a kernel of it that gave another dE.
+        # Never one pipeline through all items: on an H100, the kernel Triton 3.6 made of it gave a different dE.
         sparse=replace(
             sparse, rows=spec.block_n, columns=max(spec.block_v, sparse.columns), stages=stages, flatten=False
         ),
-        # One kernel has both products: it is launched with the warps of dc.
+        # One kernel computes both products: it is launched with the warps of dc.
         de=replace(de, rows=spec.block_n, depth=min(de.depth, spec.block_v), warps=dc.warps),
         dc=replace(dc, rows=min(dc.rows, spec.block_v), depth=min(dc.depth, spec.block_n)),
     )
 
 
 def _halved(base: Launch) -> Launch:
-    """For operands of twice the size: half the depth, and fewer columns where registers hold converted operands."""
+    """Tiles for operands of twice the size: half as deep, and narrower where registers hold converted operands."""
 
     def half(tile: Tile) -> Tile:
         return replace(tile, columns=min(tile.columns, 128), depth=32, stages=3, flatten=False)

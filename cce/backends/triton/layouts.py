@@ -1,4 +1,4 @@
-"""The layout in which the kernels take what is no matrix: contiguous, since they read it without a stride."""
+"""Layout of vectors and tables for the kernels: contiguous, since they are read without a stride."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from cce.backends.problem import Inputs, Outputs, Upstream
 
 Fields = TypeVar("Fields", Inputs[Tensor], Outputs[Tensor], Upstream[Tensor])
-_MATRICES = ("e", "c")  # of which kernels are told the strides
+_MATRICES = ("e", "c")  # kernels take their strides
 
 
 def packed(fields: Fields) -> Fields:
-    """The same dataclass with every vector and every (N, K) array contiguous; ``e`` and ``c`` keep their strides.
+    """Return the dataclass with every vector and (N, K) array contiguous; ``e`` and ``c`` keep their strides.
 
-    All entry points to the kernels (``run.py``) begin with it: a column of a matrix, a number expanded (as what comes
-    from autograd often is) or every second element of a vector never gets further.
+    All entry points to the kernels (``run.py``) begin with it, so a column of a matrix, an expanded number (which
+    autograd often passes) or every second element of a vector never gets further.
     """
     changed: dict[str, Any] = {
         name: x.contiguous()

@@ -1,7 +1,7 @@
 """Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four.
 
-Such problems are small, and their kernels short: the host's work counts. What is the same in every call with such
-arguments is made once (:class:`_Steps`), and what can be in a kernel is no operation of its own.
+Such problems are small and their kernels short, so host time counts. Anything common to all calls with such arguments
+is made once (:class:`_Steps`), and anything a kernel can do is not a separate operation.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from cce.backends.triton.operands import matrix, tma_ready
 from cce.backends.triton.repeat import Repeated
 from cce.spec import Spec
 
-_MOST_STEPS = 64  # kept; a call needs one
+_MOST_STEPS = 64  # number kept; a call needs one
 
 
 def loss_and_gradients(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-    """Outputs, and the gradients of ``sum_ik weights_ik nll_ik``."""
+    """Compute the outputs, and the gradients of ``sum_ik weights_ik nll_ik``."""
     call = Call.of(inputs, problem, spec)
     steps = _steps(call)
     a = weights.view(-1) if problem.k == 1 else weights.sum(1)
@@ -43,7 +43,7 @@ def loss_and_gradients(
     upstream = scaled(Upstream(a, weights), problem.logit_scale, norm)
     targets = inputs.targets
     target_logits, e = steps.target_logits(call, targets)
-    # exp(z - m) lies in [0, 1], where float16 is finer than bfloat16; the gradient takes its place.
+    # exp(z - m) lies in [0, 1], where float16 is finer than bfloat16; the gradient replaces it in place.
     dz = call.empty(problem.n, pitch(problem.v), dtype=problem.dtype)
     q = dz if problem.dtype == torch.float32 else dz.view(torch.float16)
     tile_max, outputs = steps.logits(call, q, target_logits, targets)
@@ -55,18 +55,18 @@ def loss_and_gradients(
 
 
 class _Steps:
-    """The launches of a call: all that does not change as long as sizes, dtypes and strides are the same."""
+    """The launches of a call: everything that stays the same while sizes, dtypes and strides do."""
 
     def __init__(self, call: Call) -> None:
         problem, launch, tile = call.problem, call.launch, call.launch.dense
         self._n, self._k, self._tile = problem.n, problem.k, tile
         n, v, k, t = problem.n, problem.v, problem.k, cdiv(problem.v, tile.columns)
-        # A row without a target may hold NaN: the product for dC has zeros there.
+        # A row without a target may hold NaN: the product for dC reads zeros there.
         self._copies = problem.grad_c and k == 1
         self._target = Repeated(target_kernel, (n, k), self._of_target(call))
         operands = call.operands(tile, call.e)
         self._e_tma, self._c_tma, self._q_tma = operands["E_TMA"], operands["C_TMA"], launch.tma
-        for name in ("e", "c", "bias"):  # given at each call
+        for name in ("e", "c", "bias"):  # passed at each call
             del operands[name]
         blocks = cdiv(n, tile.rows)
         self._store = Repeated(store_kernel, (min(launch.programs, blocks * t),), {
@@ -90,7 +90,7 @@ class _Steps:
         }  # fmt: skip
 
     def target_logits(self, call: Call, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, K) z[i, targets[i, k]], 0 where the target is -1; (N, D) ``e`` with zeros in rows that have none."""
+        """Targets' logits z[i, targets[i, k]], (N, K), 0 for target -1; and ``e`` with zeros in rows without one."""
         found = call.empty(self._n, self._k)
         used = call.empty(self._n, call.problem.d, dtype=call.e.dtype) if self._copies else None
         self._target(e=call.e, c=call.c, bias=call.bias, targets=targets, target_logits=found, used_e=used)
@@ -101,7 +101,7 @@ class _Steps:
         return found, used
 
     def logits(self, call: Call, q: Tensor, target_logits: Tensor, targets: Tensor) -> tuple[Tensor, Outputs[Tensor]]:
-        """Fills q (N, V); the maxima (T, N) it is relative to, and the outputs."""
+        """Fill q (N, V); return the maxima (T, N) it is relative to, and the outputs."""
         tile, n = self._tile, self._n
         tile_max, tile_sum = call.empty(self._tiles, n), call.empty(self._tiles, n)
         lse, lse_low, nll = call.empty(n), call.empty(n), call.empty(n, self._k)
@@ -121,7 +121,7 @@ _kept: dict[tuple[Any, ...], _Steps] = {}
 
 
 def _steps(call: Call) -> _Steps:
-    """Those of the last such call, if there was one."""
+    """Steps kept from an earlier call like this one, else new ones."""
     e, c = call.e, call.c
     key = (
         call.problem, call.launch, call.precision, e.device, e.stride(), c.stride(), tma_ready(e), tma_ready(c),
@@ -135,9 +135,9 @@ def _steps(call: Call) -> _Steps:
 
 
 def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradients[Tensor]:
-    """dE = dz c, dC = dz^T e and dbias, the column sums, by the library.
+    """dE = dz c, dC = dz^T e and dbias, the column sums of dz, by torch.
 
-    dE of rows without a target, 0 times an entry which may be NaN, is the front end's to make 0.
+    In rows without a target, dE is 0 times an entry that may be NaN; the front end sets it to 0.
     """
     problem = call.problem
     c = call.c.to(problem.dtype)
@@ -148,7 +148,7 @@ def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradien
 
 
 def _without_target(targets: Tensor) -> Tensor:
-    """(N, 1) bool, of targets (N, K)."""
+    """Mask of the rows without a target, (N, 1) bool, from targets (N, K)."""
     none = targets < 0
     return none if targets.shape[1] == 1 else none.all(1, keepdim=True)
 
@@ -157,7 +157,7 @@ _value = Repeated(value_kernel, (1,), {"BLOCK": 1024}, num_warps=8)
 
 
 def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-    """``sum_ik weights_ik nll_ik``, float32."""
+    """Return ``sum_ik weights_ik nll_ik``, float32."""
     found = weights.new_empty(())
     _value(weights=weights, nll=outputs.nll, value=found, size=weights.numel())
     return found
@@ -167,7 +167,7 @@ _multiply: dict[tuple[Any, ...], Repeated] = {}
 
 
 def multiply(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiplies each in place by ``factor``; nothing is read or written where that is 1."""
+    """Multiply each gradient in place by ``factor``; if that is 1, nothing is read or written."""
     found = [x for x in gradients if x.numel()]
     for first, second in zip(found[::2], [*found[1::2], None], strict=False):
         sizes = (first.numel(), 0 if second is None else second.numel())

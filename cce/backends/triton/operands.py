@@ -1,4 +1,4 @@
-"""Operands of the kernels: torch tensors as tensor-map descriptors where the hardware takes them, else as pointers."""
+"""Kernel operands: torch tensors as tensor-map descriptors where the hardware takes them, else as pointers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: t
 
 
 def tma_ready(x: Tensor) -> bool:
-    """Rows are contiguous, begin and follow one another at multiples of 16 bytes, and share no memory.
+    """Whether rows are contiguous, begin at multiples of 16 bytes, and share no memory.
 
-    Those of an expanded matrix do, or of overlapping windows: no tensor map has a stride shorter than a row.
+    Rows of an expanded matrix or of overlapping windows share memory: no tensor map has a stride shorter than a row.
     """
     if x.ndim != 2 or x.numel() == 0:
         return False
@@ -27,17 +27,17 @@ def tma_ready(x: Tensor) -> bool:
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A tensor map of ``x`` with boxes of rows x columns; what lies outside reads as 0."""
+    """Tensor map of ``x`` with boxes of rows x columns; elements outside read as 0."""
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def matrix(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
-    """``x`` as a kernel takes it."""
+    """Kernel argument for ``x``: a tensor map if ``tma``, else the tensor."""
     return descriptor(x, rows, columns) if tma else x
 
 
 def dot_dtype(dtype: torch.dtype) -> Any:
-    """The Triton dtype of the products' factors."""
+    """Triton dtype of the products' factors."""
     return _DOT[dtype]
 
 
@@ -47,7 +47,7 @@ def needs_wide(x: Tensor) -> bool:
 
 
 def gather(x: Tensor, index: Tensor, out: Tensor, keep: Tensor | None = None) -> Tensor:
-    """The first rows of ``out``: ``x[index]``, zeros where ``keep`` is given and False for that row."""
+    """Write ``x[index]`` into the first rows of ``out``, with zeros where ``keep``, if given, is False."""
     rows, d = len(index), x.shape[1]
     block_r, block_d = 16, min(512, power_of_two(d))
     gather_kernel[(cdiv(rows, block_r), cdiv(d, block_d))](

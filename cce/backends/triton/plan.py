@@ -1,8 +1,8 @@
-"""The plan of a filtered backward: live tiles, in chunks that fit into the scratch memory, all of it on the device.
+"""The plan of a filtered backward: live tiles in chunks that fit into the scratch memory, made on the device.
 
 Tiles are BLOCK_N rows, in the work list's order, by BLOCK_V places of the vocabulary. A chunk is a run of whole
-vocabulary blocks, so that dC of its entries is complete with it; its live tiles have ``slots`` in the scratch memory,
-numbered by row block and then by vocabulary block.
+vocabulary blocks, so that it completes dC of its entries; its live tiles have ``slots`` in the scratch memory, numbered
+by row block and then by vocabulary block.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Live:
 
     Attributes:
         row_order: (N,) int64; block b holds rows ``row_order[b * BLOCK_N : (b + 1) * BLOCK_N]``.
-        keep: (N,) bool, the row wants a gradient, in its own place.
+        keep: (N,) bool, in the rows' own order: whether the row needs a gradient.
         live: (T, B) int8.
     """
 
@@ -45,18 +45,21 @@ class Live:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tiles each launch computes; int32 arrays.
+    """Tiles that each launch computes, as int32 arrays.
 
     Attributes:
-        chunks: launches, as many as the worst case takes; most find nothing to do.
-        max_items: items of a chunk at the most.
-        before: (B, T + 1) live tiles of a row block before each vocabulary block; tile_list: (B, T) those tiles.
-        live_count: (T,) live row blocks of a vocabulary block; block_list, slot_list: (T, B) those, and their slots.
+        chunks: number of launches, as many as the worst case takes; most find nothing to do.
+        max_items: largest number of items in a chunk.
+        before: (B, T + 1) number of a row block's live tiles before each vocabulary block; tile_list: (B, T) these
+            tiles.
+        live_count: (T,) number of live row blocks of a vocabulary block; block_list, slot_list: (T, B) these, and their
+            slots.
         chunk_start: (chunks + 1,) first vocabulary block of each chunk.
-        block_slot, block_tiles, block_first: (chunks, B) first slot of a row block, how many live tiles it has, and the
+        block_slot, block_tiles, block_first: (chunks, B) first slot of a row block, its number of live tiles, and the
             place of the first of them in tile_list.
-        item_block, item_first, item_slot, item_tiles: (chunks, max_items) row block, first of its live tiles (a place
-            in tile_list), its slot, and how many of them: what one program computes at a time. items: (chunks,).
+        item_block, item_first, item_slot, item_tiles: (chunks, max_items) an item is what one program computes at a
+            time: its row block, its first live tile (a place in tile_list), that tile's slot, and its number of tiles.
+            items: (chunks,) number of items.
     """
 
     chunks: int
@@ -85,18 +88,18 @@ def find_live(
     upstream: Upstream[Tensor],
     lse: Tensor | None = None,
 ) -> Live:
-    """The live tiles, from the map of the forward; rows with equally many hits share a block.
+    """Find the live tiles from the map of the forward; rows with similar numbers of hits share a block.
 
-    Rows that do not count come last: the blocks of the others are those of a call without such rows. A row whose
-    gradient is NaN or infinite needs every tile. With its ``lse`` (N,) so does one that has no softmax, even if nothing
-    is sent to it: 0 times NaN is NaN.
+    Rows that do not count come last, so that the other rows form the same blocks as in a call without them. A row whose
+    gradient is NaN or infinite needs every tile. If ``lse`` (N,) is given, so does a row without a softmax, even if its
+    gradient is 0: 0 times NaN is NaN.
     """
     n, t, blocks = call.problem.n, call.tiles, row_blocks(call.problem, call.spec)
     keep, total = (upstream.a != 0) | (upstream.g != 0).any(1), upstream.a
     if upstream.h is not None:
         keep |= upstream.h != 0
         total = total + upstream.h
-    everywhere = ~(total if lse is None else total + lse).isfinite()  # as is one of them
+    everywhere = ~(total if lse is None else total + lse).isfinite()  # not finite where one term is not
     keep = (keep | everywhere) & in_use
     assert maps.tile_mass is not None
     block_n, block_t, programs = 64, 16, min(8, cdiv(t, 16))
@@ -118,7 +121,7 @@ def find_live(
 
 
 def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
-    """The plan for ``slots`` tiles of scratch memory, ``pack`` of which one program computes at a time."""
+    """Make the plan for ``slots`` tiles of scratch memory, up to ``pack`` of which one program computes at a time."""
     t, blocks = call.tiles, row_blocks(call.problem, call.spec)
     wide = power_of_two(blocks)
     slots = min(slots, blocks * t + blocks)
@@ -128,7 +131,7 @@ def make(call: Call, found: Live, slots: int, pack: int) -> Plan:
     def ints(*shape: int) -> Tensor:
         return call.empty(*shape, dtype=torch.int32)
 
-    # A chunk without vocabulary blocks is never written: it has no items.
+    # The items of a chunk without vocabulary blocks are never written: it has 0.
     plan = Plan(
         chunks, slots, before=ints(blocks, t + 1), tile_list=ints(blocks, t), live_count=ints(t),
         block_list=ints(t, blocks), slot_list=ints(t, blocks), chunk_start=ints(chunks + 1),

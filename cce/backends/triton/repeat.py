@@ -1,7 +1,7 @@
-"""A kernel launched many times with few arguments changing, in one call or from call to call.
+"""Repeated launches of a kernel of which few arguments change, within a call or from call to call.
 
 Triton binds and specialises every argument anew at each launch, which for kernels of fifty arguments takes longer than
-some of them run. What it compiled can be launched again with a list of arguments: that is done here.
+some of them run. The compiled kernel can be launched again with a list of arguments; this module does so.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cce.backends.triton.triton_private import launcher, unspecialized
 
 
 class _Version(NamedTuple):
-    """What was compiled: its launch, its arguments, with None for those that change, and the places of these."""
+    """A compiled kernel: its launch, its arguments, with None for those that change, and the places of these."""
 
     launch: Any
     values: list[Any]
@@ -23,10 +23,10 @@ class _Version(NamedTuple):
 
 
 class Repeated:
-    """Launches ``kernel[grid]`` with ``arguments``; those that change are given at each call.
+    """Launcher of ``kernel[grid]`` with ``arguments``; those that change are given at each call.
 
-    Triton compiles a version for each dtype, alignment and kind of integer it meets. What changes is looked at as
-    Triton would (see :func:`_kind`), and a version is launched again only for arguments of the kinds it was compiled
+    Triton compiles a version for each dtype, alignment and kind of integer it meets. Changing arguments are classified
+    as Triton would (see :func:`_kind`), and a version is launched again only for arguments of the kinds it was compiled
     for. An object that outlives a call must hold no tensors: all of them are given at each call.
     """
 
@@ -39,10 +39,10 @@ class Repeated:
         plain, given = self._unspecialized, list(changed.values())
         kinds: list[Any] = [*changed, None]
         for i, x in enumerate(given):
-            if isinstance(x, Tensor):  # the most frequent; its pointer is launched, as a number
+            if isinstance(x, Tensor):  # the most frequent kind; its pointer is passed, as a number
                 given[i] = pointer = x.data_ptr()
                 kinds += (x.dtype, pointer & 15)
-                kinds[len(given)] = kinds[len(given)] or x.device  # of one is that of all
+                kinds[len(given)] = kinds[len(given)] or x.device  # all tensors share one device
             else:
                 kinds.append(_width(x) if kinds[i] in plain else _kind(x))
         version = self._versions.get(key := tuple(kinds))
@@ -55,7 +55,7 @@ class Repeated:
         version.launch(*values)
 
     def _compile(self, key: tuple[Any, ...], changed: dict[str, Any]) -> None:
-        """The first launch with arguments of these kinds, through Triton."""
+        """Launch through Triton, for the first time with arguments of these kinds."""
         compiled = self._kernel[self._grid](**self._arguments, **changed, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
             launch = launcher(compiled, self._grid + (1,) * (3 - len(self._grid)))
@@ -65,12 +65,12 @@ class Repeated:
 
 
 def _kind(x: Any) -> object:
-    """What Triton compiles and loads for: equal kinds, one version. Integers by value, which tells more apart."""
+    """Kind of an argument: Triton compiles one version for equal kinds. Integers count by value, which is finer."""
     if isinstance(x, TensorDescriptor):
         return x.base.device, x.base.dtype, *x.block_shape
     return type(x), x
 
 
 def _width(x: Any) -> object:
-    """The same of an integer in the kernel's ``do_not_specialize``."""
+    """Kind of an integer in the kernel's ``do_not_specialize``."""
     return "int32" if type(x) is int and -(2**31) <= x < 2**31 else _kind(x)

@@ -27,7 +27,7 @@ if INTERPRETED:
 
 
 def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
-    """As :meth:`cce.backends.base.Backend.forward`; kernels are launched on the device of the arguments."""
+    """Implement :meth:`cce.backends.base.Backend.forward`; kernels are launched on the device of the arguments."""
     with on_device_of(inputs.e):
         return launch_forward(packed(inputs), problem, spec, maps)
 
@@ -35,25 +35,25 @@ def forward(inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Ten
 def loss_and_gradients(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-    """As :meth:`cce.backends.base.Backend.loss_and_gradients`."""
+    """Implement :meth:`cce.backends.base.OnePass.loss_and_gradients`."""
     with on_device_of(inputs.e):
         return launch_one_pass(packed(inputs), problem, spec, weights.contiguous())
 
 
 def prepare(targets: Tensor, v: int, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None]:
-    """As :meth:`cce.backends.base.Backend.prepare`; weights, of a ``mean``, are float32."""
+    """Implement :meth:`cce.backends.base.Backend.prepare`; the weights in a ``mean`` are float32."""
     with on_device_of(targets):
         return prepare_mean(targets, v, ignore_index) if mean else (prepare_targets(targets, v, ignore_index), None)
 
 
 def value(outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
-    """As :meth:`cce.backends.base.Backend.value`."""
+    """Implement :meth:`cce.backends.base.OnePass.value`."""
     with on_device_of(weights):
         return launch_value(packed(outputs), weights.contiguous())
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """As :meth:`cce.backends.base.Backend.scale`."""
+    """Implement :meth:`cce.backends.base.OnePass.scale`."""
     with on_device_of(factor):
         multiply(gradients, factor)
 
@@ -66,7 +66,7 @@ def backward(
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
-    """As :meth:`cce.backends.base.Backend.backward`."""
+    """Implement :meth:`cce.backends.base.Backend.backward`."""
     inputs, outputs, upstream = packed(inputs), packed(outputs), packed(upstream)
     with on_device_of(inputs.e):
         if spec.filter == "none":
@@ -77,7 +77,7 @@ def backward(
 def work_list(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
 ) -> WorkList:
-    """As :meth:`cce.backends.base.Backend.work_list`."""
+    """Implement :meth:`cce.backends.base.Backend.work_list`."""
     inputs, upstream = packed(inputs), packed(upstream)
     with on_device_of(inputs.e):
         return live_tiles(Call.of(inputs, problem, spec), inputs, maps, upstream)

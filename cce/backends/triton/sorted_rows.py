@@ -17,10 +17,10 @@ class Rows:
     """The rows of ``e``, for the products.
 
     Attributes:
-        e: a copy in the work list's order, with zeros for rows that want no gradient; or ``e`` as it is.
-        copied: which of the two.
+        e: a copy in the work list's order, with zeros for rows that need no gradient; or ``e`` as it is.
+        copied: whether ``e`` is such a copy.
         scratch: bytes of the scratch memory that the copy takes.
-        de: (N, D) dE's memory, if the copy lies in it; to be written when the copy is read no more.
+        de: (N, D) dE's memory, if the copy lies in it; written only once the copy is no longer read.
     """
 
     e: Tensor
@@ -30,7 +30,7 @@ class Rows:
 
     @classmethod
     def of(cls, call: Call, live: plans.Live) -> Rows:
-        """A copy, if it takes no more than a third of the scratch memory or fits into dE's."""
+        """Copy the rows if this takes no more than a third of the scratch memory, or fits into dE's memory."""
         problem = call.problem
         n, d = problem.n, problem.d
         size = n * d * call.e.element_size()
@@ -43,7 +43,7 @@ class Rows:
 
 
 def sorted_rows(call: Call, live: plans.Live, n0: int, n1: int, out: Tensor | None = None) -> Tensor:
-    """(n1 - n0, D): rows n0 to n1 of the work list's order, zeros for those that want no gradient."""
+    """Rows n0 to n1 of the work list's order, (n1 - n0, D), with zeros for rows that need no gradient."""
     if out is None:
         out = call.empty(n1 - n0, call.problem.d, dtype=call.e.dtype)
     return gather(call.e, live.row_order[n0:n1], out, live.keep)

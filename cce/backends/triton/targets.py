@@ -1,4 +1,4 @@
-"""Targets as the backends take them, on a GPU."""
+"""Preparation of targets for the backends, on a GPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from cce.backends.triton.kernels.targets import mean_targets_kernel, targets_kernel
 from cce.backends.triton.repeat import Repeated
 
-# Triton leaves assertions out of what is not compiled for debugging.
+# Triton leaves assertions out of kernels not compiled for debugging.
 _prepare = Repeated(targets_kernel, (64,), {"BLOCK": 1024}, debug=True)
 _prepare_mean = Repeated(mean_targets_kernel, (1,), {"BLOCK": 1024}, debug=True)
 
 
 def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """int64, -1 for ``ignore_index``; another outside [0, v) is a device-side assertion."""
+    """Targets as int64, -1 for ``ignore_index``; any other value outside [0, v) is a device-side assertion."""
     targets = targets.contiguous()
     found = torch.empty_like(targets, dtype=torch.int64)
     _prepare(targets=targets, out=found, v=v, ignore_index=ignore_index, size=targets.numel())
@@ -22,9 +22,9 @@ def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
 
 
 def prepare_mean(targets: Tensor, v: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(N, 1) each: what :func:`prepare_targets` gives, and float32 weights of a mean, in one kernel.
+    """Targets, as from :func:`prepare_targets`, and their float32 weights in a mean, (N, 1) each, in one kernel.
 
-    A weight is 1 / their number for a target, 0 for none; NaN where there are none at all.
+    A weight is 1 / (number of targets) for a target, 0 for -1; NaN if there are no targets.
     """
     targets = targets.contiguous()
     count = targets.numel()

@@ -1,7 +1,7 @@
-"""Tuned launch configurations on disk: a folder, in it one JSON file for each problem on each kind of GPU.
+"""Tuned launch configurations on disk: a folder with one JSON file for each problem on each kind of GPU.
 
-With a file for each problem, processes that tune different ones do not undo each other's work. All are read once a
-process, at first use. Unlike other caches' files these are for people, too: JSON, whose digest is a field of its own.
+With a file for each problem, processes that tune different ones do not undo each other's work. A process reads all
+files once, at first use. Unlike other caches' files, these are also meant for people: JSON, with its digest as a field.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from cce.spec import Spec
 from cce.version import __version__
 
 FORMAT = "cce launch configuration 2"
-_FORMER = ("cce launch configuration 1",)  # of releases whose results would not be used anyway
+_FORMER = ("cce launch configuration 1",)  # from releases whose results would not be used anyway
 _CACHE = "launch configurations"
 VARIABLE = "CCE_TUNE_CACHE"
 
 
 def folder() -> Path | None:
-    """``CCE_TUNE_CACHE``, else the folder ``cce/launch`` of the user's cache; None if it says "off"."""
+    """Folder from ``CCE_TUNE_CACHE``, else ``cce/launch`` in the user's cache folder; None if the variable is "off"."""
     return folder_of(VARIABLE, "launch")
 
 
 def key_of(problem: Problem, spec: Spec, device: Device, ordered: bool) -> str:
-    """What a tuned configuration is good for: a JSON object, as text.
+    """Key of the problems a tuned configuration applies to: a JSON object, as text.
 
-    N counts up to the next power of two, since it differs from batch to batch; V and D are a model's own. The spec's
-    fields are those that change what a kernel does, not how often.
+    N is rounded up to a power of two, since it differs from batch to batch; V and D are fixed by a model. The spec's
+    fields are those that change what a kernel does, not how often it runs.
     """
     filtered = spec.filter != "none"
     return _canonical(
@@ -73,7 +73,7 @@ def key_of(problem: Problem, spec: Spec, device: Device, ordered: bool) -> str:
 
 @lru_cache
 def versions() -> dict[str, str | None]:
-    """Of what makes the kernels: another release may make others, or make them better."""
+    """Versions of everything that makes the kernels: another release may make different or better ones."""
     import triton
 
     return {"cce": __version__, "triton": triton.__version__, "cuda": torch.version.cuda}
@@ -81,7 +81,7 @@ def versions() -> dict[str, str | None]:
 
 @lru_cache
 def entries(where: Path | None) -> dict[str, dict[str, Tile]]:
-    """All tuned tiles by key. A file that is none of ours is passed over with a warning: training goes on."""
+    """All tuned tiles by key. A file of another format is ignored with a warning, so that training goes on."""
     found = {}
     for path in _files(where):
         try:
@@ -124,22 +124,22 @@ def _read(content: Any) -> tuple[str, dict[str, Tile]]:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """Of all fields but its own."""
+    """Digest of all fields but its own."""
     text = _canonical({name: value for name, value in content.items() if name != "digest"})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def store(where: Path, key: str, tiles: Mapping[str, Tile], notes: Mapping[str, Any]) -> Path:
-    """Writes the file of ``key``, in place of one that was there; ``notes`` are for people, and are not read.
+    """Write the file of ``key``, replacing an existing one; ``notes`` are for people, and are not read back.
 
     Raises:
-        ValueError: it cannot be written. Nothing is left behind then.
+        ValueError: the file cannot be written; nothing is then left behind.
     """
     content = {
         "format": FORMAT,
         "key": json.loads(key),
         "tiles": {name: asdict(tile) for name, tile in tiles.items()},
-        "notes": json.loads(json.dumps(dict(notes))),  # as they will be read: the names in their order
+        "notes": json.loads(json.dumps(dict(notes))),  # as they will be read back: names in the same order
     }
     content["digest"] = _digest(content)
     path = where / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -151,10 +151,10 @@ def store(where: Path, key: str, tiles: Mapping[str, Tile], notes: Mapping[str, 
 
 
 def writable() -> Path:
-    """The folder, made if need be, once it is known that files can be written there.
+    """Return the folder, made if need be, after checking that files can be written there.
 
     Raises:
-        ValueError: it is switched off, or cannot be written.
+        ValueError: the cache is switched off, or the folder cannot be written to.
     """
     where = folder()
     if where is None:

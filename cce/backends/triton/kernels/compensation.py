@@ -1,4 +1,4 @@
-"""What stands for the dead tiles (docs/algorithm.md, step 5): their mass, and the mean row of each vocabulary block."""
+"""Compensation for the dead tiles (docs/algorithm.md, step 5): their mass, and each vocabulary block's mean row."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ def dead_mass_kernel(
     N, V, blocks, stride_mass, softcap, t0,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """m [tiles, N], rows in the work list's order: the sum of dx over the columns of a dead tile, 0 where it is live.
+    """Write m [tiles, N], rows in the work list's order: sum of dx over the columns of a dead tile, 0 if it is live.
 
     ``softcap'(zbar) mass (a + h (tile_entropy - log mass - H))``; a and h have been multiplied by the scale, and zbar,
     the log of the tile's mean exp z, stands for its logits in the softcap's derivative.
@@ -46,7 +46,7 @@ def mean_rows_kernel(
     c, order, means, V, D, stride_cv, stride_cd,
     ORDER: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """means [cdiv(V, ROWS), D]: the mean of every ROWS rows of c."""
+    """Write means [cdiv(V, ROWS), D]: the mean of every ROWS rows of c."""
     t = tl.program_id(0)
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     sums = tl.zeros((STEP, BLOCK_D), tl.float32)

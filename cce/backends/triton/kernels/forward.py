@@ -1,9 +1,9 @@
-"""Forward: statistics of every tile's rows, then of the rows; the logits stay in registers.
+"""The forward: statistics of every tile's rows, then of the rows; the logits stay in registers.
 
 Steps 1 and 2 of docs/algorithm.md. A program owns BLOCK_N rows and one of SPLITS stretches of the vocabulary and walks
 along it, carrying each row's maximum and sum; ``reduce_kernel`` joins the splits in ascending order, so the bits are
 the same every run. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter. A vocabulary with
-an order of its own comes as windows: copies of the rows of c that follow one another in it.
+    its own order is processed in windows: copies of the rows of c that are consecutive in it.
 """
 
 import triton
@@ -25,7 +25,7 @@ from cce.backends.triton.kernels.totals import log_of_sum, store_totals
 
 @triton.jit
 def unit_of(pid, blocks, SPLITS, GROUP_N: tl.constexpr):
-    """Row block and split of a program: GROUP_N row blocks run side by side, so that they share what they read."""
+    """Row block and split of a program: GROUP_N row blocks run side by side, so that they share reads."""
     group = pid // (GROUP_N * SPLITS)
     first = group * GROUP_N
     size = tl.minimum(blocks - first, GROUP_N)
@@ -41,11 +41,11 @@ def add_tile(
     MAPS: tl.constexpr, TILE_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue of a tile: its statistics in blocks of BLOCK_V, stored if there are maps, and added to the row's.
+    """Epilogue of a tile: compute its statistics in blocks of BLOCK_V, store them for maps, and add them to the row's.
 
     s = sum exp(z - m) and gap = sum exp(z - m) (m - z); every term of gap is at least 0, and so is the entropy
-    log s + gap / s. The sums of a block are taken about its own maximum, with ONLINE about the running one. A maximum
-    does not tell of NaN; a sum does, and so all that is made of it.
+    log s + gap / s. The sums of a block are relative to its own maximum, with ONLINE to the running one. A maximum may
+    hide a NaN; a sum does not, nor does anything computed from it.
     """
     TILES: tl.constexpr = TILE_V // BLOCK_V
     z3 = tl.reshape(z, (BLOCK_N, TILES, BLOCK_V))
@@ -55,7 +55,7 @@ def add_tile(
     if ONLINE:
         shift = tl.broadcast_to(finite(m_new)[:, None], (BLOCK_N, TILES))
     else:
-        # Of a masked block the row's own: exp(0 - m) may be inf, and times its sum, 0, NaN.
+        # For a masked block use the row's own maximum: exp(0 - m) may be inf, and times the sum, 0, would be NaN.
         shift = tl.where(tile_m == NEG_INF, finite(m_new)[:, None], finite(tile_m))
     p = tl.exp2((z3 - shift[:, :, None]) * LOG2E)
     tile_s = tl.sum(p, 2)
@@ -67,7 +67,7 @@ def add_tile(
         log_sum = tl.log2(tile_s) * LN2
         if ONLINE:
             log_sum += shift - tile_m
-        # It is at least 0. All entries may be masked, or vanish beside the running maximum; NaN stays.
+        # The sum is at least 0. All entries may be masked, or vanish relative to the running maximum; NaN stays.
         log_sum = tl.where((tile_s == 0) | (log_sum < 0), 0.0, log_sum)
         store_as_held(tile_max + where, tile_m, inside)
         store_as_held(tile_log_sum + where, log_sum, inside)
@@ -84,11 +84,11 @@ def add_tile(
     s = s * old + tl.sum(tile_s * new, 1)
     if WEIGHTED:
         u = tl.load(weight + entries)
-        # Columns beyond V are left out, no others: 0 times -inf is NaN, as in PyTorch.
+        # Only columns beyond V are left out: 0 times -inf is NaN, as in PyTorch.
         columns = (t * TILE_V + tl.arange(0, TILE_V) < V)[None, :]
         weighted += tl.sum(tl.where(columns, z * u[None, :], 0.0), 1)
     if PREDICTION:
-        # Not of NaN, which a row that does not count may hold: the interpreter refuses to find its maximum.
+        # Replace NaN, which a row not in use may hold: the interpreter refuses to find its maximum.
         place = (first_tile + t) * TILE_V + tl.argmax(tl.where(z == z, z, NEG_INF), 1, tie_break_left=True)
         best = tl.where(row_m > m, place, best)
     return m_new, s, gap, weighted, best
@@ -107,9 +107,9 @@ def forward_kernel(
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr, FLATTEN: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of a window of the vocabulary: V rows of c, behind ``first_tile`` tiles of earlier ones.
+    """Compute the statistics of a window of the vocabulary: V rows of c, after ``first_tile`` tiles of earlier windows.
 
-    CARRY: there were some; each split goes on with what the split of the same number found in them.
+    CARRY: there were earlier windows; each split continues from the results of the split of the same number.
     """
     # Tile origin: the rows of block i, and for each t of the split TILE_V places of the window from t TILE_V.
     i, split = unit_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), SPLITS, GROUP_N)
@@ -159,7 +159,7 @@ def forward_kernel(
             N, V, stride_t, first_tile, tile_max, tile_log_sum, tile_entropy,
             ONLINE, ENTROPY, WEIGHTED, PREDICTION, MAPS, TILE_ENTROPY, BLOCK_N, TILE_V, BLOCK_V)  # fmt: skip
 
-    # Store: one number a row and split, in the layout of the product's rows, whose lanes hold copies.
+    # Store: one number per row and split, in the layout of the product's rows, whose lanes hold copies.
     inside = rows < N
     store_as_held(split_max + kept, m, inside)
     store_as_held(split_sum + kept, s, inside)
@@ -179,7 +179,7 @@ def reduce_kernel(
     ORDER: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of some rows; ignored rows get 0, and -1 for the prediction."""
+    """Join the splits of some rows; ignored rows get 0, and -1 for the prediction."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     splits = tl.arange(0, BLOCK_S)[:, None]
     used = tl.load(in_use + rows, mask=rows < N, other=0) != 0
@@ -189,7 +189,7 @@ def reduce_kernel(
     s = tl.load(split_sum + where, mask=inside, other=0.0)
 
     row_m = tl.max(m, 0)
-    # No difference is taken of numbers that hold the offset of a row's logits, but of its maxima.
+    # Subtract only maxima from each other, never other numbers that contain the offset of a row's logits.
     shifted = m - finite(row_m)[None, :]
     log_sum = log_of_sum(tl.sum(s * tl.exp2(shifted * LOG2E), 0))
     has_softmax = store_totals(row_m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_low, nll)
@@ -207,7 +207,7 @@ def reduce_kernel(
         parts = tl.load(split_weighted + where, mask=inside, other=0.0)
         tl.store(weighted_logit + rows, tl.sum(parts, 0), mask=rows < N)
     if PREDICTION:
-        # The first place of the largest logit; a row of NaN has none, and gets 0.
+        # The first place of the largest logit; a row of NaN has none and gets 0.
         parts = tl.load(split_best + where, mask=inside, other=0)
         NONE: tl.constexpr = 2**31 - 1
         place = tl.min(tl.where(inside & (m == row_m[None, :]), parts, NONE), 0)
@@ -225,9 +225,9 @@ def target_kernel(
     D, K, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap,
     BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """z[i, target] of one row and one of its K targets: a dot product; 0 where there is none.
+    """Compute z[i, target] of one row and one of its K targets, a dot product; 0 without a target.
 
-    COPY: used_e [N, D] is the rows of e, zeros where there is no target, whatever e holds there; K is 1.
+    COPY: also copy the rows of e to used_e [N, D], with zeros where there is no target, whatever e holds there; K is 1.
     """
     i, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
     target = tl.load(targets + i * K + k)
@@ -256,10 +256,10 @@ def mass_kernel(
     LEAST_HIT: tl.constexpr, ELEMENT: tl.constexpr, TILE_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The map the backward reads: exp((m - lse) + (log_sum - lse_low)), negated where the filter says "compute".
+    """Fill the backward's map: exp((m - lse) + (log_sum - lse_low)), negated where the filter keeps the tile.
 
-    That is, unless its quantity is at most the threshold: the largest softmax value for "element", the mass itself for
-    "tile". It is NaN in all blocks of a row that has no softmax, and so are the row's gradients.
+    It keeps a tile unless its quantity is at most the threshold: the largest softmax value for "element", the mass
+        itself for "tile". The map is NaN in all blocks of a row that has no softmax, and so are the row's gradients.
     """
     tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -276,7 +276,7 @@ def mass_kernel(
         small = below - low <= log_threshold
     else:
         small = log_mass <= log_threshold
-    # Not tl.maximum: of NaN the sign would tell nothing.
+    # Not tl.maximum: for NaN it would lose the sign.
     mass = tl.where(small | (used == 0), mass, -tl.where(mass > LEAST_HIT, mass, LEAST_HIT))
     place = tiles.to(tl.int64) * stride_mass + rows
     tl.store(tile_mass + place, mass, mask=inside)

@@ -8,15 +8,15 @@ import triton.language as tl
 
 from cce.backends.triton.kernels.tiles import INF, LOG2E, cap, entries_of, load_rows, logit_tile, wide
 
-#: In the place of a logit of -inf where a number times its softmax value is to be 0: a log-sum-exp minus it is finite.
+#: Stand-in for a logit of -inf where a number times its softmax value must be 0: a log-sum-exp minus it is finite.
 LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit
 def row_values(rows, lse, lse_low, entropy, a, g, h, targets, ENTROPY: tl.constexpr, ONE_TARGET: tl.constexpr):
-    """What the epilogue needs of each row; read before the product, which hides the wait.  # [BLOCK_N] each
+    """Load the epilogue's values of each row, before the product, which hides the wait.  # [BLOCK_N] each
 
-    A row whose log-sum-exp is infinite has no softmax: it becomes NaN.
+    A row whose log-sum-exp is infinite has no softmax: its log-sum-exp becomes NaN.
     """
     row_lse = tl.load(lse + rows)
     row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
@@ -38,13 +38,13 @@ def gradient(
     ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, SOFTCAP: tl.constexpr, ONE_TARGET: tl.constexpr,
     MASK: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale softcap'(z) (p (a + h ((lse - z) + (lse_low - H))) - sum_k g_k [j = target_k] + s u_j).
+    """Compute dx = scale softcap'(z) (p (a + h ((lse - z) + (lse_low - H))) - sum_k g_k [j = target_k] + s u_j).
 
-    a, g, h and s have been multiplied by the scale. ``place`` [TILE_V] is where the columns stand in the vocabulary;
+    a, g, h and s have been multiplied by the scale. ``place`` [TILE_V] holds the columns' places in the vocabulary;
     with MASK those beyond V get 0.  # [BLOCK_N, TILE_V]
     """
     row_lse, row_low, row_a, row_h, centre, target, row_g = values
-    # exp((z - lse) - lse_low): first the difference of numbers that may share a large offset.
+    # exp((z - lse) - lse_low): subtract first the numbers that may share a large offset.
     p = tl.exp2((z - row_lse[:, None]) * LOG2E - (row_low * LOG2E)[:, None])
     if ENTROPY:
         # p is 0 where z = -inf
@@ -70,7 +70,7 @@ def gradient(
 
 @triton.jit
 def chunk_tile(pid, blocks, tiles, GROUP_N: tl.constexpr):
-    """Row block and tile of the chunk: GROUP_N row blocks side by side, row block fastest."""
+    """Row block and tile of a program in the chunk: GROUP_N row blocks side by side, row block fastest."""
     group = pid // (GROUP_N * tiles)
     first = group * GROUP_N
     size = tl.minimum(blocks - first, GROUP_N)
@@ -88,7 +88,7 @@ def dense_kernel(
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """dx of places v0 to v0 + columns, all rows: dz [N, columns], and its column sums over each row block."""
+    """Compute dx of places v0 to v0 + columns, all rows: dz [N, columns], and its column sums over each row block."""
     blocks, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(columns, TILE_V)
     stride_dz = tl.multiple_of(stride_dz, 16)
     for tile in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -125,7 +125,7 @@ def two_tiles(
     E_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """e c^T of one row block and two vocabulary blocks, which share what is read of e.  # [BLOCK_N, BLOCK_V] each"""
+    """Multiply one row block by two vocabulary blocks, e c^T, reading e once.  # [BLOCK_N, BLOCK_V] each"""
     z0 = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     z1 = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for k in range(0, D, BLOCK_D):
@@ -141,10 +141,10 @@ def store_slots(
     DZ_TMA: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dx of WIDTH / BLOCK_V tiles, ``count`` of them real, into their slots; and which entries their columns are.
+    """Store dx of WIDTH / BLOCK_V tiles, ``count`` of them real, in their slots, and the entries of their columns.
 
-    It is 0 in rows that do not count, whatever their logits are.
-    DZ_TMA: of one tile; one that is not real goes to the slot after the last, ``spare``, which nobody reads.
+    dx is 0 in rows that do not count, whatever their logits are. DZ_TMA: store one tile; a tile that is not real goes
+        to the slot after the last, ``spare``, which is never read.
     """
     SLOT: tl.constexpr = BLOCK_N * BLOCK_V
     column = tl.arange(0, WIDTH)
@@ -184,12 +184,12 @@ def sparse_kernel(
     DBIAS: tl.constexpr, MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx of a chunk's live tiles: TILE_V / BLOCK_V of a row block at a time, into slots of [BLOCK_N, BLOCK_V].
+    """Compute dx of a chunk's live tiles, TILE_V / BLOCK_V of a row block at a time, in slots of [BLOCK_N, BLOCK_V].
 
-    SORTED: ``e`` holds the rows in the order of the work list, and zeros for those that want no gradient; else as they
-    were. ``keep`` says which do: in the others e may be NaN, and a logit far above what stands for their log-sum-exp.
-    C_TMA: one or two tiles, read as boxes of c; else any number, their rows of c gathered, in whatever order the
-    vocabulary has.
+    SORTED: ``e`` holds the rows in the order of the work list, with zeros for those that need no gradient; else in
+        their own order. ``keep`` marks the rows that need one: in the others e may be NaN, and a logit far above the
+        value given as log-sum-exp.
+    C_TMA: one or two tiles, read as boxes of c; else any number, their rows of c gathered in the vocabulary's order.
     """
     total = tl.load(items + chunk)
     base = chunk * max_items
@@ -207,7 +207,7 @@ def sparse_kernel(
         counts = (sorted_rows < N) & (tl.load(keep + rows) != 0)
         t0 = tl.load(tile_list + b * T + first)
         values = row_values(rows, lse, lse_low, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
-        # What the next round begins with: read now, so that it need not wait.
+        # Read the values with which the next round begins now, so that it need not wait.
         next_b, next_slot, next_count, next_first = item_at(
             base + tl.minimum(item + step, total - 1), item_block, item_slot, item_tiles, item_first)  # fmt: skip
         if C_TMA and TILE_V != BLOCK_V:
@@ -228,7 +228,7 @@ def sparse_kernel(
                 store_slots(dx, counts, slot + nth, count - nth, max_items, entries, dz, dbias, slot_entries,
                             DZ_TMA, DBIAS, BLOCK_N, BLOCK_V, BLOCK_V)  # fmt: skip
         else:
-            # From scalars, not from a vector that is loaded: a thread would keep a number for each of its columns.
+            # Use scalars, not a loaded vector, of which a thread would keep a number for each of its columns.
             column = tl.arange(0, TILE_V)
             place = t0 * BLOCK_V + column % BLOCK_V
             for nth in tl.static_range(1, TILE_V // BLOCK_V):

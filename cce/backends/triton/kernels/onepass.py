@@ -1,7 +1,7 @@
 """Loss and gradients in one pass, where all logits fit into the scratch memory (docs/decisions/0003).
 
-``store_kernel`` keeps exp(z - m) of every tile about the tile's own maximum; once the row's log-sum-exp is known,
-``scale_kernel`` turns it into the gradient in place: no logit is made twice.
+``store_kernel`` keeps exp(z - m) of every tile, relative to the tile's own maximum; once the row's log-sum-exp is
+known, ``scale_kernel`` turns it into the gradient in place: no logit is computed twice.
 """
 
 import triton
@@ -30,7 +30,7 @@ def store_kernel(
     SOFTCAP: tl.constexpr, MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """q = exp(z - m), and m and the sum of q of each row and tile."""
+    """Store q = exp(z - m), and m and the sum of q of each row and tile."""
     blocks, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(V, TILE_V)
     for tile in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
         # Tile origin.
@@ -63,7 +63,7 @@ def store_kernel(
 def join_kernel(
     tile_max, tile_sum, target_logits, targets, lse, lse_low, nll, N, K, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """lse, lse_low and nll of some rows from their tiles, in ascending order; 0 where a row has no target."""
+    """Compute lse, lse_low and nll of some rows from their tiles, in ascending order; 0 where a row has no target."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.full((BLOCK_N,), NEG_INF, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
@@ -88,10 +88,10 @@ def scale_kernel(
     q, dz, tile_max, lse, lse_low, nll, targets, a, g,
     N, V, K, stride_q, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dz = a p - sum_k g_k [j = target_k] in place of q: p = q exp((m - lse) - lse_low), and exp(-nll) at a target.
+    """Replace q by dz = a p - sum_k g_k [j = target_k], with p = q exp((m - lse) - lse_low), or exp(-nll) at a target.
 
-    a and g have been multiplied by the scale; those of a target -1 do not count, whatever they are. A row that has no
-    other may hold NaN. One whose log-sum-exp is infinite has no softmax, and is NaN.
+    a and g have been multiplied by the scale; their values at a target -1 are ignored. A row with no other target may
+    hold NaN. A row whose log-sum-exp is infinite has no softmax, and becomes NaN.
     """
     t = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -122,7 +122,7 @@ def scale_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def value_kernel(weights, nll, value, size, BLOCK: tl.constexpr):
-    """value = sum of weights times nll, in ascending order. One program."""
+    """Write value = sum of weights times nll, in ascending order. Runs as one program."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         where = start + tl.arange(0, BLOCK)
@@ -134,7 +134,7 @@ def value_kernel(weights, nll, value, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def multiply_kernel(x, y, factor, x_size, y_size, SECOND: tl.constexpr, BLOCK: tl.constexpr):
-    """x and y *= factor, contiguous tensors; most often the factor is 1, and nothing is done."""
+    """Multiply x and y, contiguous, in place by factor; most often the factor is 1, and nothing is done."""
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
         multiply_one(x, by, x_size, BLOCK)

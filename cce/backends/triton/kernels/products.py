@@ -1,8 +1,8 @@
 """Block-sparse products of the live tiles: dE += dx c and dC = dx^T e (docs/algorithm.md, step 4).
 
-The order in which a sum runs is that of the work list, so the bits are the same every run: what a chunk adds to an
-element of dE is one number, and chunks follow one another. ``products_kernel`` takes its next output tile from a
-counter, since the sums of its tiles differ in length.
+Sums run in the order of the work list, so the bits are the same every run: a chunk adds one number to an element of dE,
+    and chunks follow one another. ``products_kernel`` takes its next output tile from a counter, since the sums of its
+    tiles differ in length.
 """
 
 import triton
@@ -19,8 +19,8 @@ def add_to_de(
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of de [N, D], rows in the work list's order: += sum over the chunk's live tiles of dx c."""
-    # Output tile: row block b, longest first, since the work list puts the rows with most hits last; columns d.
+    """Add the sum of dx c over the chunk's live tiles to a tile of de [N, D], rows in the work list's order."""
+    # Output tile: row block b, longest first, since the work list puts the rows with the most hits last; columns d.
     tiles_d = tl.cdiv(D, BLOCK_D)
     b = blocks - 1 - item // tiles_d
     d0 = (item % tiles_d) * BLOCK_D
@@ -54,7 +54,7 @@ def add_to_de(
                 else:
                     c_tile = tl.load(source, mask=(d < D)[None, :], other=0.0)
             total = tl.dot(dx, c_tile.to(DOT), total, input_precision=PRECISION)
-        # Added where the memory is: to read the sum so far would take registers, and the time of a wait.
+        # Add in memory: reading the sum so far would take registers and a wait.
         tl.atomic_add(de + where, total, mask=inside, sem="relaxed")
 
 
@@ -67,7 +67,7 @@ def write_dc(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dc [V, D]: the sum over live row blocks of dx^T e, and what stands for the dead ones."""
+    """Write a tile of dc [V, D]: the sum over live row blocks of dx^T e, and the compensation for the dead ones."""
     # Output tile: entries of vocabulary block t, columns d.
     tiles_d = tl.cdiv(D, BLOCK_D)
     PARTS: tl.constexpr = BLOCK_V // BLOCK_M
@@ -129,7 +129,7 @@ def products_kernel(
     E_BLOCK_D: tl.constexpr, E_BLOCK_K: tl.constexpr, E_STAGES: tl.constexpr,
     C_BLOCK_M: tl.constexpr, C_BLOCK_D: tl.constexpr, C_BLOCK_K: tl.constexpr, C_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Both products of a chunk: tiles of dE, then of dC, which keep busy who has found none of dE left.
+    """Compute both products of a chunk: tiles of dE, then of dC, which keep programs busy once no tile of dE is left.
 
     ``e_dz`` and ``c_dz`` are dx in boxes for either product.
     counters [chunks, 2]: the next tile of each.
@@ -141,7 +141,7 @@ def products_kernel(
         item = tl.atomic_add(counters + 2 * chunk, 1)
         while item < tiles_e:
             mine = item
-            item = tl.atomic_add(counters + 2 * chunk, 1)  # the next one, asked for now: nobody waits for it then
+            item = tl.atomic_add(counters + 2 * chunk, 1)  # the next one, requested early so that nothing waits for it
             add_to_de(mine, e_dz, c, slot_entries, tile_list, block_slot, block_tiles, block_first, de, N, D, T,
                       blocks, stride_cv, stride_cd, chunk, DZ_TMA, C_TMA, EVEN_D, DOT, PRECISION, WIDE,
                       BLOCK_N, BLOCK_V, E_BLOCK_D, E_BLOCK_K, E_STAGES)  # fmt: skip
@@ -163,7 +163,7 @@ def dbias_kernel(
     V, blocks, chunk,
     ORDER: tl.constexpr, COMPENSATE: tl.constexpr, NORM: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dbias [V] of the chunk's entries: column sums of live tiles, in the order of row blocks, and dead rows' mass."""
+    """Write dbias [V] of the chunk's entries: live tiles' column sums, in row-block order, and dead rows' mass."""
     t0, t1 = tl.load(chunk_start + chunk), tl.load(chunk_start + chunk + 1)
     for t in range(t0 + tl.program_id(0), t1, tl.num_programs(0)):
         column = tl.arange(0, BLOCK_V)
@@ -186,7 +186,7 @@ def dbias_kernel(
 def finish_kernel(
     total, row_order, keep, norm, de, N, D, stride_de, SORTED: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """de in its dtype, its rows back at their places; SORTED: 0 in those that want no gradient."""
+    """Write de in its dtype, its rows back in their own order; SORTED: 0 in rows that need no gradient."""
     i = tl.program_id(0)
     row = i.to(tl.int64)
     if SORTED:
@@ -203,7 +203,7 @@ def finish_kernel(
 
 @triton.jit
 def rank_one_kernel(dc, u, total, D, stride_dc, BLOCK_D: tl.constexpr):
-    """dc_v += u_v total, added in float32 and rounded once."""
+    """Compute dc_v += u_v total, added in float32 and rounded once."""
     v = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     where = dc + v * stride_dc + d

@@ -1,4 +1,4 @@
-"""Rows of a matrix copied into another order: those of ``e`` for the work list, those of ``c`` for a window."""
+"""Copies of a matrix's rows in another order: those of ``e`` for the work list, those of ``c`` for a window."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ def gather_kernel(
     x, index, keep, out, rows, D, stride_row, stride_d,
     KEEP: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, D] = x[index]; with KEEP zeros where ``keep[index]`` is 0, whatever x holds there."""
+    """Write out [rows, D] = x[index]; with KEEP, zeros where ``keep[index]`` is 0, whatever x holds there."""
     place = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     row = tl.load(index + tl.minimum(place, rows - 1)).to(tl.int64)

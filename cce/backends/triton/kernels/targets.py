@@ -1,4 +1,4 @@
-"""The front end's work on targets, in one kernel: as operations of their own, their launches would take longer."""
+"""The front end's work on targets in one kernel: the launches of separate operations would take longer."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["v", "ignore_index", "size"])
 def targets_kernel(targets, out, v, ignore_index, size, BLOCK: tl.constexpr):
-    """out int64 = targets, with -1 for ``ignore_index``; any other outside [0, v) is a device-side assertion.
+    """Write out int64 = targets, with -1 for ``ignore_index``; any other outside [0, v) is a device-side assertion.
 
-    Launched with ``debug=True``: without it, Triton leaves assertions out.
+    It must be launched with ``debug=True``: without it, Triton leaves assertions out.
     """
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
@@ -23,9 +23,9 @@ def targets_kernel(targets, out, v, ignore_index, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["v", "ignore_index", "size"])
 def mean_targets_kernel(targets, out, weights, v, ignore_index, size, BLOCK: tl.constexpr):
-    """out as ``targets_kernel`` has it; weights = 1 / how many targets are not -1 for these, 0 for the others.
+    """Write out like ``targets_kernel``; weights = 1 / (number of targets that are not -1) for these, 0 for the others.
 
-    One program, launched with ``debug=True``.
+    It runs as one program, launched with ``debug=True``.
     """
     total = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, size, BLOCK):

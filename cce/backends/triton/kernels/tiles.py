@@ -1,13 +1,14 @@
-"""The logit tile, as every kernel makes it: operands from memory, their product, bias, scale and softcap.
+"""The logit tile, as every kernel computes it: operands from memory, their product, bias, scale and softcap.
 
-Conventions of all kernels (docs/algorithm.md has the algorithm, ``cce/reference/tiled.py`` its plain text):
+Conventions of all kernels (the algorithm is in docs/algorithm.md, and as plain code in ``cce/reference/tiled.py``):
 
-- sizes ``N V D T``, blocks ``BLOCK_N BLOCK_V BLOCK_D``; ``TILE_V`` is a multiple of BLOCK_V: what one product covers.
+- sizes ``N V D T``, blocks ``BLOCK_N BLOCK_V BLOCK_D``; one product covers ``TILE_V`` places, a multiple of BLOCK_V.
 - exponentials are powers of two of a difference: ``exp(z - m) = exp2(LOG2E (z - m))``. One multiply-add, ``LOG2E z -
-  LOG2E m``, would round what is multiplied first: logits may share an offset at which little is left of a difference.
-- a logit is rounded, to float32, before anything is subtracted from it (:func:`rounded_product`): it is the same number
-  then for its row's maximum, for its exponential, and in the kernel of the targets.
-- a row or an entry beyond the last is read as the last, so that no load needs a mask; what it gave is not stored.
+  LOG2E m``, would round one of the products first: where logits share a large offset, little would be left of their
+  difference.
+- a logit is rounded to float32 before anything is subtracted from it (:func:`rounded_product`), so that it is the same
+  number for its row's maximum, for its exponential, and in the kernel of the targets.
+- a row or an entry beyond the last is read as the last, so that no load needs a mask; its results are not stored.
 """
 
 import triton
@@ -23,11 +24,11 @@ NEG_INF = tl.constexpr(float("-inf"))
 def load_rows(
     x, row0, rows, k, D, stride_row, stride_d, TMA: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Columns k to k + BLOCK_D of some rows of a matrix: a TMA box from row0, or the rows given.  # [ROWS, BLOCK_D]"""
+    """Load columns k to k + BLOCK_D of a matrix: a TMA box from row0, or the given rows.  # [ROWS, BLOCK_D]"""
     if TMA:
         tile = x.load([row0, k])
     else:
-        d = (k + tl.arange(0, BLOCK_D)).to(rows.dtype)  # as wide: columns may be what is far apart
+        d = (k + tl.arange(0, BLOCK_D)).to(rows.dtype)  # as wide as rows: columns may be far apart, too
         where = x + rows[:, None] * stride_row + d[None, :] * stride_d
         if EVEN_D:
             tile = tl.load(where)
@@ -43,7 +44,7 @@ def logit_tile(
     E_TMA: tl.constexpr, C_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """e c^T of one tile, accumulated in float32.  # [BLOCK_N, TILE_V]"""
+    """Compute e c^T of one tile, accumulated in float32.  # [BLOCK_N, TILE_V]"""
     z = tl.zeros((BLOCK_N, TILE_V), tl.float32)
     for k in range(0, D, BLOCK_D):
         e_tile = load_rows(e, row0, rows, k, D, stride_en, stride_ed, E_TMA, EVEN_D, BLOCK_D).to(DOT)
@@ -54,25 +55,25 @@ def logit_tile(
 
 @triton.jit
 def finite(x):
-    """What to subtract for a maximum: 0 for one that is infinite, since inf - inf would be NaN.
+    """Replace an infinite maximum by 0, to be subtracted instead, since inf - inf would be NaN.
 
-    So exp(z - m) is 0 or infinite where m is, and NaN where z is and nowhere else.
+    So exp(z - m) is 0 or infinite where m is infinite, and NaN only where z is NaN.
     """
     return tl.where(tl.abs(x) == INF, 0.0, x)
 
 
 @triton.jit
 def rounded_product(x, y):
-    """x y, which the compiler may not make part of a multiply-add with what follows."""
+    """Return x y, in a form that the compiler may not fuse into a multiply-add."""
     return tl.fma(x, y, 0.0)
 
 
 @triton.jit
 def tanh(y):
-    """With a relative error of a few units in the last place, also of a small y.
+    """Hyperbolic tangent with a relative error of a few units in the last place, also for a small y.
 
-    Below 0.55 it is an odd polynomial (the minimax one that CUDA's tanhf has); 1 - 2 / (1 + exp 2y) has the absolute
-    error of a number near 1, and never overflows.
+    Below 0.55 it is an odd polynomial (the minimax polynomial of CUDA's tanhf); above, 1 - 2 / (1 + exp 2y), which has
+    the absolute error of a number near 1 and never overflows.
     """
     size = tl.abs(y)
     square = y * y
@@ -84,7 +85,7 @@ def tanh(y):
 
 @triton.jit
 def cap(z, entries, bias, scale, softcap, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """softcap tanh(scale (z + bias) / softcap), -inf where the bias is, of z = e c^T.  # [BLOCK_N, TILE_V]"""
+    """Turn z = e c^T into softcap tanh(scale (z + bias) / softcap), -inf where the bias is.  # [BLOCK_N, TILE_V]"""
     if BIAS:
         shift = tl.load(bias + entries).to(tl.float32)[None, :]
         z += shift
@@ -99,7 +100,7 @@ def cap(z, entries, bias, scale, softcap, BIAS: tl.constexpr, SCALE: tl.constexp
 
 @triton.jit
 def wide(index, WIDE: tl.constexpr):
-    """An index to multiply a stride with: 64 bits where an offset needs them, else 32, which take fewer registers."""
+    """Index to multiply by a stride: 64 bits where an offset needs them, else 32, which take fewer registers."""
     if WIDE:
         index = index.to(tl.int64)
     else:
@@ -109,7 +110,7 @@ def wide(index, WIDE: tl.constexpr):
 
 @triton.jit
 def entries_of(place, order, V, ORDER: tl.constexpr, WIDE: tl.constexpr):
-    """The vocabulary entries at some places of the vocabulary order."""
+    """Vocabulary entries at some places of the vocabulary order."""
     entries = tl.minimum(place, V - 1)
     if ORDER:
         entries = tl.load(order + entries)
@@ -122,11 +123,11 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def store_as_held(where, values, mask):
-    """tl.store of float32 or int32 by the threads that hold them, even if several hold the same.
+    """Store float32 or int32 values from the threads that hold them, even if several hold the same value.
 
-    tl.store would first spread the numbers over the threads, through shared memory and with barriers: per tile of the
-    product that costs more than the few bytes are worth; and there all copies of a number are written to one place,
-    which a tool that looks for races reports.
+    tl.store would first redistribute the numbers over the threads, through shared memory and with barriers: per tile of
+        the product, that costs more than the few bytes are worth; and it writes all copies of a number to one shared
+        location, which a race detector reports.
     """
     if INTERPRETED:
         tl.store(where, values, mask=mask)

@@ -1,4 +1,4 @@
-"""What the splits or tiles of a row give together: its log-sum-exp, as a pair of numbers, and its targets' losses."""
+"""Totals over the splits or tiles of a row: its log-sum-exp, as a pair of numbers, and its targets' losses."""
 
 import triton
 import triton.language as tl
@@ -8,10 +8,10 @@ from cce.backends.triton.kernels.tiles import INF, LN2
 
 @triton.jit
 def log_of_sum(s):
-    """Logarithm of a sum of exp(z - m), one of which is 1; -inf of none.
+    """Logarithm of a sum of exp(z - m), one of which is 1; -inf for an empty sum.
 
-    Near 1 a series, since the base-2 logarithm of a GPU has the absolute error of a number near 1, and a confident
-    token's loss is small.
+    Near 1 it is a series, since the base-2 logarithm of a GPU has the absolute error of a number near 1, and a
+    confident token's loss is small.
     """
     r = (s - 1) / (s + 1)
     square = r * r
@@ -21,12 +21,12 @@ def log_of_sum(s):
 
 @triton.jit
 def store_totals(m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_low, nll):
-    """lse and lse_low (N,) and nll (N, K) of some rows, from their maxima m and log sum exp(z - m); 0 if not used.
+    """Store lse, lse_low (N,) and nll (N, K) of some rows, from their maxima m and log sum exp(z - m); 0 if not used.
 
-    Returns which have a finite log-sum-exp, and so a softmax.  # [BLOCK_N] each
+    Return whether each row has a finite log-sum-exp, and so a softmax.  # [BLOCK_N] each
     """
     where = rows.to(tl.int64) * K
-    # The rounded sum, and what rounding took off.
+    # The rounded sum, and its rounding error.
     total = m + log_sum
     added = total - m
     low = (m - (total - added)) + (log_sum - added)
@@ -36,8 +36,8 @@ def store_totals(m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_
     for k in range(K):
         target = tl.load(targets + where + k, mask=used, other=-1)
         z = tl.load(target_logits + where + k, mask=target >= 0, other=0.0)
-        # The targets' logits come from another kernel, and may exceed the log-sum-exp by their rounding: no loss is
-        # negative. (Not a NaN: there is none where there is a softmax, but for the logit of the other kernel.)
+        # The targets' logits come from another kernel, and their rounding may make them exceed the log-sum-exp: no loss
+        # may be negative. (A NaN stays: where there is a softmax, it can only come from the other kernel's logit.)
         loss = log_sum + (m - z)
         loss = tl.where(has_softmax, tl.where(loss < 0, 0.0, loss), float("nan"))
         tl.store(nll + where + k, tl.where(target >= 0, loss, 0.0), mask=rows < N)

@@ -1,7 +1,7 @@
-"""The work list on the device (docs/algorithm.md, step 3): which tiles are live, and the plan of the chunks.
+"""The work list on the device (docs/algorithm.md, step 3): the live tiles, and the plan of the chunks.
 
-Nothing here is read by the host: how many tiles are live, how many chunks they fill and where each chunk begins stay
-in memory, and the kernels that use them loop over what they find there. ``plan.py`` says what the arrays hold.
+The host reads nothing of it: the number of live tiles, the number of chunks they fill and where each chunk begins stay
+    in device memory, and the kernels loop over what they find there. ``plan.py`` describes the arrays.
 """
 
 import triton
@@ -16,9 +16,9 @@ def hits_kernel(
     N, T, K, stride_mass, per_program,
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """hit [T, N]: the row needs the tile, by the filter's rule or for a target in it; counts [programs, N] of them.
+    """Write hit [T, N]: the row needs the tile, by the filter's rule or for a target in it; and counts [programs, N].
 
-    ``active`` [N]: it needs any; ``everywhere`` [N]: it needs all.
+    ``counts`` holds the number of each row's hits. ``active`` [N]: the row needs some tile; ``everywhere`` [N]: all.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * per_program
@@ -42,7 +42,7 @@ def hits_kernel(
 
 @triton.jit
 def live_kernel(hit, row_order, live, N, T, blocks, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """live [T, blocks]: some row of the block, in the work list's order, needs the tile."""
+    """Write live [T, blocks]: some row of the block, in the work list's order, needs the tile."""
     t = tl.program_id(0)
     b = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     row = b[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -53,7 +53,7 @@ def live_kernel(hit, row_order, live, N, T, blocks, BLOCK_N: tl.constexpr, GROUP
 
 @triton.jit
 def rows_kernel(live, before, tile_list, T, blocks, BLOCK_T: tl.constexpr):
-    """Per row block: its live tiles in ascending order, and before [blocks, T + 1], how many precede each tile."""
+    """Write each row block's live tiles, ascending, and before [blocks, T + 1], the number that precede each tile."""
     b = tl.program_id(0)
     total = 0
     for start in range(0, T, BLOCK_T):
@@ -68,7 +68,7 @@ def rows_kernel(live, before, tile_list, T, blocks, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def count_kernel(live, live_count, blocks, BLOCKS: tl.constexpr):
-    """live_count [T] of each vocabulary block."""
+    """Write live_count [T], the number of live row blocks of each vocabulary block."""
     t = tl.program_id(0)
     b = tl.arange(0, BLOCKS)
     on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
@@ -77,7 +77,7 @@ def count_kernel(live, live_count, blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def chunks_kernel(earlier, chunk_start, T, step, chunks, BLOCK_T: tl.constexpr):
-    """chunk_start [chunks + 1]: chunk k is the vocabulary blocks that k step to (k + 1) step live tiles precede."""
+    """Write chunk_start [chunks + 1]: chunk k has the blocks preceded by k step to (k + 1) step live tiles."""
     k = tl.program_id(0)
     count = 0
     for start in range(0, T, BLOCK_T):
@@ -94,9 +94,9 @@ def starts_of(
     on, t, before, earlier, block_slot, block_tiles, block_first, T, blocks, step,
     PACK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Of vocabulary block t: its chunk; per row block the slot of its tile and whether an item begins with it.
+    """Chunk of vocabulary block t; for each row block, the slot of its tile and whether an item begins with it.
 
-    An item is PACK live tiles of one row block, neighbours in its list; it is numbered by the first of them.
+    An item is PACK live tiles of one row block, consecutive in its list; it is numbered by the first of them.
     """
     b = tl.arange(0, BLOCKS)
     here = b < blocks
@@ -114,7 +114,7 @@ def columns_kernel(
     live, before, earlier, block_slot, block_tiles, block_first, block_list, slot_list, item_count,
     T, blocks, step, PACK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Per vocabulary block: its live row blocks, the slots their tiles lie in, and how many items begin with them."""
+    """Write each vocabulary block's live row blocks, their tiles' slots, and the number of items that begin there."""
     t = tl.program_id(0)
     b = tl.arange(0, BLOCKS)
     on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
@@ -132,7 +132,7 @@ def items_kernel(
     item_block, item_first, item_slot, item_tiles, items,
     T, blocks, step, max_items, PACK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The items of each chunk, by vocabulary block and then by row block: those at work together share rows of c."""
+    """Write the items of each chunk, by vocabulary block, then by row block: those at work together share rows of c."""
     t = tl.program_id(0)
     b = tl.arange(0, BLOCKS)
     on = tl.load(live + t * blocks + b, mask=b < blocks, other=0).to(tl.int32)
@@ -151,7 +151,7 @@ def items_kernel(
 
 @triton.jit
 def scan_kernel(x, earlier, T, BLOCK_T: tl.constexpr):
-    """earlier [T]: the sum of all x before each. One program."""
+    """Write earlier [T]: the sum of all x before each. Runs as one program."""
     total = 0
     for start in range(0, T, BLOCK_T):
         where = start + tl.arange(0, BLOCK_T)
@@ -162,7 +162,7 @@ def scan_kernel(x, earlier, T, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def blocks_kernel(before, chunk_start, block_slot, block_tiles, block_first, T, blocks, BLOCKS: tl.constexpr):
-    """Per chunk and row block: its first slot, how many live tiles, and the first of them in its tile list."""
+    """Write, for each chunk and row block, its first slot, its number of live tiles, and the first in its tile list."""
     k = tl.program_id(0)
     t0, t1 = tl.load(chunk_start + k), tl.load(chunk_start + k + 1)
     b = tl.arange(0, BLOCKS)
