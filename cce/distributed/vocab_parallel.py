@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cce.distributed import agreement
 from cce.distributed.agreement import Said
+from cce.distributed.join import Part
 from cce.spec import Spec, fields_of
 
 TOKENS = ("same", "own")
@@ -131,12 +132,21 @@ class Agreement(NamedTuple):
         rank: of this process.
         sizes: vocabulary entries of every rank.
         rows: tokens of every rank.
+        part: key of this process's part; made here, as torch.compile takes all of this for constants.
     """
 
     group: str
     rank: int
     sizes: tuple[int, ...]
     rows: tuple[int, ...]
+    part: str
+
+    @classmethod
+    def of(cls, split: VocabParallel, group: Any, sizes: tuple[int, ...], rows: tuple[int, ...]) -> Agreement:
+        """The agreement of a group's processes, for the one that this is."""
+        rank = group.rank()
+        part = Part(group.group_name, sum(sizes[:rank]), sizes, split.reduce_de)
+        return cls(group.group_name, rank, sizes, rows, part.key)
 
 
 #: For every group, kinds of calls and what was agreed; a group that is gone takes its own along. A GPU's first call of
@@ -195,7 +205,7 @@ def agree(
     found = _ask(group, e.device, said, fields, own)
     if checked:
         agreement.check_spans(found, options["ignore_index"])
-    agreed = Agreement(group.group_name, group.rank(), tuple(x.v for x in found), tuple(x.n for x in found))
+    agreed = Agreement.of(split, group, tuple(x.v for x in found), tuple(x.n for x in found))
     if not asks:
         kinds = _known.setdefault(group, {})
         if len(kinds) >= _MOST:
@@ -274,7 +284,7 @@ def _agree_compiled(
     device = tensors[-1]
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     found = _ask(group, where, Said(v, -1), {**fields, "torch.compile": "True"}, False)
-    return Agreement(group.group_name, group.rank(), tuple(x.v for x in found), ())
+    return Agreement.of(split, group, tuple(x.v for x in found), ())
 
 
 # What torch.compiler.assume_constant_result sets; calling that would import the compiler.
