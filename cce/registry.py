@@ -31,7 +31,7 @@ _BUILT_IN = {
 }
 _RESERVED = ("", "auto")
 _registered: dict[str, Callable[[], Backend]] = {}
-_changes = 0  # of what a name stands for
+generation = 0  #: changes whenever a name comes to stand for another backend
 _loaded: dict[str, Backend] = {}
 
 
@@ -70,14 +70,9 @@ def unregister_backend(name: str) -> None:
 
 
 def _forget(name: str) -> None:
-    global _changes
+    global generation
     _loaded.pop(name, None)
-    _changes += 1
-
-
-def generation() -> int:
-    """Number that changes whenever a name comes to stand for another backend."""
-    return _changes
+    generation += 1
 
 
 def list_backends() -> list[str]:

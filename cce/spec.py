@@ -84,11 +84,14 @@ class Spec:
         if isinstance(self.vocab_order, str):
             _check_choice("vocab_order", self.vocab_order, VOCAB_ORDERS)
         elif self.vocab_order is not None:
-            object.__setattr__(self, "vocab_order", _permutation(self.vocab_order))
+            object.__setattr__(self, "permutation", _permutation(self.vocab_order))
+            object.__setattr__(self, "vocab_order", self.permutation)
         # Read by the front end inside torch.compile, where building the string would break the graph.
         object.__setattr__(self, "key", _key(self))
 
     key: str = dataclasses.field(init=False, repr=False, default="")
+    #: The (V,) permutation given as ``vocab_order``, if one was.
+    permutation: torch.Tensor | None = dataclasses.field(init=False, repr=False, default=None)
 
     @classmethod
     def from_key(cls, key: str) -> Spec:
@@ -102,12 +105,8 @@ class Spec:
         """This spec with the permutation of another, checked when that was made: no GPU need be waited for again."""
         found = copy.copy(self)
         object.__setattr__(found, "vocab_order", other.permutation)
+        object.__setattr__(found, "permutation", other.permutation)
         return found
-
-    @property
-    def permutation(self) -> torch.Tensor | None:
-        """The (V,) permutation given as ``vocab_order``, if one was."""
-        return self.vocab_order if isinstance(self.vocab_order, torch.Tensor) else None
 
     def tiles(self, v: int) -> int:
         """Number of vocabulary blocks T of a vocabulary of ``v`` entries (a resolved spec)."""

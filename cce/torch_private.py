@@ -22,6 +22,13 @@ raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream"
 #: Index of the current CUDA device, without the checks of ``torch.cuda.current_device``.
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", None)  # type: ignore[assignment]
 
+#: Whether a transform of torch.func is active, as ``torch.autograd.Function`` asks.
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+#: Number of the modes of ``torch.utils._python_dispatch`` that see every operator.
+dispatch_depth: Callable[[], int] = torch._C._len_torch_dispatch_stack
+#: The module that knows the levels of forward-mode differentiation.
+forward_ad: Any = torch.autograd.forward_ad
+
 _libraries: dict[str, torch.library.Library] = {}
 
 
@@ -65,22 +72,11 @@ def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def functions_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is active; as ``autograd.Function`` asks."""
-    found: bool = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return found
-
-
 def without_transforms(x: torch.Tensor) -> torch.Tensor:
     """The tensor inside of those that transforms of torch.func wrap around it."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
-
-
-def dispatch_mode_active() -> bool:
-    """Whether a mode of ``torch.utils._python_dispatch`` sees every operator."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def dispatch_modes() -> list[Any]:

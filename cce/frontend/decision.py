@@ -20,6 +20,7 @@ from cce import registry
 from cce.backends.base import Backend, OnePass
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
+from cce.backends.shared.weighted_logit import finest_dtype
 from cce.distributed.join import Part
 from cce.frontend import tracing
 from cce.spec import Spec
@@ -64,6 +65,35 @@ class Request(NamedTuple):
         return Request(*ast.literal_eval(f"({key},)"))
 
 
+class Results(NamedTuple):
+    """Sizes and dtypes of the results of a call's operator.
+
+    Attributes:
+        outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
+        wide: dtype of most outputs, the accumulation dtype.
+        fine: dtype of the weighted logit.
+        maps: names of the maps that the backward will read.
+        map_dtype, tiles: of the maps.
+        order: entries of the vocabulary order that the operator makes; 0 if it makes none.
+    """
+
+    outputs: frozenset[str]
+    wide: torch.dtype
+    fine: torch.dtype
+    maps: frozenset[str]
+    map_dtype: torch.dtype
+    tiles: int
+    order: int
+
+    @classmethod
+    def of(cls, problem: Problem, spec: Spec, device: torch.device) -> Results:
+        """The results of a problem; sizes may be symbols."""
+        wide, order = getattr(torch, str(spec.accumulate)), problem.v if spec.vocab_order == "mean_logit" else 0
+        maps, map_dtype = problem.maps(spec), problem.map_dtype(spec)
+        fine = finest_dtype(device)
+        return cls(problem.outputs, wide, fine, maps, map_dtype, spec.tiles(problem.v) if maps else 0, order)
+
+
 @dataclass(frozen=True)
 class Call:
     """A decided call.
@@ -74,6 +104,7 @@ class Call:
         spec: resolved; a permutation travels beside it.
         backend: the one that runs it.
         part: the part of the vocabulary that ``c`` is, or None.
+        results: sizes and dtypes of what the operator returns.
         one_pass: computes the gradients of a mean or sum of plain losses along with it, where that is faster.
         generation: of the backends there are (``registry.generation``).
     """
@@ -83,6 +114,7 @@ class Call:
     spec: Spec
     backend: Backend
     part: Part | None
+    results: Results
     one_pass: OnePass | None
     generation: int
 
@@ -98,7 +130,7 @@ class Call:
 
     def stale(self, key: str) -> bool:
         """Whether a call asked for by ``key`` must be decided anew because the set of backends has changed."""
-        return key != self.key and self.generation != registry.generation()
+        return key != self.key and self.generation != registry.generation
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -159,8 +191,9 @@ def _decided(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, request
     problem, spec, part = described(e, c, bias, targets, request)
     name = registry.choose_name(request.backend, problem, spec)
     backend = registry.load(name)
-    key = request._replace(backend=name, spec=spec.key, decided=registry.generation()).key
-    return Call(key, problem, spec, backend, part, _one_pass(backend, problem, spec, part), registry.generation())
+    key = request._replace(backend=name, spec=spec.key, decided=registry.generation).key
+    results, one_pass = Results.of(problem, spec, e.device), _one_pass(backend, problem, spec, part)
+    return Call(key, problem, spec, backend, part, results, one_pass, registry.generation)
 
 
 def _one_pass(backend: Backend, problem: Problem, spec: Spec, part: Part | None) -> OnePass | None:
@@ -191,7 +224,7 @@ def kind_of(e: Any, c: Any, targets: Any, bias: Any, spec: Any, options: tuple[A
         return None
     if tracing.active() or torch.is_autocast_enabled(e.device.type):
         return None
-    found: list[Any] = [registry.generation(), torch.is_grad_enabled(), options, types]
+    found: list[Any] = [registry.generation, torch.is_grad_enabled(), options, types]
     for x in (e, c, targets, bias):
         if x is None:
             found.append(None)

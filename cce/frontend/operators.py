@@ -17,12 +17,10 @@ from torch import Tensor
 from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.shared import targets as shared_targets
 from cce.backends.shared.rows import rows_in_use, select
-from cce.backends.shared.weighted_logit import finest_dtype
 from cce.distributed import join
-from cce.frontend.decision import Call, Request, decide, described
+from cce.frontend.decision import Call, Request, Results, decide, described
 from cce.frontend.mean_logit import mean_logit_order
 from cce.frontend.rows import own_dtypes, place_gradients, place_outputs, zero_gradients
-from cce.spec import Spec
 from cce.torch_private import differentiable, fake, operator
 
 _MAPS = ("tile_mass", "tile_entropy")
@@ -90,9 +88,8 @@ def forward_of(
         made = given(call, e, c, bias, targets, logit_weight, vocab_order)
         if made is None:
             return None
-        shape, dtype = (call.spec.tiles(call.problem.v), made.problem.n), call.problem.map_dtype(call.spec)
-        names = made.problem.maps(call.spec)
-        maps = Maps(**{name: e.new_empty(shape, dtype=dtype) for name in names})
+        shape, dtype = (call.results.tiles, made.problem.n), call.results.map_dtype
+        maps = Maps(**{name: e.new_empty(shape, dtype=dtype) for name in call.results.maps})
         return Forward(
             made.inputs, made.problem, maps, call.backend.forward(made.inputs, made.problem, call.spec, maps)
         )
@@ -118,7 +115,7 @@ def forward(
         call: key of a request (``decision.py``).
     """
     decided = decide(e, c, bias, targets, _scaled(call, scale))
-    empty = _empty_outputs(e, targets, decided.problem, decided.spec)
+    empty = _empty_outputs(e, targets, decided.results)
     order = empty[8]
     if order.numel() and vocab_order is None:
         with own_dtypes(e):
@@ -145,7 +142,7 @@ def _(
     call: str,
 ) -> tuple[Tensor, ...]:
     problem, spec, _ = described(e, c, bias, targets, Request.from_key(call))
-    return _empty_outputs(e, targets, problem, spec)
+    return _empty_outputs(e, targets, Results.of(problem, spec, e.device))
 
 
 @operator("cce::backward")
@@ -171,7 +168,7 @@ def backward(
     made = given(decided, e, c, bias, targets, logit_weight, vocab_order, wanted)
     if made is None:
         return zero_gradients(e, c, bias, wanted)
-    if made.problem.maps(decided.spec) - decided.problem.maps(decided.spec):
+    if made.problem is not decided.problem and made.problem.maps(decided.spec) - decided.results.maps:
         raise RuntimeError(
             "cce: backward through a loss that was traced under torch.no_grad, for which nothing was saved; "
             "trace it with gradients enabled, or with cce.Spec(filter='none')"
@@ -252,23 +249,23 @@ def _scaled(call: str, scale: Tensor | None) -> str:
     return call if scale is None else Request.from_key(call)._replace(logit_scale=float(scale)).key
 
 
-def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:
+def _empty_outputs(e: Tensor, targets: Tensor, results: Results) -> tuple[Tensor, ...]:
     """Outputs and maps filled for ignored rows; the maps are not initialised."""
-    m, wide = e.shape[0], getattr(torch, str(spec.accumulate))
-    maps, map_dtype = problem.maps(spec), problem.map_dtype(spec)
+    m, wide = e.shape[0], results.wide
 
-    def row(name: str, value: int = 0, dtype: torch.dtype = wide) -> Tensor:
-        return e.new_full((m if name in problem.outputs else 0,), value, dtype=dtype)
+    def row(name: str, dtype: torch.dtype, value: int = 0) -> Tensor:
+        return e.new_full((m if name in results.outputs else 0,), value, dtype=dtype)
 
+    shapes = ((results.tiles, m) if name in results.maps else (0, 0) for name in _MAPS)
     return (
         e.new_zeros(m, dtype=wide),
         e.new_zeros(targets.shape, dtype=wide),
         e.new_zeros(m, dtype=wide),
-        row("entropy"),
-        row("weighted_logit", dtype=finest_dtype(e.device)),
-        row("prediction", -1, torch.int64),
-        *(e.new_empty((spec.tiles(problem.v), m) if name in maps else (0, 0), dtype=map_dtype) for name in _MAPS),
-        e.new_empty(problem.v if spec.vocab_order == "mean_logit" else 0, dtype=torch.int64),
+        row("entropy", wide),
+        row("weighted_logit", results.fine),
+        row("prediction", torch.int64, -1),
+        *(e.new_empty(shape, dtype=results.map_dtype) for shape in shapes),
+        e.new_empty(results.order, dtype=torch.int64),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cce.frontend.flops import tell_counters
-from cce.torch_private import dispatch_mode_active, functions_transformed
+from cce.torch_private import dispatch_depth, forward_ad, transforms_active
 
 _NOT_INSIDE = (
     "transforms of torch.func and forward-mode derivatives inside of torch.compile are not implemented; "
@@ -31,10 +31,15 @@ def traced(e: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if dispatch_mode_active():
+    if dispatch_depth() > 0:
         tell_counters()
         return True
     return e.is_meta or type(e) not in PLAIN
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    return transforms_active() or forward_ad._current_level >= 0
 
 
 def eager_if_transformed(function: Callable[P, T]) -> Callable[P, T]:
@@ -52,7 +57,7 @@ def eager_if_transformed(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> T:
-        if torch.compiler.is_compiling() and functions_transformed():
+        if torch.compiler.is_compiling() and _transformed():
             return outside(*arguments, **options)
         return function(*arguments, **options)
 
@@ -74,7 +79,7 @@ def active() -> bool:
     Raises:
         RuntimeError: it is, and torch.compile is about to take the operators as they are.
     """
-    found = functions_transformed()
+    found = _transformed()
     if found and torch.compiler.is_compiling():
         raise RuntimeError(f"cce: {_NOT_INSIDE}")
     return found

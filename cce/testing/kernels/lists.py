@@ -240,4 +240,4 @@ class Lists:
 
 def vars_of(spec: Spec) -> dict[str, Any]:
     """The fields to make another one from."""
-    return {name: value for name, value in vars(spec).items() if name != "key"}
+    return {name: value for name, value in vars(spec).items() if name not in ("key", "permutation")}
