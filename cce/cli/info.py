@@ -1,4 +1,4 @@
-"""``cce info``: versions, devices, and what every backend can run here."""
+"""``cce info``: versions, devices, and the backends that can run here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cce.cli.arguments import available_devices, explain_training
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
-#: Distributions that may provide a package, the first one installed is shown.
+#: Distributions that may provide a package; the first one installed is shown.
 OPTIONAL = {
     "triton": ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
@@ -29,20 +29,20 @@ OPTIONAL = {
 
 
 class Section(NamedTuple):
-    """A titled list of (name, value) rows."""
+    """Titled list of (name, value) rows."""
 
     title: str
     rows: list[tuple[str, str]]
 
 
 def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     text = "Versions, devices, and every backend with the reasons why it cannot run here."
     commands.add_parser("info", help=text[0].lower() + text[1:-1], description=text).set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the sections, as tables where ``rich`` is installed."""
+    """Print the sections, as tables if ``rich`` is installed."""
     sections = [versions(), devices(), *(backends(torch.device(name)) for name in available_devices())]
     if find_spec("rich") is None:
         print("\n\n".join(map(plain, sections)))
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plain(section: Section) -> str:
-    """A section as text without any library.
+    """Format a section as text without any library.
 
     >>> print(plain(Section("Devices", [("cpu", "2 threads"), ("cuda:0", "H100")])))
     Devices
@@ -75,7 +75,7 @@ def plain(section: Section) -> str:
 
 
 def versions() -> Section:
-    """Of Python and of packages; none of the optional ones is imported."""
+    """Versions of Python and of packages; none of the optional ones is imported."""
     rows = [("cce", cce.__version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
     rows += [("torch", torch.__version__), ("numpy", numpy.__version__)]
     rows += [(name, _first_version(names)) for name, names in OPTIONAL.items()]
@@ -97,12 +97,12 @@ def devices() -> Section:
 
 
 def backends(device: torch.device) -> Section:
-    """Every backend on ``device``, in the dtype models are trained in there."""
+    """Every backend on ``device``, for the dtype in which models are trained there."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     title = f"Backends on {device}, {str(dtype).removeprefix('torch.')}"
     try:
         found = explain_training(device, dtype)
-    except RuntimeError as error:  # an accelerator that is listed and does not work
+    except RuntimeError as error:  # an accelerator that is listed but does not work
         return Section(title, [("auto", f"nothing can run: {error}")])
     rows = [(name, "can run" if not reasons else "\n".join(reasons)) for name, reasons in found.reasons.items()]
     rows.append(("auto", f"runs {found.backend}" if found.backend else "no backend can run"))
