@@ -14,12 +14,11 @@ from cce.functional import Terms, loss, terms
 from cce.modules import LinearCrossEntropy
 from cce.registry import list_backends, register_backend, unregister_backend
 from cce.spec import Spec
+from cce.version import __version__ as __version__
 from cce.vocab_order import VocabOrder
 
 if TYPE_CHECKING:
     from cce import losses
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",

@@ -1,4 +1,4 @@
-"""What would run and why, and how much of the logits the filter leaves."""
+"""Diagnostics: which backend would run and why, and how much of the logits a filter leaves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cce import registry
 from cce.backends.problem import Problem, Upstream
+from cce.backends.resolve import resolve
 from cce.backends.shared.rows import used_rows
 from cce.backends.shared.worklist import live_fraction as fraction_of
 from cce.distributed.vocab_parallel import operands
@@ -66,7 +67,8 @@ def explain(
 ) -> Explanation:
     """Which backend would run ``cce.loss(e, c, targets, bias, ...)``, and why each other one would not.
 
-    Takes the arguments of :func:`cce.loss`; nothing is computed.
+    Takes the arguments of :func:`cce.loss`; nothing is computed, and no other process is asked: of a vocabulary split
+    by a process group, the default threshold shown is that of a vocabulary of this process's size.
 
     Raises:
         TypeError, ValueError: as :func:`cce.loss`, or an option it does not have.
@@ -78,6 +80,7 @@ def explain(
     if unknown:
         raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option of cce.loss")
     given = {**LOSS_DEFAULTS, **options, "backend": backend}
+    whole = c
     e, c, bias, targets, split = operands(e, c, bias, targets, given["vocab_parallel"])
     shared = {name: given[name] for name in ("ignore_index", "shift", "softcap", "logit_scale", "backend")}
     outputs = ("weighted_logit",) if given["label_smoothing"] else ()
@@ -88,9 +91,8 @@ def explain(
         lead=flat.shape,
         device=flat.c.device,
     )
-    problem, resolved, _ = described(flat.e, flat.c, flat.bias, flat.targets, flat.request)
-    if flat.spec.permutation is not None:
-        resolved = resolved.with_permutation_of(flat.spec)
+    problem, _, _ = described(flat.e, flat.c, flat.bias, flat.targets, flat.request)
+    resolved = resolve(flat.spec, problem, whole.shape[0])  # a DTensor knows how large the whole is
     reasons = {name: registry.reasons(name, problem, resolved) for name in registry.list_backends()}
     reasons |= registry.passed_over()
     try:

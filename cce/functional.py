@@ -66,7 +66,7 @@ def terms(
             have the shape of ``targets[..., s:]``.
         softcap, logit_scale: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``.
         target_weight: (..., K) weights of K-sparse soft targets (top-k distillation); differentiable.
-        backend: "auto", or one of :func:`cce.backends`.
+        backend: "auto", or one of :func:`cce.list_backends`.
         spec: how to compute it; None means ``cce.Spec()``.
         vocab_parallel: ``c`` (and ``bias``) are this process's rows of a vocabulary split over a process group: the
             group, a one-dimensional ``DeviceMesh``, or a :class:`cce.VocabParallel`. Not needed where ``c`` is a
@@ -228,12 +228,12 @@ def loss(
 
 
 def _asked(number: float) -> bool:
-    """Whether an option is not 0; one of a wrong type is asked for, and refused later."""
+    """Whether an option is other than 0; a value of a wrong type counts as one, and is refused later."""
     return not isinstance(number, (int, float)) or number != 0
 
 
 def _check_filter(flat: Flat, outputs: Sequence[str]) -> None:
-    """Refuses a filter where a gradient of lse or entropy is wanted: it may consist of what the filter leaves out."""
+    """Refuse a filter where a gradient of lse or entropy is wanted: it may consist of what the filter leaves out."""
     filter, asked = flat.spec.filter, [name for name in ("lse", "entropy") if name in outputs]
     if filter not in (None, "none") and asked and flat.request.grads:
         raise ValueError(
@@ -278,7 +278,7 @@ def _token_weights(flat: Flat, token_weight: Tensor) -> Tensor:
 
 
 def _total(flat: Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Tensor:
-    """What "mean" divides by."""
+    """Divisor of "mean"."""
     weights = of_tokens
     if of_target is not None:
         weights = of_target[:, 0] if of_tokens is None else of_target[:, 0] * of_tokens

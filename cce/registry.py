@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cce import plugins
-from cce.backends.base import Backend
+from cce.backends.base import Backend, OnePass
 from cce.backends.problem import Problem
 from cce.errors import BackendUnavailable
 from cce.spec import Spec
@@ -91,7 +91,7 @@ def list_backends() -> list[str]:
 
 
 def passed_over() -> dict[str, list[str]]:
-    """Explanations for entry points that are not backends because their name is not allowed."""
+    """Entry points that are not backends because of their names, with the reason."""
     return {
         f"{name} ({plugins.distribution(point)})": [f"an entry point cannot be called {name!r}, which is taken by cce"]
         for name, points in plugins.entry_points().items()
@@ -101,7 +101,7 @@ def passed_over() -> dict[str, list[str]]:
 
 
 def check_name(name: object) -> None:
-    """Raise ValueError or TypeError if ``name`` is neither "auto" nor the name of a backend."""
+    """Raise ValueError or TypeError if ``name`` is neither "auto" nor a backend's name."""
     if not isinstance(name, str):
         raise TypeError(f"backend: got {name!r} of type {type(name).__name__}, expected a string")
     if name != "auto" and name not in list_backends():
@@ -138,16 +138,18 @@ def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
     if found or ours or not problem.needs_grad or problem.outputs:
         return found
     try:
-        backend.one_pass(problem, spec)  # the front end will ask this, too
+        steps = backend.one_pass(problem, spec)  # as the front end will ask
     except KeyboardInterrupt:
         raise
     except BaseException as error:
         return [f"its method one_pass raised {described(error)}"]
-    return []
+    if steps is None or isinstance(steps, OnePass):
+        return []
+    return [f"its method one_pass returned a {type(steps).__name__}, expected a cce.backends.base.OnePass or None"]
 
 
 def refusals(backend: Backend, problem: Problem, spec: Spec) -> list[str]:
-    """Reasons why a backend cannot run ``problem``: those of the environment first, then those of the problem."""
+    """Reasons why a backend cannot run ``problem``: those from the environment first, then those from the problem."""
     return [*_reasons_of(backend, "unavailable", problem.device), *_reasons_of(backend, "unsupported", problem, spec)]
 
 
@@ -164,7 +166,7 @@ def _reasons_of(backend: Backend, method: str, *arguments: Any) -> list[str]:
 
 
 def note(name: str, problem: Problem, spec: Spec) -> str:
-    """Note from backend ``name``, which is loaded, on how it would run ``problem``."""
+    """Note of the loaded backend ``name`` on how it would run ``problem``."""
     try:
         return str(load(name).note(problem, spec))
     except KeyboardInterrupt:
@@ -174,7 +176,7 @@ def note(name: str, problem: Problem, spec: Spec) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Describe an error by its type and text, even if its text cannot be made."""
+    """Describe an error from any code by its type and text."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:

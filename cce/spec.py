@@ -1,4 +1,4 @@
-"""What defines the algorithm: the one description every backend executes."""
+"""The specification of the algorithm: one description that every backend executes."""
 
 from __future__ import annotations
 

@@ -58,12 +58,17 @@ def assert_near(found: list[Tensor], expected: list[Tensor]) -> None:
         assert x.shape == y.shape and (x - y).norm() <= 1e-6 * y.norm(), f"value {i}"
 
 
-@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "mark_dynamic"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_one_graph_for_all_sizes(options: dict[str, Any], dynamic: bool | None) -> None:
+def with_each(first: Any, other: Any) -> list[tuple[str, Any]]:
+    """Every option the first way, and those that differ in shapes the other way too."""
+    return [*((name, first) for name in OPTIONS), *((name, other) for name in ("plain", "per-token", "filtered"))]
+
+
+@pytest.mark.parametrize(("name", "dynamic"), with_each(True, None))
+def test_one_graph_for_all_sizes(name: str, dynamic: bool | None) -> None:
+    """Sizes are dynamic, or marked so."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = Model(**options)
+    model = Model(**OPTIONS[name])
     fast = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
     compiled = []
     for size in SIZES:
@@ -122,12 +127,11 @@ def test_bad_target() -> None:
         fast(tokens, targets)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_export(options: dict[str, Any], strict: bool) -> None:
+@pytest.mark.parametrize(("name", "strict"), with_each(False, True))
+def test_export(name: str, strict: bool) -> None:
     """Of the module, with both sizes dynamic; after a trip through a file it gives the same loss and gradients."""
     torch._dynamo.reset()
-    head = cce.LinearCrossEntropy(D, V, bias=True, **{"backend": "torch", **options})
+    head = cce.LinearCrossEntropy(D, V, bias=True, **{"backend": "torch", **OPTIONS[name]})
     # A sequence has to be longer than two: torch.export takes sizes of 1, which a shift makes of 2, for constants.
     b, n = torch.export.Dim("b", min=2, max=64), torch.export.Dim("n", min=3, max=64)
     example = torch.randn(4, 6, D), batch((4, 6))[1]

@@ -187,7 +187,7 @@ class Rude(TorchBackend):
         return self._answer("unsupported", [])
 
     def one_pass(self, problem, spec):
-        return self._answer("one_pass", False)
+        return self._answer("one_pass", None)
 
     def note(self, problem, spec):
         return self._answer("note", "")
@@ -198,6 +198,7 @@ class Rude(TorchBackend):
     [
         *((f"{method} raises", f"its method {method} raised KeyError: 'mine'") for method in
           ("unavailable", "unsupported", "one_pass")),
+        ("one_pass string", "its method one_pass returned a str, expected a cce.backends.base.OnePass or None"),
         ("unsupported exits", "its method unsupported raised SystemExit: 3"),
         ("unsupported none", "its method unsupported returned a NoneType, expected a list of strings"),
         ("unavailable string", "its method unavailable returned a str, expected a list of strings"),

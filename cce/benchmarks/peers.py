@@ -52,7 +52,7 @@ class Peer:
             return f"torch {torch.__version__} has no F.{self._has}"
         module = self.package.replace("-", "_")
         if module and find_spec(module) is None:
-            return f"{self.package} is not installed: pip install 'cce[peers]'"
+            return f"{self.package} is not installed: pip install 'cce-kernels[peers]'"
         return ""
 
     @property

@@ -17,4 +17,4 @@ def require(extra: str, *packages: str) -> None:
     """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
-        raise UsageError(f"needs {', '.join(missing)}, not installed here: pip install 'cce[{extra}]'")
+        raise UsageError(f"needs {', '.join(missing)}, not installed here: pip install 'cce-kernels[{extra}]'")

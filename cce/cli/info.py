@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
@@ -14,6 +15,7 @@ import torch
 
 import cce
 from cce.cli.arguments import available_devices, explain_training
+from cce.cli.errors import UsageError
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
@@ -26,6 +28,11 @@ OPTIONAL = {
     "numba-cuda": ("numba-cuda",),
     "transformers": ("transformers",),
 }
+
+#: This package is distributed as cce-kernels. The package index also has a distribution of this name, for time series,
+#: whose import name is ours: each of the two overwrites files of the other.
+OTHER = "cce"
+REMEDY = f"python -m pip uninstall {OTHER} cce-kernels, then install cce-kernels again"
 
 
 class Section(NamedTuple):
@@ -43,6 +50,9 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the sections, as tables if ``rich`` is installed."""
+    if not hasattr(cce, "list_backends"):  # a later installation of the other has replaced cce/__init__.py
+        place = Path(cce.__file__).parent
+        raise UsageError(f"the package imported as cce from {place} is not cce-kernels; {other() or REMEDY}")
     sections = [versions(), devices(), *(backends(torch.device(name)) for name in available_devices())]
     if find_spec("rich") is None:
         print("\n\n".join(map(plain, sections)))
@@ -76,10 +86,23 @@ def plain(section: Section) -> str:
 
 def versions() -> Section:
     """Versions of Python and of packages; none of the optional ones is imported."""
-    rows = [("cce", cce.__version__), ("python", f"{platform.python_version()} on {platform.platform()}")]
+    rows = [("cce", f"{cce.__version__}, imported from {Path(cce.__file__).parent}")]
+    if found := other():
+        rows.append(("warning", found))
+    rows.append(("python", f"{platform.python_version()} on {platform.platform()}"))
     rows += [("torch", torch.__version__), ("numpy", numpy.__version__)]
     rows += [(name, _first_version(names)) for name, names in OPTIONAL.items()]
     return Section("Versions", rows)
+
+
+def other() -> str:
+    """A warning with the remedy if the other distribution of the same import name is installed; "" if it is not."""
+    try:
+        place = distribution(OTHER).locate_file("")
+    except PackageNotFoundError:
+        return ""
+    text = f"the distribution {OTHER!r}, {_first_version((OTHER,))}, in {place} has the same import name as cce-kernels"
+    return f"{text}, and the two cannot be installed side by side; {REMEDY}"
 
 
 def devices() -> Section:

@@ -12,7 +12,7 @@ from cce.frontend.flatten import Flat
 
 
 class Rows(NamedTuple):
-    """What the operator returns, per row of the flattened ``e`` (M,)."""
+    """Results of the operator, per row of the flattened ``e`` (M,)."""
 
     lse: Tensor
     nll: Tensor  # (M, K)

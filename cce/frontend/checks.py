@@ -22,7 +22,7 @@ OUTPUTS = ("nll", "lse", "entropy", "prediction")
 
 
 def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any, part: bool = False) -> None:
-    """Types, dtypes, shapes and devices of the tensors; their values are not looked at.
+    """Check types, dtypes, shapes and devices of the tensors; their values are not looked at.
 
     ``part``: ``c`` is a part of the vocabulary, which may be empty.
     """
@@ -45,7 +45,7 @@ def check_tensors(e: Any, c: Any, targets: Any, bias: Any, target_weight: Any, p
 
 
 def check_options(*, ignore_index: Any, shift: Any, softcap: Any, logit_scale: Any, backend: Any, spec: Any) -> None:
-    """The options ``terms`` and ``loss`` share."""
+    """Check the options that ``terms`` and ``loss`` share."""
     check_ignore_index(ignore_index)
     _integer("shift", shift)
     if shift < 0:
@@ -60,7 +60,7 @@ def check_options(*, ignore_index: Any, shift: Any, softcap: Any, logit_scale: A
 
 
 def check_range(wide: torch.dtype, **numbers: float | None) -> None:
-    """Numbers that the arithmetic of a call computes with: it must be able to hold them, neither as inf nor as 0."""
+    """Check that the dtype a call computes in can hold these numbers, neither as inf nor as 0."""
     if wide == torch.float64:
         return
     limits = torch.finfo(wide)
@@ -71,14 +71,14 @@ def check_range(wide: torch.dtype, **numbers: float | None) -> None:
 
 
 def check_ignore_index(ignore_index: Any) -> None:
-    """What a target may be beside an entry."""
+    """Check the value that a target may have beside an entry."""
     _integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index: got {ignore_index}, expected an int of at most 64 bits")
 
 
 def check_shift(shift: int, targets: Tensor, lead: int) -> None:
-    """``shift`` moves along the last of the ``lead`` leading dimensions."""
+    """Check ``shift``, which moves along the last of the ``lead`` leading dimensions."""
     if shift and lead < 1:
         raise ValueError(
             f"shift: got {shift} with targets of shape {tuple(targets.shape)}, expected a sequence dimension"
@@ -86,21 +86,21 @@ def check_shift(shift: int, targets: Tensor, lead: int) -> None:
 
 
 def check_vocab_order(spec: Spec, v: int) -> None:
-    """A vocabulary order has an entry for every row of ``c``."""
+    """Check that a vocabulary order has an entry for every row of ``c``."""
     order = spec.permutation
     if order is not None and len(order) != v:
         raise ValueError(f"spec.vocab_order: got {len(order)} entries, expected V = {v}")
 
 
 def check_vocab_order_options(v: Any, every: Any, decay: Any) -> None:
-    """The numbers a ``VocabOrder`` is made with."""
+    """Check the numbers that a ``VocabOrder`` is made with."""
     check_count("v", v)
     check_count("every", every)
     _number("decay", decay, "a number in (0, 1]", lambda x: 0 < x <= 1)
 
 
 def check_counts(name: str, counts: Any, v: int, *, dtypes: tuple[torch.dtype, ...] = (*FLOATS, *INTEGERS)) -> None:
-    """(V,) what a vocabulary can be sorted by; a GPU's values are not looked at, as that would wait for it."""
+    """Check (V,) counts to sort a vocabulary by; a GPU's values are not looked at, as that would wait for it."""
     _tensor(name, counts)
     if counts.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -116,7 +116,7 @@ def check_counts(name: str, counts: Any, v: int, *, dtypes: tuple[torch.dtype, .
 
 
 def check_vocab_order_state(state: Any, v: int) -> None:
-    """What ``VocabOrder.state_dict`` returns, of ``v`` entries."""
+    """Check a state of ``VocabOrder.state_dict``, of ``v`` entries."""
     names = ("counts", "permutation", "updates")
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict: got {describe(state)}, expected a dict")
@@ -136,14 +136,14 @@ def check_vocab_order_state(state: Any, v: int) -> None:
 
 
 def check_integers(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = INTEGERS) -> None:
-    """An integer tensor of any shape."""
+    """Check for an integer tensor of any shape."""
     _tensor(name, value)
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected an integer dtype")
 
 
 def check_outputs(outputs: Any) -> None:
-    """Names of ``terms``' outputs."""
+    """Check names of ``terms``' outputs."""
     if isinstance(outputs, str) or not isinstance(outputs, Sequence):
         raise TypeError(f"outputs: got {describe(outputs)}, expected a sequence of names out of {OUTPUTS}")
     unknown = [name for name in outputs if name not in OUTPUTS]
@@ -162,7 +162,14 @@ def check_loss_options(
     lead: torch.Size,
     device: torch.device,
 ) -> None:
-    """What ``loss`` has beyond ``terms``; ``lead`` is the shape of one value a token, ``v`` the whole vocabulary's."""
+    """Check the options of ``loss`` that ``terms`` does not have.
+
+    Args:
+        reduction, label_smoothing, z_loss, weight, token_weight: as given to ``loss``.
+        v: entries of the whole vocabulary, None if unknown.
+        lead: shape of one value a token.
+        device: of the call.
+    """
     check_choice("reduction", reduction, REDUCTIONS)
     _number("label_smoothing", label_smoothing, "a number in [0, 1]", lambda x: 0 <= x <= 1)
     _number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
@@ -172,7 +179,7 @@ def check_loss_options(
 
 
 def check_token_weight(token_weight: Any, lead: torch.Size, device: torch.device) -> None:
-    """One weight a token, or None."""
+    """Check for one weight a token, or None."""
     if token_weight is None:
         return
     _tensor("token_weight", token_weight)
@@ -183,44 +190,44 @@ def check_token_weight(token_weight: Any, lead: torch.Size, device: torch.device
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """One of some names."""
+    """Check for one of some names."""
     if not isinstance(value, str) or value not in choices:
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(f"{name}: got {describe(value)}, expected one of {choices}")
 
 
 def check_number(name: str, value: Any, expected: str, valid: Callable[[Any], bool]) -> None:
-    """A finite number of which ``valid`` is true."""
+    """Check for a finite number of which ``valid`` is true."""
     _number(name, value, expected, valid)
 
 
 def check_count(name: str, value: Any) -> None:
-    """An int of at least 1."""
+    """Check for an int of at least 1."""
     _integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected an int >= 1")
 
 
 def check_bool(name: str, value: Any) -> None:
-    """True or False."""
+    """Check for True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: got {describe(value)}, expected True or False")
 
 
 def check_float_tensor(name: str, value: Any) -> None:
-    """A tensor of real numbers of any shape."""
+    """Check for a tensor of real numbers of any shape."""
     _float_tensor(name, value)
 
 
 def check_floats(name: str, value: Any, shape: tuple[int, ...], meaning: str, like: Tensor) -> None:
-    """A tensor of real numbers, of this shape and on the device of ``like``."""
+    """Check for a tensor of real numbers, of this shape and on the device of ``like``."""
     _float_tensor(name, value)
     _shape(name, value, shape, meaning)
     _same_device(like.device, **{name: value})
 
 
 def check_entries(name: str, value: Any, targets: Tensor) -> None:
-    """(..., K) vocabulary entries beside ``targets`` (...)."""
+    """Check (..., K) vocabulary entries beside ``targets`` (...)."""
     check_integers(name, value, dtypes=(*INTEGERS, *UNSIGNED))
     if value.ndim != targets.ndim + 1 or value.shape[:-1] != targets.shape or value.shape[-1] < 1:
         expected = (*targets.shape, "K")
@@ -229,14 +236,14 @@ def check_entries(name: str, value: Any, targets: Tensor) -> None:
 
 
 def check_option_names(options: Mapping[str, Any], accepted: Iterable[str]) -> None:
-    """Keywords that a function passes on."""
+    """Check keywords that a function passes on."""
     unknown = sorted(set(options) - set(accepted))
     if unknown:
         raise TypeError(f"{unknown[0]}: got {options[unknown[0]]!r}, expected an option out of {sorted(accepted)}")
 
 
 def check_class_weight(weight: Any, v: int | None) -> None:
-    """(V,) class weights, or None; ``v`` None stands for a vocabulary of unknown size."""
+    """Check (V,) class weights, or None; ``v`` None stands for a vocabulary of unknown size."""
     if weight is None:
         return
     _float_tensor("weight", weight)
@@ -246,7 +253,7 @@ def check_class_weight(weight: Any, v: int | None) -> None:
 
 
 def check_head(in_features: Any, out_features: Any, dtype: Any) -> None:
-    """The sizes and the dtype of ``LinearCrossEntropy``."""
+    """Check the sizes and the dtype of ``LinearCrossEntropy``."""
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: got {dtype!r}, expected one of {FLOATS} or None")
     check_count("in_features", in_features)

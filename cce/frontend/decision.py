@@ -1,4 +1,4 @@
-"""What a call is and how it runs: decided once for each kind of call, and kept.
+"""The decision of what a call is and how it runs: made once for each kind of call, and kept.
 
 A call travels through the operators as its ``key``. With the shapes and dtypes of the tensors beside it, the key leads
 back to the same :class:`Call`, so that the forward and the backward of a loss cannot disagree: once the front end has
@@ -29,7 +29,7 @@ _SIMPLE = frozenset({int, float, str, type(None)})
 
 
 class Request(NamedTuple):
-    """What is asked for beside the tensors, as numbers and strings.
+    """The part of a call that is not a tensor, as numbers and strings.
 
     Attributes:
         backend: a name, or "auto".
@@ -88,7 +88,7 @@ class Call:
 
     @cached_property
     def request(self) -> Request:
-        """What it was decided to be."""
+        """The request that leads back to this call, with nothing left to choose."""
         return Request.from_key(self.key)
 
     @cached_property
@@ -97,8 +97,15 @@ class Call:
         return torch.float64 if self.spec.accumulate == "float64" else torch.float32
 
     def stale(self, key: str) -> bool:
-        """Whether a call asked for by ``key`` has to be decided anew, as there are other backends now."""
+        """Whether a call asked for by ``key`` must be decided anew because the set of backends has changed."""
         return key != self.key and self.generation != registry.generation()
+
+    @cached_property
+    def gradient_bytes(self) -> int:
+        """Size of all gradients that may be wanted."""
+        p = self.problem
+        sizes = ((p.grad_e, p.n * p.d * p.e_dtype.itemsize), (p.grad_c, p.v * p.d * p.c_dtype.itemsize))
+        return sum(size for wanted, size in sizes if wanted) + 4 * p.v * p.grad_bias
 
     @cached_property
     def grads(self) -> str:
@@ -107,7 +114,7 @@ class Call:
         return ",".join(name for name, x in (("e", p.grad_e), ("c", p.grad_c), ("bias", p.grad_bias)) if x)
 
     def problem_of(self, n: int, wanted: str | None) -> Problem:
-        """The problem of ``n`` rows in use and of the gradients ``wanted``; None stands for all of the call's."""
+        """The call's problem for ``n`` rows in use and the gradients ``wanted`` (None: all that the call may want)."""
         p = self.problem
         if wanted is None or wanted == self.grads:
             return p if p.n == n else replace(p, n=n)
@@ -170,7 +177,7 @@ _known: dict[Kind, Call] = {}
 
 
 def kind_of(e: Any, c: Any, targets: Any, bias: Any, spec: Any, options: tuple[Any, ...]) -> Kind | None:
-    """All that the checks and the decision of a call depend on; None if the key cannot capture all of it.
+    """Everything that the checks and the decision of a call depend on; None if a key cannot capture all of it.
 
     Few rows take a GPU less than a millisecond, and the checks, which look at nothing but types, shapes, dtypes and
     options, a quarter of that: a kind of call is checked once. The values of the targets are checked in every call.
@@ -200,12 +207,12 @@ def kind_of(e: Any, c: Any, targets: Any, bias: Any, spec: Any, options: tuple[A
 
 
 def recall(kind: Kind | None) -> Call | None:
-    """The call that an earlier one of this kind was decided to be, all its arguments good; None if there was none."""
+    """The decided call of an earlier one of this kind, whose arguments were good; None if there was none."""
     return None if kind is None else _known.get(kind)
 
 
 def remember(kind: Kind | None, call: Call | None) -> None:
-    """Has :func:`recall` know the kind of a call whose arguments are good."""
+    """Make :func:`recall` know the kind of a call whose arguments are good."""
     if kind is not None and call is not None:
         _keep(_known, kind, call)
 

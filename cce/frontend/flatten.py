@@ -72,7 +72,7 @@ def flatten(
     plain_mean: bool = False,
     known: Call | None = None,
 ) -> Flat:
-    """Checks the arguments, makes one row a token of them, and decides how the call runs.
+    """Check the arguments, make one row a token of them, and decide how the call runs.
 
     Args:
         signature: what else must be the same on all processes of a split vocabulary, numbers and strings by name.
@@ -116,7 +116,7 @@ def arrange(
     *,
     part: bool = False,
 ) -> Flat:
-    """Checks the arguments, but for the targets' values, and makes one row a token of them.
+    """Check the arguments, but for the targets' values, and make one row a token of them.
 
     Args:
         part: ``c`` is a part of a vocabulary, so that no number of entries is expected of it.
@@ -141,7 +141,7 @@ def _arranged(
     outputs: tuple[str, ...],
     options: Mapping[str, Any],
 ) -> Flat:
-    """The same of arguments that are good."""
+    """One row a token of arguments that have been checked."""
     spec = _DEFAULT_SPEC if spec is None else spec
     lead = targets.ndim - (target_weight is not None)
     rows, shift = _rows(targets, options["shift"], lead, options["ignore_index"])
@@ -166,17 +166,19 @@ def _again(
     plain_mean: bool,
     known: Call,
 ) -> Flat:
-    """The same of a call whose kind is known: plain tensors, without target weights. The host's time counts here."""
-    rows, shift = _rows(targets, shift, targets.ndim, ignore_index)
+    """One row a token of a call whose kind is known (plain tensors, no target weights); host time counts here."""
+    shape = targets.shape
+    if shift or targets.dtype in checks.UNSIGNED:
+        targets, shift = _rows(targets, shift, len(shape), ignore_index)
     e = e if e.ndim == 2 else e.reshape(-1, known.problem.d)
     spec = _DEFAULT_SPEC if spec is None else spec
     wide = known.wide if plain_mean and known.one_pass is not None else None
-    rows, weights = prepare(rows, known.problem.v, ignore_index, known.backend, wide)
-    return Flat(e, c, bias, rows, targets.shape, shift, spec, known.request, None, known, None, weights)
+    rows, weights = prepare(targets.reshape(-1, 1), known.problem.v, ignore_index, known.backend, wide)
+    return Flat(e, c, bias, rows, shape, shift, spec, known.request, None, known, None, weights)
 
 
 def _rows(targets: Tensor, shift: int, lead: int, ignore_index: int) -> tuple[Tensor, int]:
-    """(M, K) what each row of ``e`` predicts, of targets with ``lead`` dimensions of tokens; the shift there is."""
+    """Targets (M, K), a row for each row of ``e``, and the shift; ``lead`` dimensions of the targets are tokens."""
     if shift:
         shift = min(shift, targets.shape[lead - 1])  # nothing is predicted in a sequence that is no longer
     if shift or targets.dtype in checks.UNSIGNED:
@@ -186,7 +188,7 @@ def _rows(targets: Tensor, shift: int, lead: int, ignore_index: int) -> tuple[Te
 
 
 def _scale(logit_scale: float) -> tuple[Tensor | None, float]:
-    """The number as a tensor, if it is an input of the code that is compiled, and as what the request holds of it."""
+    """The number as a tensor, if it is an input of compiled code, and the number that the request holds instead."""
     if not tracing.symbolic(logit_scale):
         return None, float(logit_scale)
     # A number of an operator's arguments would be a constant of the compiled code, which would be compiled anew.
@@ -194,7 +196,7 @@ def _scale(logit_scale: float) -> tuple[Tensor | None, float]:
 
 
 def _prepared(flat: Flat, ignore_index: int, target_weight: Tensor | None, plain_mean: bool) -> Flat:
-    """With the targets' values checked, and with what is 0 where they are ignored."""
+    """The same call with its targets' values checked, and weights that are 0 where targets are ignored."""
     backend = None if flat.call is None else flat.call.backend
     weighted = plain_mean and flat.call is not None and flat.call.one_pass is not None
     rows, weights = prepare(flat.targets, flat.v, ignore_index, backend, flat.wide if weighted else None)
@@ -207,13 +209,13 @@ def _prepared(flat: Flat, ignore_index: int, target_weight: Tensor | None, plain
 
 
 def _as_int64(targets: Tensor) -> Tensor:
-    """The targets; those of uint64 beyond int64 become its largest number, which is no entry, not one below 0."""
+    """The targets as int64; those of uint64 beyond it become its largest number, which is no entry, not one below 0."""
     found = targets.to(torch.int64)
     return found.where(found >= 0, 2**63 - 1) if targets.dtype == torch.uint64 else found
 
 
 def _split(flat: Flat, split: VocabParallel, options: Mapping[str, Any]) -> Flat:
-    """What the other processes hold of the vocabulary, and of the tokens where each has its own."""
+    """Agree with the other processes on the parts of the vocabulary, and on each one's tokens if it has its own."""
     found = agree(split, flat.e, flat.c, flat.bias, flat.targets, flat.spec, flat.request.grads, options)
     first = sum(found.sizes[: found.rank])
     part = Part(found.group, first, found.sizes, split.reduce_de)
@@ -237,7 +239,7 @@ def shifted(x: Tensor, shift: int, lead: int, fill: int) -> Tensor:
 
 
 def wanted_gradients(e: Tensor, c: Tensor, bias: Tensor | None) -> str:
-    """Which gradients may be asked for, so that the forward keeps maps only if they will be used."""
+    """Names of the gradients that may be asked for, so that the forward keeps maps only if they will be used."""
     if not torch.is_grad_enabled():
         return ""
     return ",".join(n for n, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad)

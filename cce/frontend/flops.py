@@ -15,7 +15,7 @@ from cce.torch_private import dispatch_modes
 
 
 def tell_counters() -> None:
-    """Tells the counters that are active now, and those to come, what the operators cost."""
+    """Register the operators' costs with the counters that are active now, and with those to come."""
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
@@ -32,6 +32,6 @@ def _forward(e: Tensor, c: Tensor, *rest: Any, **others: Any) -> int:
 
 
 def _backward(e: Tensor, c: Tensor, *rest: Any, **others: Any) -> int:
-    """Operations of the logits, made again, and of a product for each matrix whose gradient is wanted."""
+    """Operations of recomputing the logits and of one product for each matrix whose gradient is wanted."""
     wanted = rest[-1].split(",")
     return (1 + ("e" in wanted) + ("c" in wanted)) * _forward(e, c)

@@ -38,13 +38,13 @@ class Held:
             line[id(self)] = weakref.ref(self)
 
     def keep(self, gradients: Any) -> None:
-        """Holds ``gradients``, unless there has been no room since."""
+        """Hold ``gradients``, unless later losses have needed the room."""
         with _lock:
             if id(self) in _waiting.get(self._device, ()):
                 self._gradients = gradients
 
     def take(self) -> Any:
-        """The gradients, which are held no longer; None if they are not, or not any more."""
+        """The gradients, which are then held no longer; None if they are not held (any more)."""
         gradients, self._gradients = self._gradients, None
         with _lock:
             _waiting.get(self._device, OrderedDict()).pop(id(self), None)

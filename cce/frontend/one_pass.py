@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import OnePass
-from cce.backends.problem import Problem
 from cce.backends.shared.rows import select
 from cce.frontend.decision import Call
 from cce.frontend.flatten import Flat
@@ -55,12 +54,6 @@ def total_loss(
     return value
 
 
-def _gradient_bytes(p: Problem) -> int:
-    """Size of all gradients that are computed along with the loss."""
-    sizes = ((p.grad_e, p.n * p.d * p.e_dtype.itemsize), (p.grad_c, p.v * p.d * p.c_dtype.itemsize))
-    return sum(size for wanted, size in sizes if wanted) + 4 * p.v * p.grad_bias
-
-
 Found = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -87,7 +80,7 @@ class _WeightedLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         assert call.one_pass is not None
         ctx.call, ctx.steps = call, call.one_pass
-        ctx.held = Held(_gradient_bytes(call.problem), call.spec.scratch_bytes, e.device)
+        ctx.held = Held(call.gradient_bytes, call.spec.scratch_bytes, e.device)
         value, *gradients = _run(call, call.one_pass, e, c, bias, targets, weights)
         ctx.held.keep(gradients)
         return value
@@ -109,7 +102,7 @@ class _WeightedLoss(torch.autograd.Function):
 
 
 def _scale(call: Call, gradients: Sequence[Tensor | None], factor: Tensor, targets: Tensor) -> None:
-    """Multiplies the gradients by ``factor``; those of rows without a target stay 0, though it, or c, be NaN or inf."""
+    """Multiply the gradients by ``factor``; rows without a target stay 0 even if the factor or c is NaN or inf."""
     on_cpu = factor.device.type == "cpu"  # where values may be looked at
     finite = on_cpu and bool(factor.isfinite())
     if on_cpu and not finite and not bool((targets >= 0).any()):

@@ -45,7 +45,7 @@ class Given(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a backend was given and found."""
+    """A backend's arguments and its results."""
 
     inputs: Inputs[Tensor]
     problem: Problem
@@ -63,15 +63,15 @@ def given(
     vocab_order: Tensor | None,
     wanted: str | None = None,
 ) -> Given | None:
-    """The rows in use, and what is computed for them; None if there are no such rows.
+    """The backend's arguments for the rows in use; None if there are no such rows.
 
     ``wanted``: gradients, where these are not all that the call may want.
     """
     rows, used = (None, targets) if call.backend.skips_ignored_rows else rows_in_use(targets)
-    if len(used) == 0:
+    n = used.shape[0]
+    if n == 0:
         return None
-    problem = call.problem_of(len(used), wanted)
-    return Given(Inputs(e, c, used, bias, rows, logit_weight, vocab_order), problem, rows)
+    return Given(Inputs(e, c, used, bias, rows, logit_weight, vocab_order), call.problem_of(n, wanted), rows)
 
 
 def forward_of(
@@ -210,7 +210,7 @@ def _(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keeps what the gradients are computed from."""
+    """Save the tensors that the gradients are computed from."""
     e, c, bias, targets, logit_weight, vocab_order, scale, ctx.call = inputs
     lse, nll, lse_low, entropy, _, prediction, *maps, order = output
     ctx.mark_non_differentiable(lse_low, prediction, *maps, order)
@@ -237,7 +237,7 @@ differentiable("cce::forward", partial(differentiate, backward), setup_context)
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
-    """What takes the place of the derivative of a gradient: an error that names the alternative."""
+    """Raise an error, in place of the derivative of a gradient, that names the alternative."""
     raise RuntimeError(
         "cce: second derivatives are not implemented, since they would need the logits again; "
         "use torch.nn.functional.cross_entropy(torch.nn.functional.linear(e, c), targets) for double backward"
@@ -253,7 +253,7 @@ def _scaled(call: str, scale: Tensor | None) -> str:
 
 
 def _empty_outputs(e: Tensor, targets: Tensor, problem: Problem, spec: Spec) -> tuple[Tensor, ...]:
-    """Outputs and maps as they are for ignored rows; the maps are not initialised."""
+    """Outputs and maps filled for ignored rows; the maps are not initialised."""
     m, wide = e.shape[0], getattr(torch, str(spec.accumulate))
     maps, map_dtype = problem.maps(spec), problem.map_dtype(spec)
 

@@ -1,4 +1,4 @@
-"""What "mean", "sum" and "none" are: of :func:`cce.loss`, and of every recipe in ``cce.losses``."""
+"""The reductions "mean", "sum" and "none" of :func:`cce.loss` and of every recipe in ``cce.losses``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def total(in_use: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What "mean" divides by: the sum of the weights in use; NaN, or 0 as 0 / 0 is NaN, where there are none.
+    """Divisor of "mean": the sum of the weights in use; NaN, or 0 as 0 / 0 is NaN, where there are none.
 
     Args:
         in_use: (...) bool.

@@ -13,7 +13,7 @@ from cce.backends.problem import Gradients, Outputs
 
 
 def own_dtypes(e: Tensor) -> AbstractContextManager[Any]:
-    """The front end has cast what autocast casts; a backend's own float32 arithmetic stays float32."""
+    """Context without autocast: the front end has cast already; a backend's own float32 arithmetic stays float32."""
     device = e.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return nullcontext()
@@ -45,7 +45,7 @@ def place_gradients(
 def placed_gradients(
     found: Gradients[Tensor], e: Tensor, c: Tensor, bias: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The same, with None for what was not asked for."""
+    """The gradients in their inputs' dtypes, dE at its rows' places, with None for those not asked for."""
     de = None if found.de is None else _in(e, found.de)
     if rows is not None and de is not None:
         de = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, de)
@@ -60,7 +60,7 @@ def _in(like: Tensor, x: Tensor) -> Tensor:
 
 
 def zero_gradients(e: Tensor, c: Tensor, bias: Tensor | None, wanted: str) -> tuple[Tensor, Tensor, Tensor]:
-    """dE, dC and dbias of nothing; those not ``wanted`` are empty."""
+    """dE, dC and dbias of a call without rows in use; those not ``wanted`` are empty."""
     names = set(wanted.split(","))
 
     def zero(name: str, x: Tensor | None) -> Tensor:

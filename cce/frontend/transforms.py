@@ -16,19 +16,19 @@ from cce.frontend import operators
 
 
 def prepare_targets(targets: Tensor, v: int, ignore_index: int) -> Tensor:
-    """``shared.targets.prepare``."""
+    """``shared.targets.prepare`` under a transform."""
     found: tuple[Tensor] = _Targets.apply(targets, v, ignore_index)  # type: ignore[no-untyped-call]
     return found[0]
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """``operators.forward``."""
+    """``operators.forward`` under a transform."""
     found: tuple[Tensor, ...] = _Forward.apply(*arguments)  # type: ignore[no-untyped-call]
     return found
 
 
 class _Sampled(torch.autograd.Function):
-    """Under vmap one sample runs after the other: each has gradients of its own."""
+    """Base of functions that run one sample after the other under vmap: each has gradients of its own."""
 
     @classmethod
     def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[Tensor, ...], Any]:

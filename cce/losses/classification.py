@@ -194,13 +194,13 @@ def dice(
 
 def _dice(nll: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
     p, rest = probabilities(nll)
-    w = rest**alpha * p
-    power = rest ** (alpha - 1)
+    factor, power = rest**alpha, rest ** (alpha - 1)
+    w = factor * p
     if alpha < 1:
         # It is infinite at p = 1, where any finite number is right: the logits' gradient has the factor 1 - p.
         power = power.masked_fill(rest == 0, 0)
-    complement = rest + p * (1 - rest**alpha)  # 1 - w
-    dw = p * power * (alpha * p - rest)
+    complement = rest + p * (1 - factor)  # 1 - w
+    dw = p * (alpha * p * power - factor)
     return complement / (w + 1 + gamma), -(2 + gamma) / (w + 1 + gamma) ** 2 * dw
 
 

@@ -78,7 +78,9 @@ def clip_contrastive(
     if isinstance(logit_scale, Tensor):
         checks.check_floats("logit_scale", logit_scale, (), "one number", e)
         check_positive("logit_scale", logit_scale)
-        # Scale the embeddings instead of using the option logit_scale, which is not a tensor and has no gradient.
+        # Scale the embeddings instead of using the option logit_scale, which is not a tensor and has no gradient. Use a
+        # wide dtype: the scale's gradient is the sum of two that may cancel, and is rounded once.
+        logit_scale = logit_scale.to(torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32))
         forth = _of_pairs(_scaled(a, logit_scale, normalize), b, rows, options)
         back = _of_pairs(_scaled(b, logit_scale, normalize), a, rows, options)
     else:

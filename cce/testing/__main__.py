@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
     parser.add_argument("--groups", default=",".join(GROUPS), help="what to check (%(default)s)")
-    parser.add_argument("--short", action="store_true", help="fewer layouts and patterns, for an interpreter")
+    parser.add_argument("--short", action="store_true", help="fewer checks, for an interpreter")
     parser.add_argument("--out", help="JSON file for the record")
     parser.add_argument("--commit", default=None, help="commit to record (the checkout's, if it is one)")
     options = parser.parse_args()

@@ -118,6 +118,8 @@ def ignored_rows_under_a_filter(backend: str, device: str) -> None:
         spec = cce.Spec(filter="element", threshold=0.05, block_n=16, block_v=16, row_order=order)
         de, dc = torch.autograd.grad(cce.loss(e, c, t, backend=backend, spec=spec), (e, c))
         alone = cce.loss(e[kept], c, t[kept], backend=backend, spec=spec)
+        live = [cce.live_fraction(e[rows], c, t[rows], backend=backend, spec=spec) for rows in (kept | True, kept)]
+        assert live[0] == live[1] <= 1, f"live_fraction, row order {order}: {live[0]}, without ignored rows {live[1]}"
         want_e, want_c = torch.autograd.grad(alone, (e, c))
         _near(de, want_e, f"dE, row order {order}")
         _near(dc, want_c, f"dC, row order {order}")

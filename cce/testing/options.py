@@ -24,6 +24,9 @@ FILTERED: dict[str, Any] = {"filter": "element", "threshold": 2.0**-6, "block_n"
 # Of the gradients' dtype; of a filter with that threshold.
 _ROUNDED, _SKIPPED = 5e-3, 2e-2
 
+#: Options that reach no kernel: the front end makes them of the outputs, or the host of memory.
+_IN_FRONT = ("reduction", "shift", "ignore_index", "z_loss", "`weight` (classes)", "token_weight", "`nll`", "scratch")
+
 BATCH, LENGTH, D, V, K = 2, 12, 16, 70, 3
 
 
@@ -61,6 +64,11 @@ class Option:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def short(self) -> bool:
+        """A kernel hears of it: one of those for an interpreter."""
+        return not self.compiled and not any(name in self.name for name in _IN_FRONT)
 
     def make_spec(self) -> Spec:
         return Spec(**self.spec)

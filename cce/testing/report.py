@@ -25,6 +25,7 @@ from cce.testing.check_option import check_option
 from cce.testing.layouts import LAYOUTS, check_layout
 from cce.testing.options import OPTIONS
 from cce.testing.patterns import PATTERNS, check_pattern
+from cce.version import __version__
 
 #: What :func:`check_backend` can be asked for.
 GROUPS = ("cases", "behaviours", "options", "layouts", "patterns")
@@ -35,7 +36,12 @@ _CHECKS: dict[str, dict[str, Callable[[str, str], Any]]] = {
     "layouts": {str(placed): partial(check_layout, placed) for placed in LAYOUTS},
     "patterns": {str(pattern): partial(check_pattern, pattern) for pattern in PATTERNS},
 }
-_LONG = frozenset(str(x) for x in LAYOUTS if not x.short) | frozenset(str(x) for x in PATTERNS if not x.short)
+_LONG = frozenset(
+    [f"{group}, {x}" for group, xs in OPTIONS.items() for x in xs if not x.short]
+    + [str(x) for x in LAYOUTS if not x.short]
+    + [str(x) for x in PATTERNS if not x.short]
+    + ["compiled"]
+)
 
 
 @dataclass
@@ -115,7 +121,8 @@ def check_backend(
             every layout), "patterns" (where NaN and infinities stand).
         jobs: processes that share the work, most of which is compilation for some backends. They know the backends of
             installed packages, not those that only this process has registered.
-        short: fewer layouts and patterns, for an interpreter that takes seconds for each.
+        short: for an interpreter that takes seconds for each check, fewer layouts and patterns, and no option that
+            reaches no kernel.
 
     Raises:
         BackendUnavailable: it cannot be loaded.
@@ -183,7 +190,8 @@ def product_roundoff(device: str) -> float:
 
 def environment(device: str) -> dict[str, Any]:
     """Device and versions, for records."""
-    versions = {name: _version(name) for name in ("cce", "torch", "numpy", "triton", "cupy-cuda13x", "numba-cuda")}
+    versions: dict[str, str | None] = {"cce": __version__}
+    versions |= {name: _version(name) for name in ("torch", "numpy", "triton", "cupy-cuda13x", "numba-cuda")}
     hardware = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     return {"hardware": hardware, "python": platform.python_version(), "versions": versions}
 

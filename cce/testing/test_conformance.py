@@ -1,6 +1,7 @@
 """The conformance suite on every backend given with ``--backend``.
 
-``-k "not layout"`` leaves a group out, ``-m "not long"`` most layouts and patterns, for an interpreter.
+``-k "not layout"`` leaves a group out; ``-m "not long"``, for an interpreter, what reaches no kernel, and most layouts
+and patterns.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from cce import registry
-from cce.testing.behaviours import BEHAVIOURS, Behaviour
+from cce.testing.behaviours import BEHAVIOURS, Behaviour, compiled
 from cce.testing.cases import CASES, Case
 from cce.testing.check import run_case
 from cce.testing.check_option import check_option
@@ -20,8 +21,27 @@ from cce.testing.patterns import PATTERNS, Pattern, check_pattern
 from cce.testing.report import product_roundoff
 
 
-def marked(check: Placed | Pattern) -> Any:
+# Hooks and fixtures are here and not in a conftest.py: where tests run beside a checkout, pytest would load the
+# checkout's for the installed package's.
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    # The plugin's options exist only where the kit was named; our own suite runs the CPU backends. A case's oracle is
+    # the reference, which would be compared with itself.
+    names = ["torch"] if metafunc.function is test_case else ["torch", "reference"]
+    metafunc.parametrize("backend_name", metafunc.config.getoption("backend", None) or names)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("device", "cpu"))
+
+
+def marked(check: Option | Placed | Pattern) -> Any:
     return pytest.param(check, marks=() if check.short else pytest.mark.long)
+
+
+def marked_behaviour(behaviour: Behaviour) -> Any:
+    # Compilation stops at the operators: it sees no kernel.
+    return pytest.param(behaviour, marks=pytest.mark.long if behaviour is compiled else (), id=behaviour.__name__)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -32,12 +52,12 @@ def test_case(backend_name: str, case: Case, device: str) -> None:
     assert not result.failures, "\n".join(result.failures)
 
 
-@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
+@pytest.mark.parametrize("behaviour", [marked_behaviour(x) for x in BEHAVIOURS])
 def test_behaviour(backend_name: str, behaviour: Behaviour, device: str) -> None:
     behaviour(backend_name, device)
 
 
-@pytest.mark.parametrize("option", [x for options in OPTIONS.values() for x in options], ids=str)
+@pytest.mark.parametrize("option", [marked(x) for options in OPTIONS.values() for x in options], ids=str)
 def test_option(backend_name: str, option: Option, device: str) -> None:
     check_option(option, backend_name, device)
 

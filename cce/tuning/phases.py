@@ -20,6 +20,7 @@ from cce.backends.triton.kernels.gradient import dense_kernel, sparse_kernel
 from cce.backends.triton.kernels.onepass import store_kernel
 from cce.backends.triton.kernels.products import products_kernel
 from cce.backends.triton.launch import Launch
+from cce.backends.triton.triton_private import compiled_versions, spilled_registers
 from cce.frontend.rows import own_dtypes
 from cce.spec import Spec
 
@@ -155,13 +156,9 @@ def _norm(parts: Iterable[Tensor]) -> float:
 
 def compiled() -> dict[int, Any]:
     """All versions of the kernels with tiles that this process has compiled, by id."""
-    found: dict[int, Any] = {}
-    for kernel in _TILED:
-        for cache, *_ in getattr(kernel, "device_caches", {}).values():  # the interpreter's kernels have none
-            found |= {id(version): version for version in cache.values()}
-    return found
+    return {id(version): version for kernel in _TILED for version in compiled_versions(kernel)}
 
 
 def spilled_since(before: Mapping[int, Any]) -> int:
     """Largest number of registers per thread spilled by a version compiled since ``before``."""
-    return max((getattr(new, "n_spills", None) or 0 for key, new in compiled().items() if key not in before), default=0)
+    return max((spilled_registers(new) for key, new in compiled().items() if key not in before), default=0)

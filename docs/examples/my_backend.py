@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend
-from cce.backends.shared.weighted_logit import weighted_logit
-from cce.backends.shared.pair import finite, joined, pair
-from cce.backends.shared.compensation import columns_of_tiles, dead_mass
 from cce.backends.problem import LEAST_HIT, Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.spec import Spec
+from cce.backends.shared.compensation import columns_of_tiles, dead_mass
+from cce.backends.shared.pair import finite, joined, pair
+from cce.backends.shared.weighted_logit import weighted_logit
 from cce.backends.shared.worklist import target_positions
+from cce.spec import Spec
 
 
 class MyBackend(Backend):

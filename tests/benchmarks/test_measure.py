@@ -27,7 +27,7 @@ class Lossy(TorchBackend):
     name = "lossy"
 
     def one_pass(self, problem, spec):
-        return False
+        return None
 
     def backward(self, *arguments):
         found = super().backward(*arguments)
@@ -41,7 +41,7 @@ class Crashing(TorchBackend):
     name = "crashing"
 
     def one_pass(self, problem, spec):
-        return False
+        return None
 
     def backward(self, *arguments):
         raise RuntimeError("no such kernel\nin two lines")
@@ -103,7 +103,7 @@ def test_peer_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = of_peer(Peer("x", broken, ()))
     assert (failed.status, failed.reason) == ("failed", "ImportError: symbol not found")
     absent = of_peer(Peer("x", broken, (), package="no-such-package"))
-    assert absent.status == "absent" and "pip install 'cce[peers]'" in absent.reason
+    assert absent.status == "absent" and "pip install 'cce-kernels[peers]'" in absent.reason
     older = of_peer(Peer("x", broken, (), _has="no_such_function"))
     assert older.status == "absent" and torch.__version__ in older.reason
 

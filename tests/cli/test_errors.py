@@ -86,7 +86,7 @@ def test_missing_package(fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "find_spec", lambda name: None if name == "tokenizers" else object())
     line = fails("demo")
     assert "tokenizers" in line and "rich" not in line
-    assert "pip install 'cce[demo]'" in line
+    assert "pip install 'cce-kernels[demo]'" in line
 
 
 def _absent(path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +54,36 @@ def test_runs_as_a_module_and_imports_no_kernel_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.fixture
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Installs the distribution ``cce`` of the package index, as far as importlib.metadata can tell."""
+    folder = tmp_path / "cce-0.3.3.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.4\nName: cce\nVersion: 0.3.3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_says_where_cce_is_imported_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "OTHER", "surely-not-a-distribution")
+    rows = dict(info.versions().rows)
+    assert rows["cce"] == f"{cce.__version__}, imported from {Path(cce.__file__).parent}"
+    assert "warning" not in rows
+
+
+def test_warns_of_the_other_distribution_of_the_same_import_name(other: Path) -> None:
+    text = dict(info.versions().rows)["warning"]
+    assert f"'cce', 0.3.3, in {other} has the same import name" in text
+    assert "pip uninstall cce cce-kernels" in text
+
+
+def test_the_other_package_is_not_taken_for_ours(
+    other: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    """Its ``cce/__init__.py`` has none of our names."""
+    monkeypatch.delattr(cce, "list_backends")
+    line = fails("info")
+    assert str(Path(cce.__file__).parent) in line and str(other) in line
+    assert "is not cce-kernels" in line and "pip uninstall cce cce-kernels" in line

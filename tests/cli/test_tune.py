@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cce
-from cce.backends import triton as package
+from cce import tuning as package
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
 from cce.backends.triton.launch import Device, Tile, shipped

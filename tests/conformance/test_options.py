@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mutants
@@ -84,3 +85,9 @@ def test_refusals(register: Any) -> None:
         check_option(ROWS[row], name, "cpu")
     with pytest.raises(cce.BackendUnavailable):
         check_option(Option("undeclared"), register(RefusesInSecret), "cpu")
+
+
+def test_the_package_has_no_conftest_beside_the_kit() -> None:
+    """pytest loads that of a checkout for the installed package's: of a folder called test*, or of the package."""
+    package = Path(cce.__file__).parent
+    assert not [*package.glob("conftest.py"), *package.glob("test*/conftest.py")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from compiling import GPUS, compiled
-from plain import PlainKernels
 from torch import Tensor
 
 from cce.backends.cupy.compensation import dead_mass, mass_variant, mean_variant
@@ -15,6 +14,7 @@ from cce.backends.gpu.operands import Call
 from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.resolve import resolve
 from cce.spec import Spec
+from cce.testing.kernels.plain import PlainKernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -56,12 +56,7 @@ def test_compiles_without_spills_to_hoppers_instructions(name: str) -> None:
     assert ("UTMALDG.2D.MULTICAST" in text) == (macros["CLUSTER"] == 2)
     assert ("LDGSTS" in text) == bool(macros.get("GATHER"))
     assert "USETMAXREG" in text
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_fits_into_the_shared_memory_of_a_block(name: str) -> None:
-    found = compiled(VARIANTS[name])
-    assert found.shared + VARIANTS[name].shared <= 232448
+    assert found.shared + VARIANTS[name].shared <= 232448  # there is so much for a block
 
 
 @pytest.mark.parametrize(

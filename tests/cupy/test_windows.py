@@ -40,7 +40,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]
     monkeypatch.setattr(launch, "function", lambda variant: 1)
     monkeypatch.setattr(gpu.Gpu, "current", classmethod(lambda cls: hopper))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(launch, "raw_stream", lambda device: 0)
     encoder = SimpleNamespace(cuTensorMapEncodeTiled=lambda *arguments: 0)
     monkeypatch.setattr(tensor_maps, "_driver", lambda: encoder)
     yield found

@@ -191,6 +191,24 @@ BAD: dict[str, tuple[Callable[[Arguments, int], Arguments], dict[str, Any], str,
 }
 
 
+def _unable(arguments: Arguments, rank: int) -> Arguments:
+    """On rank 1, a backend that cannot run this."""
+    return {**arguments, "spec": cce.Spec(scratch_bytes=2**20 if rank == 0 else 1)}
+
+
+def unable(group: dist.ProcessGroup) -> tuple[str, str]:
+    """Which backends there are is a matter of the process; here, of rank 1's scratch."""
+    with pytest.raises((ValueError, cce.BackendUnavailable)) as error:
+        call(group, _unable(arguments_of(group), dist.get_rank(group)))
+    return type(error.value).__name__, str(error.value)
+
+
+def test_a_backend_that_one_process_does_not_have(workers: Workers) -> None:
+    (other, told), (own, reason) = workers.run(unable, ranks=2)
+    assert own == "BackendUnavailable" and "scratch_bytes=1 is less than" in reason
+    assert other == "ValueError" and told.startswith("vocab_parallel: rank 1 refuses the call: BackendUnavailable: ")
+
+
 def refused_by_one(group: dist.ProcessGroup) -> dict[str, str]:
     found = {}
     for name, (change, split, _, _) in BAD.items():

@@ -45,6 +45,20 @@ def test_dtensors(workers: Workers, ranks: int) -> None:
         assert placements == [str((Replicate(),)), str((Shard(0),)), str((Shard(0),))]
 
 
+def explained(group: dist.ProcessGroup) -> tuple[float, int]:
+    """The default threshold and the entries that ``explain`` shows of a vocabulary of 400 000 split in halves."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    c = distribute_tensor(torch.zeros(400_000, 2, dtype=torch.bfloat16), mesh, [Shard(0)])
+    e, targets = torch.zeros(3, 2, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
+    found = cce.explain(e, c, targets, spec=cce.Spec(filter="element"))
+    return float(found.spec.threshold or 0), found.problem.v
+
+
+def test_explained(workers: Workers) -> None:
+    """A DTensor knows how large the whole vocabulary is, whose threshold the loss has."""
+    assert workers.run(explained, ranks=2) == [(12 / 400_000, 200_000)] * 2
+
+
 def unreduced(group: dist.ProcessGroup) -> tuple[list[float], str]:
     whole, mesh = data(), DeviceMesh.from_group(group, "cpu")
     c, bias = (distribute_tensor(x, mesh, [Shard(0)]) for x in (whole.c, whole.bias))

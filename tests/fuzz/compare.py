@@ -65,8 +65,9 @@ def _rows(x: Tensor) -> Tensor:
 def _wrong(name: str, x: Tensor, exact: Tensor, scatter: Tensor, unsure: Tensor) -> str:
     """What is wrong with ``x``, or ""."""
     dtype, x = x.dtype, x.double()
-    # Near the largest number of its dtype a result may or may not overflow.
-    unsure = unsure | (torch.isfinite(exact) & (exact.abs() > torch.finfo(dtype).max / 2))
+    # Near the largest number of its dtype a result may or may not overflow; its error may bring it there.
+    reach = (_rows(exact).abs() + FACTOR * scatter[:, None]).view(exact.shape)
+    unsure = unsure | (torch.isfinite(exact) & (reach > torch.finfo(dtype).max / 2))
     pattern = _kind(x) != _kind(exact)
     if bool((pattern & ~unsure).any()):
         at = tuple((pattern & ~unsure).nonzero()[0].tolist())

@@ -24,6 +24,19 @@ class LogSumExp(torch.autograd.Function):
         return grads[0][..., None] * torch.softmax(ctx.saved_tensors[0], -1)
 
 
+class Masked(torch.autograd.Function):
+    """-inf where ``mask`` is, whatever the logit; the derivative is 0 there, times NaN in a row that has no softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return z.masked_fill(mask, -torch.inf)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ~ctx.saved_tensors[0], None
+
+
 class Tokens:
     """The tokens in use of a call, and what the logits say of them; results have the results' shape, 0 if ignored.
 
@@ -69,8 +82,7 @@ class Tokens:
         if self.softcap is not None:
             z = noise.capped(z, self.softcap)
             if bias is not None:
-                # Added: the derivative of tanh at -inf is 0, times NaN in a row that has no softmax.
-                z = z + torch.zeros_like(bias.detach()).masked_fill(torch.isneginf(bias), -torch.inf)
+                z = Masked.apply(z, torch.isneginf(bias))
         if noise.generator is None or not z.numel():
             return z
         error = logit_error(delta, z.detach(), self.scale, self.softcap, noise)
@@ -173,6 +185,13 @@ def _smooth(tokens: Tokens, u: Tensor) -> Tensor:
     common = (tokens.error * u + product * size).sum(-1)
     if tokens.softcap is not None:  # a float32 sum; else a float64 product with the mean row
         common = common + 4 * noise.u * tokens.softcap * u.sum()
+    else:
+
+        def apart(s: Tensor) -> Tensor:
+            noise.beside = tokens.scale * (s[:, None] * u).abs()
+            return s
+
+        found = noise.on_gradient(found, apart)
     return noise.by(found, common)
 
 

@@ -12,7 +12,8 @@ sums (float64's of float64 problems, else float32's) and u_in that of the produc
 - a negative log-likelihood by its logit, where kernels sum it apart, and ``(FEW + LAMBDA sqrt(V)) u``;
 - an lse by the same and ``FEW u |lse|``;
 - p of the backward by the error of its logit, which is computed again, and dz by ``FEW u`` of each of its parts;
-- dz is stored to ``u_in``, and with an underflow relative to the largest upstream gradient;
+- dz is stored to ``u_in``, and with an underflow relative to the largest upstream gradient; without the part of a
+  weighted logit, whose gradient is a product of its own: what remains may be larger than their sum;
 - a sum of n terms by ``LAMBDA sqrt(n) u`` of their magnitudes; anything else computed by ``FEW u``.
 """
 
@@ -43,6 +44,7 @@ class Noise:
         skipped: largest probability that a filter may take for another one as small; 0 without a filter, which would
             also leave out rows with an upstream gradient of 0, whatever they hold.
         apart: the targets' logits are sums of their own, as kernels make them, with roundings of their own.
+        one_pass: kernels may keep exponentials in float16 until they are gradients, of bfloat16 problems, too.
         dtypes: of e and c, in which a recipe may store what it makes of them.
     """
 
@@ -53,18 +55,21 @@ class Noise:
         results: torch.dtype = torch.float32,
         skipped: float = 0.0,
         apart: bool = False,
+        one_pass: bool = False,
         **dtypes: torch.dtype,
     ) -> None:
         sums = torch.float64 if dtype == torch.float64 else torch.float32
         self.u = UNIT[sums] + UNIT[torch.float64]  # the formula's own roundings are added
         self.results = torch.promote_types(sums, results)
         self.bits = 53 if sums == torch.float64 else 24
-        self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[dtype], UNDERFLOW[sums])
+        kept = torch.float16 if one_pass and dtype == torch.bfloat16 else dtype
+        self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[kept], UNDERFLOW[sums])
         self.stored = {name: UNIT[x] for name, x in dtypes.items()}
         self.own = {name: UNIT[torch.promote_types(x, torch.float32)] for name, x in dtypes.items()}
         self.generator, self.skipped, self.apart = generator, skipped, apart
         self.largest = 0.0  # upstream gradient of a logit met in this backward
         self.peak = 0.0  # number met on the way to a result
+        self.beside: Tensor | None = None  # (N, V) what is added to the products' results as products of its own
 
     def signs(self, x: Tensor, *shape: int) -> Tensor:
         found = torch.randint(0, 2, shape or x.shape, generator=self.generator, dtype=x.dtype)
@@ -136,18 +141,24 @@ class Noise:
         def at_x(g: Tensor) -> Tensor:
             lost = torch.minimum(g.abs(), torch.tensor(self.underflow * self.largest, dtype=g.dtype))
             dx.append(g.abs())
-            # Below the least normal number all errors may have one sign.
-            stored = self.by(g, self.u_in * g.abs() + 2 * self.skipped * self.largest)
-            return stored - torch.sign(_finite(g)) * _finite(lost)
+            # Below the least normal number all errors may have one sign; or there are none.
+            rest = g.abs() if self.beside is None else g.abs() + self.beside
+            stored = self.by(g, self.u_in * rest + 2 * self.skipped * self.largest)
+            return stored - torch.sign(_finite(g)) * _finite(lost) * (self.signs(g, 1) > 0)
+
+        # Stored in e's or c's dtype: the sum of several calls' gradients has the rounding of each.
+        own = max(self.stored.values(), default=0.0)
 
         def summed(x: Tensor, size: Callable[[], Tensor], terms: int) -> Tensor:
             unit = (LAMBDA * math.sqrt(terms) + 2) * self.u
-            # Stored in e's or c's dtype: the sum of several calls' gradients has the rounding of each.
-            own = max(self.stored.values(), default=0.0)
             return self.on_gradient(x, lambda g: self.by(g, unit * size() + own * g.abs()))
 
+        def added(g: Tensor) -> Tensor:
+            """dC is stored before what is beside the products is added."""
+            return g if self.beside is None else self.by(g, own * self.beside.T @ e.detach().abs())
+
         left = summed(e, lambda: dx[-1] @ c.detach().abs(), len(c))
-        right = summed(c, lambda: dx[-1].T @ e.detach().abs(), len(e))
+        right = summed(self.on_gradient(c, added), lambda: dx[-1].T @ e.detach().abs(), len(e))
         x = left @ right.T
         if bias is not None:
             x = x + summed(bias, lambda: dx[-1].sum(0), len(e))

@@ -74,6 +74,7 @@ class Limits:
     Attributes:
         n, d, v: largest sizes.
         kernels: only what the backends with kernels take.
+        blocks: sizes of a filter's tiles; given in every spec that has a filter if they are fewer than usual.
         variants: dtypes, options, layouts and kinds of sizes are those of ``index % variants`` then, and only the rest
             is drawn for every call.
     """
@@ -82,6 +83,7 @@ class Limits:
     d: int = 40
     v: int = 260
     kernels: bool = False
+    blocks: tuple[int, ...] = ()
     variants: int = 0
 
 
@@ -266,14 +268,14 @@ def _broken(
 def _spec(variant: random.Random, own: random.Random, limits: Limits) -> dict[str, Any] | None:
     if variant.random() < 0.25:
         return None
-    blocks = [16, 32, 64, 128] if limits.kernels else [1, 7, 16, 50, 128, 1000]
+    blocks = limits.blocks or ((16, 32, 64, 128) if limits.kernels else (1, 7, 16, 50, 128, 1000))
     found: dict[str, Any] = {"filter": variant.choice(["none", "none", "element", "tile"])}
     if found["filter"] != "none":
         # So small that what is left out is nothing beside a rounding error.
         found["threshold"] = 1e-30  # of a filter
         found["compensate"] = variant.random() < 0.6
         found["row_order"] = variant.choice(["live", "natural"])
-    if variant.random() < 0.6:
+    if variant.random() < 0.6 or (limits.blocks and found["filter"] != "none"):
         found |= {"block_n": variant.choice(blocks), "block_v": variant.choice(blocks)}
     if variant.random() < 0.3:
         found["lse_accumulation"] = "online"

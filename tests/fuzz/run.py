@@ -16,9 +16,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import simulated  # noqa: F401  before any kernel is made
 import torch
 from call import FILTERED, Outcome, run
 from plan import Limits, Plan, draw
@@ -28,12 +30,13 @@ from cce.testing.report import environment
 
 ROOT = Path(__file__).parents[2]
 
-#: Sizes by where a call runs: interpreters and simulators take milliseconds a tile, GPUs are for whole tiles.
+#: Sizes by where a call runs: interpreters and simulators have two row blocks at most and some vocabulary blocks, the
+#: last of each ragged, so that a call takes half a second; GPUs are for whole tiles.
 LIMITS = {
     "torch": Limits(),
     "reference": Limits(),
-    "triton": Limits(n=12, d=20, v=70, kernels=True),
-    "numba": Limits(n=6, d=6, v=20, kernels=True),
+    "triton": Limits(n=18, d=20, v=70, kernels=True),
+    "numba": Limits(n=18, d=8, v=40, kernels=True, blocks=(16, 32)),
     "cupy": Limits(kernels=True),
 }
 ON_A_GPU = Limits(n=300, d=200, v=2100, kernels=True)
@@ -48,6 +51,7 @@ class Tally:
     """What became of the calls of one backend.
 
     Attributes:
+        first: index of the first call.
         tried: calls made, those refused included.
         refused: how often by which reason, numbers left out.
         failures: reproducer, what is wrong, and the smallest plan found.
@@ -57,6 +61,7 @@ class Tally:
     device: str
     seed: int
     variants: int = 0
+    first: int = 0
     tried: int = 0
     refused: dict[str, int] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
@@ -65,7 +70,8 @@ class Tally:
     def __str__(self) -> str:
         refused = sum(self.refused.values())
         return (
-            f"fuzz {self.backend} on {self.device}: seed {self.seed}, {self.tried} calls, {refused} refused, "
+            f"fuzz {self.backend} on {self.device}: seed {self.seed} from {self.first} on, {self.tried} calls, "
+            f"{refused} refused, "
             f"{len(self.failures)} failed, {self.seconds:.0f} s"
         )
 
@@ -105,7 +111,7 @@ def fuzz(
 ) -> Tally:
     """Makes the calls ``first``, ``first + 1``, ... of ``seed``, until there are enough or time is over."""
     limits = limits_of(backend, device, variants)
-    tally = Tally(backend, device, seed, variants)
+    tally = Tally(backend, device, seed, variants, first)
     start = time.monotonic()
     for index in range(first, first + calls):
         if time.monotonic() - start > seconds:
@@ -140,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of each backend")
     parser.add_argument("--variants", type=int, default=0, help="of kernels to be compiled; 0 for one a call")
     parser.add_argument("--as-found", action="store_true", help="do not look for smaller calls that fail")
-    parser.add_argument("--record", type=Path)
+    parser.add_argument("--record", type=Path, help="a file of runs, to which these are added")
     a = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if a.plan is not None or a.index is not None:
@@ -159,15 +165,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for reason, count in sorted(tallies[-1].refused.items()):
             print(f"  {count} refused: {reason}")
     if a.record is not None:
-        a.record.write_text(json.dumps(record(tallies, a.device), indent=1) + "\n")
+        runs = json.loads(a.record.read_text())["runs"] if a.record.exists() else []
+        runs += record(tallies, a.device)
+        a.record.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     return int(any(tally.failures for tally in tallies))
 
 
-def record(tallies: list[Tally], device: str) -> dict[str, Any]:
-    """What a claim is made from."""
+def record(tallies: list[Tally], device: str) -> list[dict[str, Any]]:
+    """What a claim is made from: each run, where and of which commit."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    runs = [asdict(replace(tally, refused=dict(tally.refused))) for tally in tallies]
-    return {**environment(device), "commit": commit.strip(), "runs": runs}
+    place = {**environment(device), "date": f"{date.today()}", "commit": commit.strip()}
+    return [{**place, **asdict(replace(tally, refused=dict(tally.refused)))} for tally in tallies]
 
 
 def _once(a: argparse.Namespace) -> int:

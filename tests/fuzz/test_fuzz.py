@@ -22,10 +22,10 @@ SEED = int(os.environ.get("CCE_FUZZ_SEED", "15"))
 HERE = Path(__file__).parent
 #: Interpreted and simulated kernels, each chosen when its framework is imported: processes of their own.
 SIMULATED = {"triton": {"TRITON_INTERPRET": "1"}, "numba": {"NUMBA_ENABLE_CUDASIM": "1"}}
-CALLS = {"triton": "40", "numba": "15"}
+CALLS = {"triton": "25", "numba": "10"}
 
 
-@pytest.mark.parametrize(("backend", "calls"), [("torch", 300), ("reference", 150)])
+@pytest.mark.parametrize(("backend", "calls"), [("torch", 250), ("reference", 120)])
 def test_in_process(backend: str, calls: int, one_thread: None) -> None:
     """The same calls wherever it runs: about a quarter of a minute."""
     lines: list[str] = []
@@ -66,8 +66,8 @@ def test_on_a_gpu(backend: str) -> None:
 class Slightly(TorchBackend):
     """One entry of dC is off by two thousandths."""
 
-    def one_pass(self, problem: Problem, spec: cce.Spec) -> bool:
-        return False
+    def one_pass(self, problem: Problem, spec: cce.Spec) -> None:
+        return None
 
     def backward(self, *arguments: object) -> Gradients[torch.Tensor]:
         found = super().backward(*arguments)  # type: ignore[arg-type]

@@ -291,5 +291,5 @@ def test_old_and_missing_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r"transformers: got version 4.57.6, expected 5 or later"):
         patch(model)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"needs transformers: python -m pip install 'cce\[transformers\]'"):
+    with pytest.raises(ImportError, match=r"needs transformers: python -m pip install 'cce-kernels\[transformers\]'"):
         patch(model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from plain import PlainKernels
+
+from cce.testing.kernels.plain import PlainKernels
 
 
 class NoTargets(PlainKernels):

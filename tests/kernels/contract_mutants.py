@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 from contract_list_mutants import MUTANTS as LIST_MUTANTS
-from plain import PlainKernels, logits
+
+from cce.testing.kernels.plain import PlainKernels, logits
 
 LOG2E = 1.4426950408889634
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plain import PlainKernels, dx_of, logits
 from torch import Tensor
 
 from cce.backends.gpu.arrays import GradientOfWindow, Live, Sizes
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.problem import Problem
 from cce.spec import Spec
+from cce.testing.kernels.plain import PlainKernels, dx_of, logits
 
 
 class DenseKernels(PlainKernels):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import contract
 import pytest
-from contract_cases import CASES
 from contract_mutants import MUTANTS
 from doubles import DenseKernels
-from plain import PlainKernels
 
 from cce.backends.gpu.arrays import Sizes
 from cce.backends.gpu.forward import _fill
 from cce.backends.gpu.kernels import Kernels
+from cce.testing.kernels import contract
+from cce.testing.kernels.cases import CASES
+from cce.testing.kernels.plain import PlainKernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

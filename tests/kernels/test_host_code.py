@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain import PlainKernels
-from plain_backend import PlainBackend
 
 import cce
 from cce import registry
@@ -20,6 +18,8 @@ from cce.testing import BEHAVIOURS, CASES, LAYOUTS, PATTERNS, Case, run_case
 from cce.testing.behaviours import Behaviour
 from cce.testing.check_option import check_option
 from cce.testing.data import make_problem
+from cce.testing.kernels.plain import PlainKernels
+from cce.testing.kernels.plain_backend import PlainBackend
 from cce.testing.layouts import Placed, check_layout
 from cce.testing.options import OPTIONS, Option
 from cce.testing.patterns import Pattern, check_pattern

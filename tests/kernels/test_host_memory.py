@@ -12,7 +12,6 @@ import pytest
 import torch
 from doubles import IdleKernels
 from meter import peak_of, size_of
-from plain_backend import PlainBackend
 
 from cce.backends.gpu.arrays import Sizes
 from cce.backends.gpu.kernels import Kernels
@@ -21,6 +20,7 @@ from cce.backends.resolve import resolve
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
+from cce.testing.kernels.plain_backend import PlainBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20

@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plain import PlainKernels
-from plain_backend import PlainBackend
 
 from cce.backends.gpu.exact import _exact
 from cce.backends.gpu.operands import Call
@@ -17,6 +15,8 @@ from cce.backends.resolve import resolve
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
+from cce.testing.kernels.plain import PlainKernels
+from cce.testing.kernels.plain_backend import PlainBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = Case("ignored", n=40, d=12, v=150, bias=True, outputs=("entropy",), data="peaked")

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from plain import PlainKernels
-from plain_backend import PlainBackend
 from torch import Tensor
 
 from cce.backends.gpu import backend as gpu_backend
@@ -21,6 +19,8 @@ from cce.backends.resolve import resolve
 from cce.spec import Spec
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
+from cce.testing.kernels.plain import PlainKernels
+from cce.testing.kernels.plain_backend import PlainBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = (

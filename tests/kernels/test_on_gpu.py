@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import contract
 import pytest
 import torch
-from contract_cases import CASES as CONTRACT
 from doubles import DenseKernels, IdleKernels
-from plain import PlainKernels
-from plain_backend import PlainBackend
 from torch import Tensor
 from watch import captured, nothing_waits
 
@@ -22,6 +18,10 @@ from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.resolve import resolve
 from cce.testing import BEHAVIOURS, CASES, Case, run_case
 from cce.testing.behaviours import Behaviour
+from cce.testing.kernels import contract
+from cce.testing.kernels.cases import CASES as CONTRACT
+from cce.testing.kernels.plain import PlainKernels
+from cce.testing.kernels.plain_backend import PlainBackend
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plans import NOBODY, make_plan, random_live
 from torch import Tensor
 
 from cce.backends.gpu import plan as plans
 from cce.backends.gpu.plan import Plan
+from cce.testing.kernels.plans import NOBODY, make_plan, random_live
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

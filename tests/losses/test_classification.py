@@ -151,6 +151,11 @@ def test_values_and_slopes_in_60_digits(name: str, constants: tuple[float, ...],
                 assert abs((mpmath.mpf(float(x)) - y) / y) < 2e-13, (float(x), mpmath.nstr(y, 17))
 
 
+def test_the_slope_of_plain_dice_at_one() -> None:
+    """(1 - p)^0 is 1 at p = 1, too: there is a gradient left, of which the logits' others take their share."""
+    assert classification._dice(torch.tensor(0.0), 0.0, 1.0)[1].item() == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("size", [100.0, 1e4])
 @each([row for row in RECIPES if row[2].get("tau", 1) >= 1])

@@ -7,9 +7,10 @@ is left. Results are never computed: what the kernels would fill stays as it was
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,14 +140,44 @@ def compile_launches(setting: Setting, architecture: Architecture) -> list[Compi
             raise AssertionError(f"{name} does not compile for {architecture}: {error}") from error
         found.setdefault(result.hash, Compiled(name, result))
 
+    with _launching(setting, architecture, compile_only):
+        _call(setting.case)
+    return list(found.values())
+
+
+def launched_names(setting: Setting, architecture: Architecture) -> set[str]:
+    """Names of the kernels of :func:`compile_launches`; nothing is compiled."""
+    found: set[str] = set()
+
+    def name_only(kernel: Any, *args: Any, **options: Any) -> None:
+        found.add(kernel.fn.__name__)
+
+    with _launching(setting, architecture, name_only):
+        _call(setting.case)
+    return found
+
+
+@contextmanager
+def _launching(setting: Setting, architecture: Architecture, run: Callable[..., None]) -> Iterator[None]:
+    """Launches are ``run``, on a GPU of the architecture."""
     with pytest.MonkeyPatch.context() as patch, _target(architecture), _precision(setting.precision):
-        patch.setattr(JITFunction, "run", compile_only)
+        patch.setattr(JITFunction, "run", run)
         patch.setattr(call, "capability", lambda device: architecture.capability)
         patch.setattr(call, "multiprocessors", lambda device: setting.programs)
         for module in (call, filtered) if setting.wide else ():
             patch.setattr(module, "needs_wide", lambda x: True)
-        _call(setting.case)
-    return list(found.values())
+        yield
+
+
+@contextmanager
+def cache_folder_of(factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Triton's cache is the test run's: what an earlier run compiled is not looked at, what another process did is."""
+    base = factory.getbasetemp()
+    run = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(run / "triton"))
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns where this is not said
+        yield
 
 
 def _call(case: Case) -> None:

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 import triton
-from launches import ARCHITECTURES, Setting, compile_launches
+from launches import ARCHITECTURES, Setting, cache_folder_of, compile_launches
 
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
@@ -107,9 +107,7 @@ def test_bad_tiles(fields: dict[str, object], error: str) -> None:
 
 @pytest.fixture(scope="module")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    with cache_folder_of(tmp_path_factory):
         yield
 
 

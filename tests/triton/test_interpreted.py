@@ -1,6 +1,7 @@
-"""The conformance kit on the triton backend, in Triton's interpreter.
+"""The conformance kit on the triton backend, and the tests of ``interpreted/``, in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, and for the whole process: so this is one of its own.
+The interpreter is chosen when Triton is imported, and for the whole process: so these are processes of their own, each
+for a part of the tests.
 """
 
 from __future__ import annotations
@@ -11,16 +12,35 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-KIT = ["-m", "pytest", "--pyargs", "cce.testing", "--backend", "triton", "-m", "not long", "-p", "no:cacheprovider"]
+import pytest
+from fast_interpreter import SMOKE
+
+HERE, PARTS = Path(__file__).parent, 6
+TESTS = [
+    "--pyargs", "cce.testing", str(HERE / "interpreted"), "--backend", "triton", "-m", "not long",
+    "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+]  # fmt: skip
 
 
-def test_conformance() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+@pytest.mark.parametrize("part", range(PARTS))
+def test_in_the_interpreter(part: int) -> None:
+    assert passed(f"{part}/{PARTS}") > 60  # the kit skips what a backend refuses: few of them
+
+
+def test_smoke() -> None:
+    """A few that launch nearly every kernel, for the quick tests; the parts leave them out."""
+    assert passed("smoke") == len(SMOKE)
+
+
+def passed(part: str) -> int:
+    """How many, if none fails."""
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     found = subprocess.run(
-        [sys.executable, *KIT], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, "-m", "pytest", "-p", "fast_interpreter", "--part", part, *TESTS],
+        cwd=HERE.parents[1], env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     assert found.returncode == 0, found.stdout
-    passed = re.search(r"(\d+) passed", found.stdout.splitlines()[-1])
-    # The kit skips what a backend refuses: not most of it.
-    assert passed is not None and int(passed[1]) > 70, found.stdout
+    count = re.search(r"(\d+) passed", found.stdout.splitlines()[-1])
+    assert count is not None, found.stdout
+    return int(count[1])

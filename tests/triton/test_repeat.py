@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cce.backends.triton import repeat
+from cce.backends.triton import triton_private
 from cce.backends.triton.repeat import Repeated
 
 
@@ -156,10 +156,10 @@ class OnDevice:
 @pytest.mark.parametrize("which", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_profiler_is_told_of_launches(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Triton's own launch; without one the hooks' part of a launch is left out."""
-    monkeypatch.setattr(repeat, "current_device", lambda: 0)
-    monkeypatch.setattr(repeat, "raw_stream", lambda device: 5)
+    monkeypatch.setattr(triton_private, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_private, "raw_stream", lambda device: 5)
     compiled = OnDevice()
-    launch = repeat._launcher(compiled, (2, 1, 1))
+    launch = triton_private.launcher(compiled, (2, 1, 1))
     launch("x")
     assert compiled.direct == [(2, 1, 1, 5, 7, ("metadata",), None, None, None, "x")] and not compiled.usual
     hook = getattr(triton.knobs.runtime, which)

@@ -27,7 +27,7 @@ class CupyBackend(KernelBackend):
     def unavailable(self, device: str) -> list[str]:
         reasons = []
         if find_spec("cupy") is None:
-            reasons.append("package 'cupy' is not installed: pip install 'cce[cupy]'")
+            reasons.append("package 'cupy' is not installed: pip install 'cce-kernels[cupy]'")
         return reasons + missing_gpu(device, "its kernels are made of NVIDIA's instructions")
 
     def kernels(self) -> Kernels:

@@ -10,7 +10,7 @@ from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_lo
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.lent import shaped, share_of_chunk, stretches
 from cce.backends.gpu.operands import Call, Windows
-from cce.backends.gpu.products import product, write_product
+from cce.backends.gpu.products import product, sums_bytes, write_product
 from cce.backends.gpu.sizes import cdiv, pitch, windows
 from cce.backends.gpu.used_rows import of_used_rows
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
@@ -48,10 +48,8 @@ def _exact(
         if found.s is not None:
             add_mean_logit_to_de(call, inputs, found.s, total)
         de = rounded_de(call, total, found.norm)
-    if found.norm is not None:  # a power of two: exact, unless a float16 leaves its range
-        for x in (dc, dbias):
-            if x is not None:
-                x.mul_(found.norm)
+    if found.norm is not None and dbias is not None:
+        dbias.mul_(found.norm)
     if found.s is not None:
         add_mean_logit_to_entries(call, inputs.logit_weight, found.s, found.norm, dc, dbias)
     return Gradients(de, dc, dbias)
@@ -67,9 +65,9 @@ def _chunks(
     dense = Dense(call.e, call.formula, found.rows, weight, dbias is not None)
     gradient = call.kernels.gradient(problem, call.spec, dense)
     lending = None if rows_of_c.copied or problem.c_dtype != problem.dtype else dc  # copies must stay small
-    row_bytes = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes
+    row_bytes, sums = problem.n * problem.dtype.itemsize + rows_of_c.row_bytes, sums_bytes(problem, call.spec)
     for stretch in stretches(problem.v, lending, unit, share_of_chunk(problem.n, problem.d), call.spec.scratch_bytes):
-        room = call.spec.scratch_bytes if stretch.lent is None else stretch.lent.numel()
+        room = call.spec.scratch_bytes - sums if stretch.lent is None else stretch.lent.numel()
         places = windows(stretch.v1 - stretch.v0, unit, row_bytes, room)
         memory = stretch.lent
         if memory is None:
@@ -80,7 +78,7 @@ def _chunks(
             if problem.grad_e:
                 total = product(dz, c[:, : problem.d], torch.float32, total)
             if dc is not None:
-                write_product(dz.T, call.own_e, dc[v0:v1])
+                write_product(dz.T, call.own_e, dc[v0:v1], found.norm, sums)
     return total
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.operands import aligned, formula_of, is_aligned
-from cce.backends.gpu.products import narrow_product
+from cce.backends.gpu.products import scaled_product
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.backends.shared.scaling import norm_of, scaled
@@ -88,14 +88,10 @@ def _store(
 
 def _products(problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None) -> Gradients[Tensor]:
     """dE = dz c, dC = dz^T e and dbias, the column sums of dz, by torch."""
-    de = narrow_product(dz, c).to(problem.e_dtype) if problem.grad_e else None
-    dc = None if e is None else narrow_product(dz.T, e)
+    de = scaled_product(dz, c, norm).to(problem.e_dtype) if problem.grad_e else None
+    dc = None if e is None else scaled_product(dz.T, e, norm)
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
-    if norm is not None:
-        for x in (de, dc, dbias):
-            if x is not None:
-                x.mul_(norm)
-    return Gradients(de, dc, dbias)
+    return Gradients(de, dc, dbias if dbias is None or norm is None else dbias.mul_(norm))
 
 
 def prepared(

@@ -21,7 +21,7 @@ class NumbaBackend(KernelBackend):
 
     def unavailable(self, device: str) -> list[str]:
         reasons = [
-            f"package {package!r} is not installed: pip install 'cce[numba]'"
+            f"package {package!r} is not installed: pip install 'cce-kernels[numba]'"
             for package, module in (("numba", "numba"), ("numba-cuda", "numba_cuda"))
             if find_spec(module) is None
         ]

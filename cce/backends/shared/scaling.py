@@ -14,8 +14,9 @@ def norm_of(
     """Divisor of the upstream gradients that keeps dz from underflowing in float16; None for other dtypes.
 
     It is a power of two, so that dividing and multiplying by it are exact: the one that brings the largest finite
-        gradient, times the logit scale, between half of ``largest`` and ``largest``. dz is then at most some tens of
-        times as large (the entropy's term, a target named several times); sums over it must not overflow either.
+    gradient, times the logit scale, between half of ``largest`` and ``largest``. dz is then at most some tens of
+    times as large (the entropy's term, a target named several times). A product of dz may still leave float16's range,
+    as it grows with e, c and their number of rows: its sums are multiplied by the norm before they are rounded.
     """
     if operand != torch.float16:
         return None

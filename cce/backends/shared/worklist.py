@@ -18,7 +18,7 @@ class WorkList:
     Attributes:
         row_order: (N,) int64; block b holds rows ``row_order[b * BLOCK_N : (b + 1) * BLOCK_N]``.
         live: (B, T) bool, whether tile (b, t) is live.
-        row_live: (T, N) bool, the same per row in the rows' own order.
+        row_live: (T, N) bool, the same per row in the rows' own order; False for rows that are not in use.
     """
 
     row_order: Tensor
@@ -41,7 +41,8 @@ def work_list(
     row_order, live = live_blocks(inputs, problem, spec, maps, upstream, in_use)
     places = torch.arange(problem.n, device=row_order.device)
     block_of_row = torch.empty_like(row_order).scatter_(0, row_order, places // _size(spec.block_n))
-    return WorkList(row_order, live.T, live.index_select(1, block_of_row))
+    row_live = live.index_select(1, block_of_row)
+    return WorkList(row_order, live.T, row_live if in_use is None else row_live.logical_and_(in_use))
 
 
 def live_blocks(

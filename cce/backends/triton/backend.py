@@ -31,7 +31,7 @@ class TritonBackend(Backend, OnePass):
     def unavailable(self, device: str) -> list[str]:
         reasons = []
         if find_spec("triton") is None:
-            reasons.append("package 'triton' is not installed: pip install 'cce[triton]'")
+            reasons.append("package 'triton' is not installed: pip install 'cce-kernels[triton]'")
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return reasons
         return reasons + missing_gpu(device, "not tried yet", " (or interpreted, with TRITON_INTERPRET=1)")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.lent import Stretch, shaped, share_of_chunk, stretches
-from cce.backends.gpu.products import product, write_product
+from cce.backends.gpu.products import product, sums_bytes, write_product
 from cce.backends.gpu.sizes import cdiv, pitch, windows
 from cce.backends.gpu.used_rows import of_used_rows
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
@@ -47,10 +47,8 @@ def _exact(
         if s is not None:
             add_rank_one_de(call, inputs, s, total)
         de = finish_de(call, total, formula.norm)
-    if formula.norm is not None:  # a power of two: exact, unless a float16 leaves its range
-        for x in (dc, dbias):
-            if x is not None:
-                x.mul_(formula.norm)
+    if formula.norm is not None and dbias is not None:
+        dbias.mul_(formula.norm)
     if s is not None:
         unscaled = s if formula.norm is None else s * formula.norm
         add_rank_one_dc(call, inputs.logit_weight, unscaled, dc, dbias)
@@ -72,14 +70,15 @@ def _chunks(
             if problem.grad_e:
                 total = product(dz, _rows_of_c(call, v0, v1), torch.float32, total)
             if dc is not None:
-                write_product(dz.T, call.e, dc[v0:v1])
+                write_product(dz.T, call.e, dc[v0:v1], formula.norm, sums_bytes(problem, call.spec))
     return total
 
 
 def _places(call: Call, stretch: Stretch) -> tuple[list[tuple[int, int]], Tensor]:
     """Places of each chunk of a stretch, and the memory for its dx: lent rows of dC, or the scratch memory."""
     n, size = call.problem.n, call.problem.dtype.itemsize
-    room = call.spec.scratch_bytes if stretch.lent is None else stretch.lent.numel()
+    room = call.spec.scratch_bytes - sums_bytes(call.problem, call.spec)
+    room = room if stretch.lent is None else stretch.lent.numel()
     places = windows(stretch.v1 - stretch.v0, call.launch.dense.columns, n * size, room)
     memory = stretch.lent
     if memory is None:

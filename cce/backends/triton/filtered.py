@@ -205,9 +205,9 @@ class _Run:
 
 def live_tiles(call: Call, inputs: Inputs[Tensor], maps: Maps[Tensor], upstream: Upstream[Tensor]) -> WorkList:
     """The live tiles, in the form of the other backends."""
-    place = target_positions(inputs).to(torch.int32)
-    live = plans.find_live(call, place, used_rows(inputs), maps, upstream)
+    place, used = target_positions(inputs).to(torch.int32), used_rows(inputs)
+    live = plans.find_live(call, place, used, maps, upstream)
     position = torch.empty_like(live.row_order)
     position[live.row_order] = torch.arange(call.problem.n, device=position.device)
     found = live.live != 0  # (T, B)
-    return WorkList(live.row_order, found.T, found.index_select(1, position // call.block_n))
+    return WorkList(live.row_order, found.T, found.index_select(1, position // call.block_n) & used)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.products import narrow_product
+from cce.backends.gpu.products import scaled_product
 from cce.backends.gpu.sizes import cdiv, pitch, power_of_two
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.backends.shared.scaling import norm_of, scaled
@@ -141,14 +141,10 @@ def _products(call: Call, dz: Tensor, e: Tensor, norm: Tensor | None) -> Gradien
     """
     problem = call.problem
     c = call.c.to(problem.dtype)
-    de = narrow_product(dz, c).to(problem.e_dtype) if problem.grad_e else None
-    dc = narrow_product(dz.T, e).to(problem.c_dtype) if problem.grad_c else None
+    de = scaled_product(dz, c, norm).to(problem.e_dtype) if problem.grad_e else None
+    dc = scaled_product(dz.T, e, norm).to(problem.c_dtype) if problem.grad_c else None
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
-    if norm is not None:
-        for x in (de, dc, dbias):
-            if x is not None:
-                x.mul_(norm)
-    return Gradients(de, dc, dbias)
+    return Gradients(de, dc, dbias if dbias is None or norm is None else dbias.mul_(norm))
 
 
 def _without_target(targets: Tensor) -> Tensor:

@@ -6,14 +6,12 @@ some of them run. The compiled kernel can be launched again with a list of argum
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cce.torch_private import current_device, raw_stream
+from cce.backends.triton.triton_private import launcher, unspecialized
 
 
 class _Version(NamedTuple):
@@ -34,8 +32,7 @@ class Repeated:
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **options: Any) -> None:
         self._kernel, self._grid, self._arguments, self._options = kernel, grid, arguments, options
-        params = getattr(kernel, "params", ())  # the interpreter has none
-        self._unspecialized = frozenset(param.name for param in params if param.do_not_specialize)
+        self._unspecialized = unspecialized(kernel)
         self._versions: dict[tuple[Any, ...], _Version] = {}
 
     def __call__(self, **changed: Any) -> None:
@@ -61,33 +58,10 @@ class Repeated:
         """Launch through Triton, for the first time with arguments of these kinds."""
         compiled = self._kernel[self._grid](**self._arguments, **changed, **self._options)
         if compiled is not None:  # the interpreter compiles nothing
-            launch = _launcher(compiled, self._grid + (1,) * (3 - len(self._grid)))
+            launch = launcher(compiled, self._grid + (1,) * (3 - len(self._grid)))
             names = self._kernel.arg_names
             values = [self._arguments.get(name) for name in names]
             self._versions[key] = _Version(launch, values, [names.index(name) for name in changed])
-
-
-def _launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """Return ``compiled[grid]`` without the arguments it prepares for profiler hooks, unless a hook is set."""
-    usual: Callable[..., None] = compiled[grid]
-    run, function, metadata = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
-    if run is None or function is None or metadata is None:
-        return usual
-    runtime = triton.knobs.runtime
-
-    def launch(*values: Any) -> None:
-        if _calls_something(runtime.launch_enter_hook) or _calls_something(runtime.launch_exit_hook):
-            usual(*values)
-            return
-        stream = raw_stream(current_device())
-        run(*grid, stream, function, metadata, None, None, None, *values)
-
-    return launch
-
-
-def _calls_something(hook: Any) -> bool:
-    """Whether a hook does anything: a chain of hooks, possibly empty; in other releases, a hook or None."""
-    return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
 
 
 def _kind(x: Any) -> object:

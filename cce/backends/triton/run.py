@@ -21,7 +21,7 @@ from cce.backends.triton.targets import prepare_mean, prepare_targets
 from cce.spec import Spec
 
 if INTERPRETED:
-    from cce.backends.triton.interpreter import correct_bfloat16
+    from cce.backends.triton.triton_private import correct_bfloat16
 
     correct_bfloat16()
 

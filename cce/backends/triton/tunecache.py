@@ -23,6 +23,7 @@ from cce.backends.gpu.sizes import power_of_two
 from cce.backends.problem import Problem
 from cce.backends.triton.launch import TILES, Device, Tile
 from cce.spec import Spec
+from cce.version import __version__
 
 FORMAT = "cce launch configuration 2"
 _FORMER = ("cce launch configuration 1",)  # from releases whose results would not be used anyway
@@ -75,9 +76,7 @@ def versions() -> dict[str, str | None]:
     """Versions of everything that makes the kernels: another release may make different or better ones."""
     import triton
 
-    import cce
-
-    return {"cce": cce.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    return {"cce": __version__, "triton": triton.__version__, "cuda": torch.version.cuda}
 
 
 @lru_cache

@@ -5,38 +5,19 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from cce.integrations.transformers.others import check_forward
+from cce.integrations.transformers.state import Patch
 from cce.integrations.transformers.step import train, warn_of_logits
 from cce.integrations.transformers.targets import Target, check_version, name_of
 from cce.integrations.transformers.watch import MARK, Watch, watch_instance
 
 #: Attributes that patch may set in a class; in an instance, the first two.
 PLACES = (MARK, "forward", "__reduce_ex__", "__setattr__")
-
-
-@dataclass
-class Patch:
-    """State of a patched forward.
-
-    Attributes:
-        original: forward it calls, a function whose first argument is the model.
-        before: attributes of the class (the instance) that the patch replaced; unpatch restores them.
-        options: options of ``cce.loss``.
-        warned: names of warnings already given, and of checks already made.
-        active: False after unpatch, for code that kept the forward of a class.
-    """
-
-    original: Callable[..., Any]
-    before: dict[str, Any]
-    options: dict[str, Any]
-    warned: set[str] = field(default_factory=set)
-    active: bool = True
 
 
 class _Forward:

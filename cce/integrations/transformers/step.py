@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +11,7 @@ from torch import nn
 from cce.integrations.transformers.heads import find_head, is_replaced, without_logits
 from cce.integrations.transformers.logits import Call, Logits
 from cce.integrations.transformers.others import REMEDIES, check_loss, on_stack
-
-if TYPE_CHECKING:
-    from cce.integrations.transformers.forward import Patch
+from cce.integrations.transformers.state import Patch
 
 
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch says no type of it

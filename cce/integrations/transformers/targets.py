@@ -83,7 +83,7 @@ def _pretrained_model() -> type[nn.Module]:
         import transformers
     except ImportError as error:
         raise ImportError(
-            "cce.integrations.transformers needs transformers: python -m pip install 'cce[transformers]'"
+            "cce.integrations.transformers needs transformers: python -m pip install 'cce-kernels[transformers]'"
         ) from error
     if int(transformers.__version__.partition(".")[0]) < 5:
         raise ImportError(f"transformers: got version {transformers.__version__}, expected 5 or later")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from plain_math import finite, joined, largest, logits, logits_of_targets
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.testing.kernels.plain_math import finite, joined, largest, logits, logits_of_targets
 
 
 def bits_of_q(q: Tensor) -> Tensor:

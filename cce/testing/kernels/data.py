@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from contract_case import Case
 from torch import Generator, Tensor
+
+from cce.testing.kernels.case import Case
 
 
 def drawn(case: Case, rng: Generator) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:

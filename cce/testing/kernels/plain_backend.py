@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from plain import PlainKernels
-
 from cce.backends.gpu.backend import KernelBackend
 from cce.backends.gpu.kernels import Kernels
+from cce.testing.kernels.plain import PlainKernels
 
 
 class PlainBackend(KernelBackend):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,8 @@ def _chunk(
 
 def plan_to(plan: Plan, device: str) -> Plan:
     """The same plan on a device."""
-    return Plan(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(plan).items()})
+    moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars(plan).items()}
+    return Plan(**moved)
 
 
 def random_live(tiles: int, blocks: int, density: float, rng: torch.Generator) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from contract_case import Case
+
+from cce.testing.kernels.case import Case
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -32,7 +34,7 @@ def _statistics() -> list[Case]:
     plain = Case("statistics")
     every = ("entropy", "weighted_logit", "prediction")
     mapped = replace(plain, filter="element")
-    exact = {"integers": True, "d": 24, "outputs": ("entropy",)}
+    exact: dict[str, Any] = {"integers": True, "d": 24, "outputs": ("entropy",)}
     return [
         plain,
         replace(plain, name="statistics one row", n=1, v=7, d=8, splits=1),
@@ -86,7 +88,7 @@ def _statistics() -> list[Case]:
 
 def _gradient() -> list[Case]:
     plain = Case("gradient", v=700)
-    every = {"outputs": ("entropy", "weighted_logit"), "softcap": 3.0, "bias": "random"}
+    every: dict[str, Any] = {"outputs": ("entropy", "weighted_logit"), "softcap": 3.0, "bias": "random"}
     return [
         plain,
         replace(plain, name="gradient one row", n=1, v=60, d=8),
@@ -116,7 +118,14 @@ def _gradient() -> list[Case]:
 
 def _live() -> list[Case]:
     plain = Case("live", v=600)
-    options = {"k": 3, "scale": 1.5, "bias": "random", "softcap": 5.0, "outputs": ("entropy",), "ordered": True}
+    options: dict[str, Any] = {
+        "k": 3,
+        "scale": 1.5,
+        "bias": "random",
+        "softcap": 5.0,
+        "outputs": ("entropy",),
+        "ordered": True,
+    }
     shapes = ((16, 16), (16, 32), (32, 64), (64, 32), (64, 128), (128, 16), (128, 128), (128, 256), (16, 256))
     return [
         plain,

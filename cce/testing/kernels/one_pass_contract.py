@@ -1,6 +1,6 @@
 """Holds any kernels of a pass with gradients to their contract: every method, against ``PlainOnePass``.
 
-From a script: ``onepass_contract.run(kernels.one_pass(), "cuda")``.
+From a script: ``one_pass_contract.run(kernels.one_pass(), "cuda")``.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import traceback
 from dataclasses import dataclass, replace
 
 import torch
-from contract_results import Results, compare, operand
-from plain_onepass import PlainOnePass, bits_of_q
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv, pitch
+from cce.testing.kernels.plain_one_pass import PlainOnePass, bits_of_q
+from cce.testing.kernels.results import Results, compare, operand
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

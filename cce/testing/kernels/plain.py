@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plain_math import describe, dx_of, join, logits, logits_of_targets
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles
@@ -17,6 +16,7 @@ from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.work import Work
 from cce.backends.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
 from cce.spec import Spec
+from cce.testing.kernels.plain_math import describe, dx_of, join, logits, logits_of_targets
 
 SIZES = Sizes(forward_rows=32, forward_columns=64, gradient_rows=32, gradient_columns=64, pack=2, programs=4)
 
@@ -41,7 +41,7 @@ class PlainKernels(Kernels):
         return Sizes(SIZES.forward_rows, columns, SIZES.gradient_rows, SIZES.gradient_columns, SIZES.pack, 4)
 
     def one_pass(self) -> OnePassKernels:
-        from plain_onepass import PlainOnePass
+        from cce.testing.kernels.plain_one_pass import PlainOnePass
 
         return PlainOnePass()
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from contract_case import Case
-from contract_results import Results, compare
-from plain import PlainKernels
-from plain_math import joined
-from plans import NOBODY, make_plan, random_live, random_maps
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula, Rows, Splits, Tiles
@@ -19,6 +15,11 @@ from cce.backends.gpu.sizes import cdiv
 from cce.backends.problem import Inputs, Maps, Problem, Upstream
 from cce.backends.shared.worklist import target_positions
 from cce.spec import Spec
+from cce.testing.kernels.case import Case
+from cce.testing.kernels.plain import PlainKernels
+from cce.testing.kernels.plain_math import joined
+from cce.testing.kernels.plans import NOBODY, make_plan, random_live, random_maps
+from cce.testing.kernels.results import Results, compare
 
 
 class Lists:
@@ -186,7 +187,8 @@ class Lists:
         found = self.kernels.joined(Splits(top, total, None, None, None), named, targets, in_use)
         faults = [] if found[2].shape == (n, case.k) else ["nll: another shape"]
         faults += compare("lse", found[0], expected[0], 1e-6)
-        faults += compare("lse + lse_low", *(x[0].double() + x[1].double() - offset for x in (found, expected)), 1e-6)
+        whole, of_plain = (x[0].double() + x[1].double() - offset for x in (found, expected))
+        faults += compare("lse + lse_low", whole, of_plain, 1e-6)
         return faults + compare("nll", found[2], expected[2], 1e-6)
 
     def fill_maps(self) -> list[str]:
@@ -236,6 +238,6 @@ class Lists:
         return faults
 
 
-def vars_of(spec: Spec) -> dict[str, object]:
+def vars_of(spec: Spec) -> dict[str, Any]:
     """The fields to make another one from."""
     return {name: value for name, value in vars(spec).items() if name != "key"}

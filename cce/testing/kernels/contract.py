@@ -9,15 +9,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from contract_case import Case
-from contract_cases import CASES
-from contract_data import drawn
-from contract_lists import Lists
-from contract_results import Results, compare, operand
-from plain import PlainKernels, logits
-from plans import make_plan, plan_to, random_live, random_maps, random_rows
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Dense, Formula, Live, Rows, Sizes, Splits, Tiles
@@ -26,6 +20,14 @@ from cce.backends.gpu.sizes import cdiv
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
 from cce.spec import Spec
+from cce.testing.kernels.case import Case
+from cce.testing.kernels.cases import CASES
+from cce.testing.kernels.data import drawn
+from cce.testing.kernels.lists import Lists
+from cce.testing.kernels.plain import PlainKernels
+from cce.testing.kernels.plain_math import logits
+from cce.testing.kernels.plans import make_plan, plan_to, random_live, random_maps, random_rows
+from cce.testing.kernels.results import Results, compare, operand
 
 
 def run(
@@ -165,7 +167,7 @@ class Bench(Lists):
         some = theirs.max.isfinite()[:, rows]
         if not bool(some.any()):
             return ["best: no row has a largest logit, so that nothing is compared"]
-        best, expected = (torch.where(some, x.best[:, rows].long(), 0) for x in (mine, theirs))
+        best, expected = (torch.where(some, x[:, rows].long(), 0) for x in (mine.best, theirs.best))
         if bool((best < 0).any()) or bool((best >= self.case.v).any()):
             return [f"best: outside [0, {self.case.v})"]
         z = logits(self.e.to(self.device)[rows], self.c.to(self.device), self.formula).T
@@ -180,7 +182,9 @@ class Bench(Lists):
         known = torch.where(self.counts[:, None], z, 0.0)
         rows = random_rows(self.problem, known, self.rng, "entropy" in case.outputs, "weighted_logit" in case.outputs)
         keep = (rows.a != 0) | (rows.g != 0).any(1)
-        moved = {name: None if x is None else x.to(self.device).contiguous() for name, x in vars(rows).items()}
+        moved: dict[str, Any] = {
+            name: None if x is None else x.to(self.device).contiguous() for name, x in vars(rows).items()
+        }
         return Rows(**moved), keep.to(self.device)
 
     def gradient(self) -> list[str]:
@@ -201,11 +205,11 @@ class Bench(Lists):
                 window(self.operand(self.c[first:last]), first, dz, sums)
         faults, keep = found.overruns(), self.counts.to(self.device)
         for name in found.whole:
-            pair = [results.whole[name][1] for results in (found, wanted)]
+            x, expected = found.whole[name][1], wanted.whole[name][1]
             if name.startswith("dz"):
-                faults += compare(name, *(x[keep] for x in pair), self.rounded)
+                faults += compare(name, x[keep], expected[keep], self.rounded)
             else:
-                faults += compare(name, *pair, self.tolerance)
+                faults += compare(name, x, expected, self.tolerance)
         return faults
 
     def mean_rows(self) -> list[str]:
