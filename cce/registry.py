@@ -1,8 +1,8 @@
 """The registry of backends, and the choice of the one that runs a problem.
 
 Nothing here imports a kernel framework: a backend's module is loaded when it is first needed, and a module that cannot
-    be loaded gives a reason, not an ImportError. If another package's backend exits at import, or raises when asked for
-    its reasons, this is also just a reason why that backend cannot run.
+be loaded gives a reason, not an ImportError. If another package's backend exits at import, or raises when asked for its
+reasons, this is also just a reason why that backend cannot run.
 """
 
 from __future__ import annotations

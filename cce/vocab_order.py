@@ -88,7 +88,7 @@ class VocabOrder:
         """Add the mean probabilities of a step, or any other measure of each entry's probability.
 
         Update a ``VocabOrder`` either with these or with targets, not both: a step's mean probabilities sum to 1, its
-            counts to the number of its tokens.
+        counts to the number of its tokens.
 
         Args:
             probabilities: (V,) of a floating dtype, not negative, such as ``(e @ c.T).softmax(-1).mean(0)`` of some

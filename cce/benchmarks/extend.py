@@ -106,7 +106,7 @@ def extrapolate(counts: Tensor, v: int, rng: torch.Generator) -> Tail:
     """Extrapolate entries after the given ones, by the Zipf law of the rarer half of these.
 
     A new entry follows a parent: it deviates from the law as the parent does, and is lower by the law's difference
-        between their ranks. Ranks are ids: a BPE's merges are in the order of their frequency.
+    between their ranks. Ranks are ids: a BPE's merges are in the order of their frequency.
     """
     v0, device = len(counts), counts.device
     ids = torch.arange(v0 // 2, v0, device=device)

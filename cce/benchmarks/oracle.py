@@ -1,9 +1,9 @@
 """Correct results to compare with: float64 on a sample of rows and of tiles of the vocabulary.
 
 The gradients of a big problem are too large to compute in float64, so some rows of dE and some tiles of dC represent
-    all. Two answers are computed for each sample: the true gradient, and the one a filter should give, in which the
-    live tiles keep their softmax and the dead ones have its mean over the tile (compensated) or nothing. The first
-    shows the accuracy of a result, the second whether a backend computes what it claims.
+all. Two answers are computed for each sample: the true gradient, and the one a filter should give, in which the live
+tiles keep their softmax and the dead ones have its mean over the tile (compensated) or nothing. The first shows the
+accuracy of a result, the second whether a backend computes what it claims.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the sections, as tables if ``rich`` is installed."""
-    if not hasattr(cce, "list_backends"):  # a later installation of the other has replaced cce/__init__.py
+    if not hasattr(cce, "list_backends"):  # a later installation of the other distribution has replaced cce/__init__.py
         place = Path(cce.__file__).parent
         raise UsageError(f"the package imported as cce from {place} is not cce-kernels; {other() or REMEDY}")
     sections = [versions(), devices(), *(backends(torch.device(name)) for name in available_devices())]

@@ -3,8 +3,8 @@
 Memory on a CPU is counted, not sampled: the process's resident size lags behind and depends on what the
 allocator kept from earlier work, so the profiler records every allocation and release that PyTorch makes,
 in any operator or autograd node, and the largest running sum is the peak. On a GPU the caching allocator keeps this
-    sum. Both start at zero after the inputs exist, so they show the memory that the loss adds: its temporaries and the
-    two gradients.
+sum. Both start at zero after the inputs exist, so they show the memory that the loss adds: its temporaries and the two
+gradients.
 """
 
 from __future__ import annotations

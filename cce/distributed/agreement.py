@@ -1,8 +1,8 @@
 """Comparison of a call between the processes of a group, so that a difference is an error on all of them.
 
 The first exchange is a few integers, however the arguments of the processes differ: collectives abort, hang or mix up
-    numbers if sizes or dtypes do. All processes see the same table, and so take the same branch: if it shows that
-    something differs, or that a process cannot make the call at all, a second exchange sends texts that describe it.
+numbers if sizes or dtypes do. All processes see the same table, and so take the same branch: if it shows that something
+differs, or that a process cannot make the call at all, a second exchange sends texts that describe it.
 """
 
 from __future__ import annotations

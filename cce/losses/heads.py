@@ -29,8 +29,8 @@ def multi_token(
     """Multi-token prediction: H heads share one classifier, and head h predicts the token ``shift + h`` places ahead.
 
     The rows of all heads are multiplied by the classifier together: it is read once, and its gradient is written once,
-        instead of H times; and since the weight of every token is known beforehand, the gradients may be computed along
-        with the loss.
+    instead of H times; and since the weight of every token is known beforehand, the gradients may be computed along
+    with the loss.
 
     Args:
         e: (H, ..., L, D) hidden states of each head.

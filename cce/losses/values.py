@@ -1,8 +1,8 @@
 """Checks of the values of a recipe's tensors: probabilities, log-probabilities, entries of the vocabulary.
 
 On a CPU a bad value raises a ValueError that names it, as for targets. On a GPU nothing waits for the check: it is a
-    device-side assertion, or the same ValueError with CCE_CHECK_TARGETS=1. Compiled and traced code, which cannot see
-    values, also uses assertions. NaN passes the checks: results computed from it are NaN, too.
+device-side assertion, or the same ValueError with CCE_CHECK_TARGETS=1. Compiled and traced code, which cannot see
+values, also uses assertions. NaN passes the checks: results computed from it are NaN, too.
 """
 
 from __future__ import annotations

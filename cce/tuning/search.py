@@ -1,7 +1,7 @@
 """Autotuning: timing the candidates for one problem on this GPU, and keeping the fastest for later processes.
 
 It runs only on request: :func:`cce.tuning.autotune`, or ``python -m cce tune``. Neither this module nor its imports
-    need Triton.
+need Triton.
 """
 
 from __future__ import annotations

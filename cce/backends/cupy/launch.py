@@ -17,8 +17,8 @@ class Launch:
     """A kernel with its arguments, to be launched any number of times on the device current at construction.
 
     Fields of ``arguments``, and ``grid``, may change between launches: the driver copies them at each. The tensors
-        whose addresses they hold live as long as this object; kernels still running after that are safe, since torch
-        reuses the memory on the same stream only.
+    whose addresses they hold live as long as this object; kernels still running after that are safe, since torch reuses
+    the memory on the same stream only.
 
     Args:
         variant: the kernel.

@@ -1,7 +1,7 @@
 """The kernels for sm_90 and 16-bit operands (cuda/sm90): bulk copies and ``wgmma``; some warps load, others multiply.
 
 Cases these kernels do not cover run on the portable kernels: float32, blocks of the filter other than 128 x 128 in the
-    filtered backward, its dbias, and rows of ``e`` that were not copied into the work list's order.
+filtered backward, its dbias, and rows of ``e`` that were not copied into the work list's order.
 """
 
 from __future__ import annotations

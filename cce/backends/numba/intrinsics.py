@@ -39,7 +39,7 @@ def repeat(body: Any, count: int) -> Any:
     """Make a function of a tuple that calls ``body(n, tuple)`` for n < ``count``, fully unrolled.
 
     It is for long loops over arrays in registers, which the compiler would not unroll, although indices must be
-        constants. They are constants for LLVM only: Numba would compile ``body`` anew for each literal integer.
+    constants. They are constants for LLVM only: Numba would compile ``body`` anew for each literal integer.
     """
 
     @intrinsic

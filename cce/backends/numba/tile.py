@@ -14,9 +14,9 @@ class Tile:
     """A tile of a matrix product.
 
     Its factors are read in panels: 128 bytes of each row, ``depth`` elements. A warp owns whole rows of the tile, 16
-        for each of its ``parts``. Of these a thread has rows ``first_row + 8 r`` for r < 2 parts, and in each the
-        columns ``first_column + 8 (k // 2) + k % 2`` for k < columns / 4; first_row is 16 parts warp + lane // 4 and
-        first_column 2 (lane % 4). Matrix instructions of all architectures spread a result over a warp in this way.
+    for each of its ``parts``. Of these a thread has rows ``first_row + 8 r`` for r < 2 parts, and in each the columns
+    ``first_column + 8 (k // 2) + k % 2`` for k < columns / 4; first_row is 16 parts warp + lane // 4 and first_column 2
+    (lane % 4). Matrix instructions of all architectures spread a result over a warp in this way.
 
     Attributes:
         kind: kind of arithmetic: "bf16", "fp16", "tf32" or "ieee".

@@ -51,8 +51,8 @@ class Product:
         """Add another product, before tanh: ``x w^T + h b^T`` is ``[x, h] [w, b]^T``.
 
         So a LoRA head is exact without a merged weight, even if ``h`` went through dropout. The dtype is that of the
-            part with more columns, for LoRA the frozen weight: a float32 adapter must not cause a float32 copy of a
-            bf16 vocabulary.
+        part with more columns, for LoRA the frozen weight: a float32 adapter must not cause a float32 copy of a bf16
+        vocabulary.
         """
         parts = (self, other)
         dtype = max(parts, key=lambda part: part.c.shape[1]).c.dtype

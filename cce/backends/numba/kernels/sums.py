@@ -1,8 +1,8 @@
 """Block-sparse products of the live tiles: dE += dx c, dC = dx^T e and dbias (docs/algorithm.md, step 4).
 
 Sums run in the order of the work list, so the bits are the same every run: one thread block, whichever draws it,
-    computes a tile of a result. A step of a sum is ``depth`` places or rows, a panel's width; a narrower tile is padded
-    with zeros.
+computes a tile of a result. A step of a sum is ``depth`` places or rows, a panel's width; a narrower tile is padded
+with zeros.
 """
 
 import numpy as np
