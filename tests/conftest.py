@@ -33,7 +33,11 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((n for n, name in enumerate(LONG) if path.endswith(name)), len(LONG))
+
+    items.sort(key=rank)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -220,7 +221,10 @@ def _split(flat: Flat, split: VocabParallel, options: Mapping[str, Any]) -> Flat
     first = sum(found.sizes[: found.rank])
     part = Part(found.group, first, found.sizes, split.reduce_de)
     request = flat.request._replace(part=part.key)
-    return flat._replace(part=part, request=request, own=found.rows if split.tokens == "own" else None)
+    # What was decided before is the call of this part as a whole vocabulary, which has a pass of its own.
+    call = None if flat.call is None else replace(flat.call, one_pass=None)
+    own = found.rows if split.tokens == "own" else None
+    return flat._replace(part=part, request=request, call=call, own=own)
 
 
 def unflatten(x: Tensor, flat: Flat) -> Tensor:

@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _once(a)
     if a.calls == 10**9 and a.seconds == float("inf"):
         parser.error("--calls or --seconds: got neither, expected one")
-    tallies = []
+    tallies, place = [], _place(a.device)
     for backend in a.backend:
         tallies.append(
             fuzz(
@@ -166,16 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {count} refused: {reason}")
     if a.record is not None:
         runs = json.loads(a.record.read_text())["runs"] if a.record.exists() else []
-        runs += record(tallies, a.device)
+        runs += [{**place, **asdict(replace(tally, refused=dict(tally.refused)))} for tally in tallies]
         a.record.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
     return int(any(tally.failures for tally in tallies))
 
 
-def record(tallies: list[Tally], device: str) -> list[dict[str, Any]]:
-    """What a claim is made from: each run, where and of which commit."""
+def _place(device: str) -> dict[str, Any]:
+    """Where and of which commit a run is; asked before it starts, as the checkout may change."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    place = {**environment(device), "date": f"{date.today()}", "commit": commit.strip()}
-    return [{**place, **asdict(replace(tally, refused=dict(tally.refused)))} for tally in tallies]
+    return {**environment(device), "date": f"{date.today()}", "commit": commit.strip()}
 
 
 def _once(a: argparse.Namespace) -> int:

@@ -15,27 +15,29 @@ LOG2E = 1.4426950408889634
 class FirstWindowOnly(PlainKernels):
     """Each window begins anew."""
 
-    def statistics(self, problem, spec, e, c, formula, weight, first, splits, tiles):
-        super().statistics(problem, spec, e, c, formula, weight, 0, splits, None)
+    def statistics(self, problem, spec, window):
+        super().statistics(problem, spec, replace(window, first=0, tiles=None))
 
 
 class LastColumnDropped(PlainKernels):
     """The last column of a window counts for nothing."""
 
-    def statistics(self, problem, spec, e, c, formula, weight, first, splits, tiles):
+    def statistics(self, problem, spec, window):
+        c, formula = window.c, window.formula
         bias = torch.zeros(len(c), device=c.device) if formula.bias is None else formula.bias.clone()
         bias[-1] = -torch.inf
-        super().statistics(problem, spec, e, c, replace(formula, bias=bias), weight, first, splits, tiles)
+        super().statistics(problem, spec, replace(window, formula=replace(formula, bias=bias)))
 
 
 class LastOfTies(PlainKernels):
     """The prediction is the last of the largest logits."""
 
-    def statistics(self, problem, spec, e, c, formula, weight, first, splits, tiles):
-        super().statistics(problem, spec, e, c, formula, weight, first, splits, tiles)
+    def statistics(self, problem, spec, window):
+        super().statistics(problem, spec, window)
+        splits = window.splits
         if splits.best is not None:
-            z = logits(e, c, formula)
-            last = first + len(c) - 1 - z.flip(1).argmax(1)
+            z = logits(window.e, window.c, window.formula)
+            last = window.first + len(window.c) - 1 - z.flip(1).argmax(1)
             splits.best.copy_(torch.where(splits.max == z.amax(1).float(), last, splits.best))
 
 
@@ -164,8 +166,9 @@ class RestForgotten(PlainKernels):
 class RoundedExponents(PlainKernels):
     """exp(z - m) by a multiply-add of z and the product of m, which is rounded."""
 
-    def statistics(self, problem, spec, e, c, formula, weight, first, splits, tiles):
-        super().statistics(problem, spec, e, c, formula, weight, first, splits, tiles)
+    def statistics(self, problem, spec, window):
+        super().statistics(problem, spec, window)
+        splits, tiles = window.splits, window.tiles
         for m, s in ((splits.max, splits.sum), *([(tiles.max, tiles.log_sum)] if tiles else [])):
             base = m.double() * LOG2E
             error = torch.exp2(base.float().double() - base)
@@ -178,8 +181,8 @@ class MaskCapped(PlainKernels):
     def target_logits(self, e, c, targets, formula, out):
         super().target_logits(e, c, targets, finite_bias(formula), out)
 
-    def statistics(self, problem, spec, e, c, formula, weight, first, splits, tiles):
-        super().statistics(problem, spec, e, c, finite_bias(formula), weight, first, splits, tiles)
+    def statistics(self, problem, spec, window):
+        super().statistics(problem, spec, replace(window, formula=finite_bias(window.formula)))
 
 
 class TanhByExponentials(PlainKernels):
@@ -194,8 +197,9 @@ class TanhByExponentials(PlainKernels):
 class ZeroWeightsLeftOut(PlainKernels):
     """Of entries whose weight is 0 the weighted sum hears nothing."""
 
-    def statistics(self, problem, spec, e, c, formula, weight, first, splits, tiles):
-        super().statistics(problem, spec, e, c, formula, weight, first, splits, tiles)
+    def statistics(self, problem, spec, window):
+        super().statistics(problem, spec, window)
+        splits = window.splits
         if splits.weighted is not None:
             splits.weighted.nan_to_num_(nan=-torch.inf, neginf=-torch.inf)
 

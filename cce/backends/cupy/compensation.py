@@ -11,8 +11,8 @@ from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.module import Variant
 from cce.backends.cupy.variants import DTYPES
-from cce.backends.gpu.arrays import Rows
-from cce.backends.problem import Maps, Problem
+from cce.backends.gpu.arrays import DeadMass
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 _MEAN_THREADS, _MASS_THREADS, _MASS_EACH = 128, 256, 4
@@ -61,28 +61,20 @@ def mean_rows(spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
     Launch(mean_variant(Gpu.current(), c.dtype), grid, _MEAN_THREADS, arguments)()
 
 
-def dead_mass(
-    problem: Problem,
-    spec: Spec,
-    rows: Rows,
-    maps: Maps[Tensor],
-    row_order: Tensor,
-    live: Tensor,
-    first: int,
-    out: Tensor,
-) -> None:
+def dead_mass(problem: Problem, spec: Spec, mass: DeadMass) -> None:
     """Implement :meth:`cce.backends.gpu.kernels.Kernels.dead_mass`."""
+    rows, maps = mass.rows, mass.maps
     assert maps.tile_mass is not None
     entropy = maps.tile_entropy if rows.h is not None else None
     arguments = MassArguments(
         tile_mass=strided(maps.tile_mass), tile_entropy=strided(entropy), pitch_mass=maps.tile_mass.stride(0),
-        pitch_entropy=0 if entropy is None else entropy.stride(0), live=live, row_order=row_order, lse=rows.lse,
-        entropy=rows.entropy, a=rows.a, h=rows.h, out=out, softcap=problem.softcap or 0.0, N=problem.n, V=problem.v,
-        B=live.shape[1], block_n=spec.block_n, block_v=spec.block_v, first=first,
+        pitch_entropy=0 if entropy is None else entropy.stride(0), live=mass.live, row_order=mass.row_order,
+        lse=rows.lse, entropy=rows.entropy, a=rows.a, h=rows.h, out=mass.out, softcap=problem.softcap or 0.0,
+        N=problem.n, V=problem.v, B=mass.live.shape[1], block_n=spec.block_n, block_v=spec.block_v, first=mass.first,
     )  # fmt: skip
     variant = mass_variant(
         Gpu.current(), problem.dtype, entropy is not None, problem.softcap is not None,
         maps.tile_mass.dtype == torch.float16,
     )  # fmt: skip
-    grid = (len(out), -(-problem.n // (_MASS_THREADS * _MASS_EACH)))
+    grid = (len(mass.out), -(-problem.n // (_MASS_THREADS * _MASS_EACH)))
     Launch(variant, grid, _MASS_THREADS, arguments)()

@@ -25,7 +25,7 @@ from cce.backends.cupy.variants import (
     statistics_variant,
     targets_variant,
 )
-from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import DeadMass, Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles, Window
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.plan import Plan
@@ -62,23 +62,13 @@ class PortableKernels(Kernels):
         variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula)
         Launch(variant, n * k, TARGET_THREADS, arguments)()
 
-    def statistics(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-    ) -> None:
+    def statistics(self, problem: Problem, spec: Spec, window: Window) -> None:
+        e, c, formula, splits, tiles = window.e, window.c, window.formula, window.splits, window.tiles
         number = len(splits.max)
         arguments = structs.StatisticsArguments(
-            e=structs.Matrix.of(e), c=structs.Matrix.of(c), bias=formula.bias, weight=weight,
+            e=structs.Matrix.of(e), c=structs.Matrix.of(c), bias=formula.bias, weight=window.weight,
             splits=structs.Splits.of(splits), tiles=structs.Tiles.of(tiles), formula=structs.Formula.of(formula),
-            N=len(e), V=len(c), first=first, S=number,
+            N=len(e), V=len(c), first=window.first, S=number,
         )  # fmt: skip
         columns = self.sizes(problem, spec).forward_columns
         variant = statistics_variant(Gpu.current(), e.dtype, formula, spec, splits, tiles, columns)
@@ -113,18 +103,8 @@ class PortableKernels(Kernels):
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
         compensation.mean_rows(spec, c, order, out)
 
-    def dead_mass(
-        self,
-        problem: Problem,
-        spec: Spec,
-        rows: Rows,
-        maps: Maps[Tensor],
-        row_order: Tensor,
-        live: Tensor,
-        first: int,
-        out: Tensor,
-    ) -> bool:
-        compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
+    def dead_mass(self, problem: Problem, spec: Spec, mass: DeadMass) -> bool:
+        compensation.dead_mass(problem, spec, mass)
         return True
 
     def joined(

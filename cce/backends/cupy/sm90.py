@@ -22,7 +22,7 @@ from cce.backends.cupy.sm90_onepass import Sm90OnePass
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dense_macros, rows_macros
-from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, GradientOfWindow, Live, Sizes, Window
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv, rows_are_copied
 from cce.backends.problem import Problem
@@ -94,58 +94,26 @@ class Sm90Kernels(PortableKernels):
         programs = Gpu.current().processors // cluster
         return Sizes(cluster * TILE_N, TILE_V, TILE_N // 2, TILE_V, pack, programs)
 
-    def statistics(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-    ) -> None:
-        if is_served(e.dtype):
-            self._statistics(spec, e, c, formula, weight, first, splits, tiles, None)
+    def statistics(self, problem: Problem, spec: Spec, window: Window) -> None:
+        if is_served(window.e.dtype):
+            self._statistics(spec, window, None)
         else:
-            super().statistics(problem, spec, e, c, formula, weight, first, splits, tiles)
+            super().statistics(problem, spec, window)
 
     def gathers_ahead(self, problem: Problem) -> bool:
         return is_served(problem.dtype)
 
-    def statistics_ahead(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-        ahead: Ahead,
-    ) -> None:
-        self._statistics(spec, e, c, formula, weight, first, splits, tiles, ahead)
+    def statistics_ahead(self, problem: Problem, spec: Spec, window: Window, ahead: Ahead) -> None:
+        self._statistics(spec, window, ahead)
 
-    def _statistics(
-        self,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-        ahead: Ahead | None,
-    ) -> None:
+    def _statistics(self, spec: Spec, window: Window, ahead: Ahead | None) -> None:
+        e, c, formula, splits, tiles = window.e, window.c, window.formula, window.splits, window.tiles
         number, cluster = len(splits.max), cluster_of(len(e))
         arguments = StatisticsArguments(
-            e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=weight,
+            e_map=boxes(e, TILE_N), c_map=boxes(c, TILE_V // cluster), bias=formula.bias, weight=window.weight,
             splits=structs.Splits.of(splits), tiles=structs.Tiles.of(tiles), formula=structs.Formula.of(formula),
-            N=len(e), V=len(c), D=e.shape[1], S=number, first=first, carry=first > 0, ahead=AheadArguments.of(ahead),
+            N=len(e), V=len(c), D=e.shape[1], S=number, first=window.first, carry=window.first > 0,
+            ahead=AheadArguments.of(ahead),
         )  # fmt: skip
         macros: dict[str, int] = {
             "ENTROPY": splits.gap is not None, "WEIGHTED": splits.weighted is not None,

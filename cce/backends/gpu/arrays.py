@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cce.backends.gpu.plan import Plan
+from cce.backends.problem import Maps
 
 
 @dataclass(frozen=True)
@@ -181,3 +182,45 @@ class Live:
     mass: Tensor | None
     norm: Tensor | None
     row_of: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Window of the vocabulary, with the memory for its statistics.
+
+    Attributes:
+        e: (N, D) aligned.
+        c: (C, D) aligned, the rows of ``c`` at places ``first`` to ``first + C``.
+        formula: formula of the logits; a bias is that of the window.
+        weight: (C,) float32, weights u of these places; only with ``splits.weighted``.
+        first: a multiple of the forward's columns. Where it is not 0, each split continues from the contents of the
+            split of the same number.
+        splits, tiles: the results.
+    """
+
+    e: Tensor
+    c: Tensor
+    formula: Formula
+    weight: Tensor | None
+    first: int
+    splits: Splits
+    tiles: Tiles | None
+
+
+@dataclass(frozen=True)
+class DeadMass:
+    """Arguments for the sums of dx over the columns of dead tiles.
+
+    Attributes:
+        rows, maps: in the order of the problem's rows.
+        row_order: (N,) int64. live: (T, B) bool, contiguous.
+        first: vocabulary block of the first row of ``out``.
+        out: (blocks, N), with its columns in ``row_order``.
+    """
+
+    rows: Rows
+    maps: Maps[Tensor]
+    row_order: Tensor
+    live: Tensor
+    first: int
+    out: Tensor

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cce.backends.gpu.arrays import DeadMass
 from cce.backends.gpu.gradients import Scaled
 from cce.backends.gpu.operands import Call
 from cce.backends.gpu.products import product, wide_product
@@ -85,8 +86,8 @@ class Mass:
     def of(self, t0: int, t1: int, out: Tensor) -> Tensor:
         """Fill ``out`` (t1 - t0, N)."""
         call = self._call
-        given = (self._rows, self._maps, self._row_order, self._live)
-        if call.kernels.dead_mass(call.problem, call.spec, *given, t0, out):
+        mass = DeadMass(self._rows, self._maps, self._row_order, self._live, t0, out)
+        if call.kernels.dead_mass(call.problem, call.spec, mass):
             return out
         for start in range(t0, t1, self._step):
             end = min(t1, start + self._step)

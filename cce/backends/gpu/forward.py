@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.arrays import Splits, Tiles
+from cce.backends.gpu.arrays import Splits, Tiles, Window
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.operands import Call, Windows
 from cce.backends.gpu.sizes import busiest_splits, cdiv, windows
@@ -59,11 +59,11 @@ def _statistics(call: Call, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[
     tiles = _tiles(call, maps) if mapped else None
     for nth, (v0, v1) in enumerate(places):
         c, formula = rows_of_c.at(v0, v1)
-        arguments = problem, call.spec, call.e, c, formula, rows_of_c.of(weight, v0, v1), v0, splits, tiles
+        window = Window(call.e, c, formula, rows_of_c.of(weight, v0, v1), v0, splits, tiles)
         if ahead and nth + 1 < len(places):
-            call.kernels.statistics_ahead(*arguments, rows_of_c.ahead(*places[nth + 1]))
+            call.kernels.statistics_ahead(problem, call.spec, window, rows_of_c.ahead(*places[nth + 1]))
         else:
-            call.kernels.statistics(*arguments)
+            call.kernels.statistics(problem, call.spec, window)
     return splits, tiles
 
 

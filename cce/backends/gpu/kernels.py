@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Sizes, Window
 from cce.backends.gpu.library import LibraryOperations
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.problem import Problem
@@ -54,27 +54,11 @@ class Kernels(LibraryOperations, ABC):
         """
 
     @abstractmethod
-    def statistics(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-    ) -> None:
+    def statistics(self, problem: Problem, spec: Spec, window: Window) -> None:
         """Compute the statistics of a window of the vocabulary.
 
-        Args:
-            e: (N, D) aligned; c: (C, D) aligned, the rows of ``c`` at places ``first`` to ``first + C``.
-            weight: (C,) float32, weights u of these places; only with ``splits.weighted``.
-            first: a multiple of the forward's columns. Where it is not 0, each split continues from the contents of the
-                split of the same number.
-            splits, tiles: the results. With ``spec.lse_accumulation`` "online", a block's sums are relative to the
-                running maximum of the split; with "tile", to the block's own.
+        With ``spec.lse_accumulation`` "online", a block's sums are relative to the running maximum of the split; with
+        "tile", to the block's own.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cce.backends.gpu import plan as plans
 from cce.backends.gpu import work as works
-from cce.backends.gpu.arrays import Formula, Rows, Splits, Tiles
+from cce.backends.gpu.arrays import DeadMass, Rows, Splits, Tiles, Window
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.work import Work
 from cce.backends.problem import Inputs, Maps, Problem, Upstream
@@ -40,19 +40,7 @@ class LibraryOperations:
         """Whether :meth:`statistics_ahead` is implemented."""
         return False
 
-    def statistics_ahead(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-        ahead: Ahead,
-    ) -> None:
+    def statistics_ahead(self, problem: Problem, spec: Spec, window: Window, ahead: Ahead) -> None:
         """Like :meth:`cce.backends.gpu.kernels.Kernels.statistics`, while gathering the rows of ``ahead``."""
         raise NotImplementedError
 
@@ -95,26 +83,11 @@ class LibraryOperations:
         first = torch.arange(0, problem.v, spec.block_v, device=c.device)
         out.copy_(torch.nn.functional.embedding_bag(entries, c, first, mode="mean"))
 
-    def dead_mass(
-        self,
-        problem: Problem,
-        spec: Spec,
-        rows: Rows,
-        maps: Maps[Tensor],
-        row_order: Tensor,
-        live: Tensor,
-        first: int,
-        out: Tensor,
-    ) -> bool:
-        """Fill ``out`` with the sums of dx over the columns of dead tiles, and 0 for live ones; or leave it unchanged.
+    def dead_mass(self, problem: Problem, spec: Spec, mass: DeadMass) -> bool:
+        """Fill ``mass.out`` with the sums of dx over columns of dead tiles, 0 for live ones; or leave it unchanged.
 
         ``softcap'(zbar) p (a + h (tile_entropy - log p - H))``, p the tile's mass; zbar, the log of its mean exp(z),
         stands for its logits.
-
-        Args:
-            rows, maps: in the order of the problem's rows.
-            row_order: (N,) int64; live: (T, B) bool, contiguous.
-            first: vocabulary block of the first row of ``out``, which is (blocks, N) with its columns in ``row_order``.
 
         Returns:
             Whether ``out`` was filled; if not, the caller does the same with torch.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import DeadMass, Dense, Formula, GradientOfWindow, Live, Sizes, Window
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.sizes import ALIGNMENT, padded
 from cce.backends.numba import compensation
@@ -15,7 +15,7 @@ from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targe
 from cce.backends.numba.live import launches
 from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Statistics, Targets
-from cce.backends.problem import Maps, Problem
+from cce.backends.problem import Problem
 from cce.spec import Spec
 
 
@@ -38,18 +38,8 @@ class NumbaKernels(Kernels):
             choice.programs,
         )  # fmt: skip
 
-    def statistics(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-    ) -> None:
+    def statistics(self, problem: Problem, spec: Spec, window: Window) -> None:
+        e, c, formula, splits, tiles = window.e, window.c, window.formula, window.splits, window.tiles
         tile = _choice(problem, spec, formula.ieee).forward
         kernel = statistics_kernel(
             Statistics(
@@ -63,9 +53,9 @@ class NumbaKernels(Kernels):
         n, count = len(e), len(splits.max)
         maps = (None, None, None) if tiles is None else (tiles.max, tiles.log_sum, tiles.entropy)
         kernel(
-            -(-n // tile.rows) * count, e, c, formula.bias, weight, splits.max, splits.sum, splits.gap, splits.weighted,
-            splits.best, *maps, n, len(c), pieces_of(e), pitch_of(e), pitch_of(c), count, first // tile.columns,
-            formula.scale, formula.softcap or 0.0,
+            -(-n // tile.rows) * count, e, c, formula.bias, window.weight, splits.max, splits.sum, splits.gap,
+            splits.weighted, splits.best, *maps, n, len(c), pieces_of(e), pitch_of(e), pitch_of(c), count,
+            window.first // tile.columns, formula.scale, formula.softcap or 0.0,
         )  # fmt: skip
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
@@ -108,18 +98,8 @@ class NumbaKernels(Kernels):
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
         compensation.mean_rows(spec, c, order, out)
 
-    def dead_mass(
-        self,
-        problem: Problem,
-        spec: Spec,
-        rows: Rows,
-        maps: Maps[Tensor],
-        row_order: Tensor,
-        live: Tensor,
-        first: int,
-        out: Tensor,
-    ) -> bool:
-        compensation.dead_mass(problem, spec, rows, maps, row_order, live, first, out)
+    def dead_mass(self, problem: Problem, spec: Spec, mass: DeadMass) -> bool:
+        compensation.dead_mass(problem, spec, mass)
         return True
 
     def live(self, problem: Problem, spec: Spec, live: Live) -> Callable[[int], None]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.arrays import Dense, Formula, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import DeadMass, Dense, Formula, Live, Rows, Sizes, Splits, Tiles, Window
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.sizes import cdiv
 from cce.backends.problem import Problem
@@ -151,7 +151,7 @@ class Bench(Lists):
             formula = replace(self.formula, bias=None if self.bias is None else self._to(self.bias[part].clone()))
             u = None if weight is None else weight[part].clone()
             e, c = self.operand(self.e), self.operand(self.c[part])
-            kernels.statistics(self.problem, self.spec, e, c, formula, u, v0, splits, tiles)
+            kernels.statistics(self.problem, self.spec, Window(e, c, formula, u, v0, splits, tiles))
         return splits, tiles or Tiles(None, None, None)  # type: ignore[arg-type]
 
     def _weights(self) -> Tensor:
@@ -235,7 +235,8 @@ class Bench(Lists):
         for kernels, results in ((self.kernels, found), (self.plain, wanted)):
             for first, last in ((0, tiles // 3), (tiles // 3, tiles)):
                 out = results.new(f"mass from {first}", (last - first, n), self.dtype)
-                if not kernels.dead_mass(self.problem, self.spec, rows, maps, row_order, live, first, out):
+                mass = DeadMass(rows, maps, row_order, live, first, out)
+                if not kernels.dead_mass(self.problem, self.spec, mass):
                     return []  # the library's then
         faults = found.overruns()
         for name, (_, out) in found.whole.items():

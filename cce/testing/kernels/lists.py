@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.arrays import Formula, Rows, Splits, Tiles
+from cce.backends.gpu.arrays import Formula, Rows, Splits, Tiles, Window
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.sizes import cdiv
@@ -154,7 +154,7 @@ class Lists:
         for ahead in (None, Ahead(c, order, rows)):
             top, total = (torch.zeros(case.splits, n, device=self.device) for _ in range(2))
             splits = Splits(top, total, None, None, None)
-            given = self.problem, self.spec, e, c, Formula(None, 1.0, None, True), None, 0, splits, None
+            given = self.problem, self.spec, Window(e, c, Formula(None, 1.0, None, True), None, 0, splits, None)
             kernels.statistics(*given) if ahead is None else kernels.statistics_ahead(*given, ahead)
             results.append(torch.stack((top, total)))
         faults = [] if torch.equal(*results) else ["splits: other bits"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles
+from cce.backends.gpu.arrays import DeadMass, Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Tiles, Window
 from cce.backends.gpu.kernels import Kernels
+from cce.backends.gpu.library import Ahead
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.work import Work
 from cce.backends.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
@@ -48,18 +48,9 @@ class PlainKernels(Kernels):
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
         out.copy_(logits_of_targets(e, c, targets, formula))
 
-    def statistics(
-        self,
-        problem: Problem,
-        spec: Spec,
-        e: Tensor,
-        c: Tensor,
-        formula: Formula,
-        weight: Tensor | None,
-        first: int,
-        splits: Splits,
-        tiles: Tiles | None,
-    ) -> None:
+    def statistics(self, problem: Problem, spec: Spec, window: Window) -> None:
+        e, c, formula, weight, first = window.e, window.c, window.formula, window.weight, window.first
+        splits, tiles = window.splits, window.tiles
         width = self.sizes(problem, spec).forward_columns
         count, number = -(-len(c) // width), len(splits.max)
         z = logits(e, c, formula)
@@ -76,11 +67,10 @@ class PlainKernels(Kernels):
     def gathers_ahead(self, problem: Problem) -> bool:
         return True
 
-    def statistics_ahead(self, *arguments: Any) -> None:
-        """Gathers first: what others still read must not be where it goes."""
-        *given, ahead = arguments
+    def statistics_ahead(self, problem: Problem, spec: Spec, window: Window, ahead: Ahead) -> None:
+        """Gather first: nobody may still read the place where the rows go."""
         ahead.out.copy_(ahead.c[ahead.order])
-        self.statistics(*given)
+        self.statistics(problem, spec, window)
 
     def gradient(self, problem: Problem, spec: Spec, dense: Dense) -> GradientOfWindow:
         everyone = torch.arange(len(dense.e), device=dense.e.device)
@@ -104,17 +94,9 @@ class PlainKernels(Kernels):
         for t, block in enumerate(rows.split(spec.block_v)):
             out[t] = block.double().mean(0)
 
-    def dead_mass(
-        self,
-        problem: Problem,
-        spec: Spec,
-        rows: Rows,
-        maps: Maps[Tensor],
-        row_order: Tensor,
-        live: Tensor,
-        first: int,
-        out: Tensor,
-    ) -> bool:
+    def dead_mass(self, problem: Problem, spec: Spec, mass: DeadMass) -> bool:
+        rows, maps, row_order, live = mass.rows, mass.maps, mass.row_order, mass.live
+        first, out = mass.first, mass.out
         assert maps.tile_mass is not None and spec.block_n is not None and spec.block_v is not None
         p = maps.tile_mass[first : first + len(out), row_order].double().clamp(min=0)
         log_p = p.log().clamp(min=-1e4)
