@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cce"
+#: The kit is still to be gone through.
+NOT_YET = PACKAGE / "testing"
 HEADLESS = ("Of ", "What ", "As ", "See ", "Those ", "Whose ", "Where ", "That ")
+FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py") if not path.is_relative_to(NOT_YET)})
 
 
 def docstrings(source: str) -> list[tuple[int, str]]:
@@ -27,9 +30,7 @@ def test_a_headless_docstring_is_found():
     assert headless(source) == ["2: What f returns."]
 
 
-@pytest.mark.parametrize(
-    "folder", sorted({path.parent for path in PACKAGE.rglob("*.py")}), ids=lambda path: str(path.relative_to(PACKAGE))
-)
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_docstrings_have_a_head(folder):
     found = [f"{path}:{text}" for path in sorted(folder.glob("*.py")) for text in headless(path.read_text("utf-8"))]
     assert not found, "\n".join(found)
