@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cce.distributed import agreement
 from cce.distributed.agreement import Said
+from cce.distributed.join import Part
 from cce.spec import Spec, fields_of
 
 TOKENS = ("same", "own")
@@ -131,12 +132,21 @@ class Agreement(NamedTuple):
         rank: rank of this process.
         sizes: number of vocabulary entries of every rank.
         rows: number of tokens of every rank.
+        part: key of this process's part; made here, as torch.compile takes all of this as constants.
     """
 
     group: str
     rank: int
     sizes: tuple[int, ...]
     rows: tuple[int, ...]
+    part: str
+
+    @classmethod
+    def of(cls, split: VocabParallel, group: Any, sizes: tuple[int, ...], rows: tuple[int, ...]) -> Agreement:
+        """Agreement of a group's processes, as seen from this process."""
+        rank = group.rank()
+        part = Part(group.group_name, sum(sizes[:rank]), sizes, split.reduce_de)
+        return cls(group.group_name, rank, sizes, rows, part.key)
 
 
 #: For every group, the kinds of calls and what was agreed on them; entries are dropped along with their group. The
@@ -196,7 +206,7 @@ def agree(
     found = _ask(group, e.device, said, fields, own)
     if checked:
         agreement.check_spans(found, options["ignore_index"])
-    agreed = Agreement(group.group_name, group.rank(), tuple(x.v for x in found), tuple(x.n for x in found))
+    agreed = Agreement.of(split, group, tuple(x.v for x in found), tuple(x.n for x in found))
     if not asks:
         kinds = _known.setdefault(group, {})
         if len(kinds) >= _MOST:
@@ -275,7 +285,7 @@ def _agree_compiled(
     device = tensors[-1]
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     found = _ask(group, where, Said(v, -1), {**fields, "torch.compile": "True"}, False)
-    return Agreement(group.group_name, group.rank(), tuple(x.v for x in found), ())
+    return Agreement.of(split, group, tuple(x.v for x in found), ())
 
 
 # Set what torch.compiler.assume_constant_result sets; calling that would import the compiler.

@@ -218,9 +218,8 @@ def _as_int64(targets: Tensor) -> Tensor:
 def _split(flat: Flat, split: VocabParallel, options: Mapping[str, Any]) -> Flat:
     """Agree with the other processes on the parts of the vocabulary, and on each one's tokens if it has its own."""
     found = agree(split, flat.e, flat.c, flat.bias, flat.targets, flat.spec, flat.request.grads, options)
-    first = sum(found.sizes[: found.rank])
-    part = Part(found.group, first, found.sizes, split.reduce_de)
-    request = flat.request._replace(part=part.key)
+    part = Part(found.group, sum(found.sizes[: found.rank]), found.sizes, split.reduce_de)
+    request = flat.request._replace(part=found.part)
     # What was decided before is the call of this part as a whole vocabulary, which has a pass of its own.
     call = None if flat.call is None else replace(flat.call, one_pass=None)
     own = found.rows if split.tokens == "own" else None
