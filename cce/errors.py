@@ -7,11 +7,11 @@ from typing import Any
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot run this problem; the message lists every reason."""
+    """Error for a problem that the requested backend cannot run; the message lists every reason."""
 
 
 def describe(value: Any) -> str:
-    """A short text for an error message: arrays by shape and dtype, other values abridged and with their type."""
+    """Describe a value briefly for an error message: arrays by shape and dtype, others abridged, with their type."""
     kind = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} of shape {tuple(value.shape)} and dtype {value.dtype}"

@@ -1,8 +1,9 @@
-"""Files of caches: what took long to find or to make, and can be made again.
+"""Cache files, which hold results that took long to find or to make, and can be made again.
 
-A file may be damaged, be somebody else's, or be no file at all, and a folder read-only or on a full disk: none of that
-may stop a training run, hang it, or have it run code that others have put there. So a file is moved to its place when
-complete, ends in a digest of its content, and counts only if nobody but its reader (or root) can have written it.
+A file may be damaged, belong to another user, or not be a regular file, and a folder may be read-only or on a full
+disk: none of this may stop a training run, hang it, or make it run code planted by others. So a file is moved into
+place when complete, ends with a digest of its content, and is used only if nobody but its reader (or root) can have
+written it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-#: At the end of a sealed file: this, and the digest of the file's name and of all before it. What reads ELF or NumPy's
-#: format stops before.
+#: A sealed file ends with this, and a digest of the file's name and of all before it. Readers of ELF or NumPy's format
+#: stop before.
 _SEAL = b"\ncce seal 1 "
 _TAIL = len(_SEAL) + hashlib.sha256().digest_size
-_MOST = 2**31  # bytes of a file that can be one of ours
+_MOST = 2**31  # bytes of the largest possible cache file
 
-# No FIFO is waited for, and no link followed. Windows has neither flag, but tells text from bytes.
+# Do not wait for a FIFO or follow a link. Windows has neither flag, but distinguishes text from bytes.
 _READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_BINARY"))
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY"))
 
@@ -29,21 +30,21 @@ _warned: set[str] = set()
 
 
 class Unusable(Exception):
-    """Why a file or folder cannot be used."""
+    """Reason why a file or folder cannot be used."""
 
 
 class Cache:
-    """Files that a process keeps for later ones. What cannot be used is warned of once a process, and made anew.
+    """Files that a process keeps for later ones. Unusable ones cause one warning per process, and are made anew.
 
     Args:
-        name: what a warning calls one of them, "cubin of the numba backend".
+        name: name of one such file in a warning, "cubin of the numba backend".
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def get(self, path: Path) -> bytes | None:
-        """The content that :meth:`put` was given; None if there is none, or none that can be used."""
+        """Return the content given to :meth:`put`; None if there is no file, or it cannot be used."""
         try:
             return _opened(path.name, read(path))
         except FileNotFoundError:
@@ -53,11 +54,11 @@ class Cache:
             return None
 
     def put(self, path: Path, content: bytes) -> None:
-        """Writes a sealed file, in place of what was there; the folder is made if need be."""
+        """Write a sealed file, replacing an existing one; the folder is made if need be."""
         self.put_plain(path, sealed(path.name, content))
 
     def put_plain(self, path: Path, content: bytes) -> None:
-        """The same for a file that is never read by :meth:`get`."""
+        """Write a file without a seal, which is never read by :meth:`get`."""
         try:
             make_folder(path.parent)
             write(path, content)
@@ -66,14 +67,14 @@ class Cache:
 
 
 def warn_once(cache: str, message: str) -> None:
-    """The first thing that is wrong with a cache: where that is a disk, every file of it would say the same."""
+    """Warn of the first fault of a cache only: if the disk is at fault, every file would give the same warning."""
     if cache not in _warned:
         _warned.add(cache)
         warnings.warn(f"cce: {message}", RuntimeWarning, stacklevel=4)
 
 
 def sealed(name: str, content: bytes) -> bytes:
-    """The bytes of a file of this name: the content, and what tells whether it is whole."""
+    """Bytes of a file of this name: the content, and a seal that shows whether it is complete."""
     return content + _SEAL + _digest(name, content)
 
 
@@ -89,10 +90,10 @@ def _digest(name: str, content: bytes) -> bytes:
 
 
 def read(path: Path) -> bytes:
-    """The bytes of a regular file that only its owner, this process's user or root, can have written.
+    """Read a regular file that only its owner, this process's user or root, can have written.
 
     Raises:
-        Unusable: it is another kind of file, or others could have put it there.
+        Unusable: it is not a regular file, or others could have put it there.
         OSError: it cannot be read; FileNotFoundError if there is none.
     """
     descriptor = os.open(path, _READ)
@@ -111,38 +112,38 @@ def read(path: Path) -> bytes:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises Unusable if others could put files of their own in the place of ours; OSError if it is not there."""
+    """Raise Unusable if others could replace files in the folder by their own; OSError if it does not exist."""
     _check_owner(f"its folder {folder}", os.stat(folder))
 
 
 def _check_owner(what: str, found: os.stat_result) -> None:
-    if not hasattr(os, "geteuid"):  # Windows, whose permissions are not these
+    if not hasattr(os, "geteuid"):  # Windows, which has other permissions
         return
     if found.st_uid not in (0, os.geteuid()):
         raise Unusable(f"{what} belongs to user {found.st_uid}, expected {os.geteuid()} or root")
-    # In a folder like /tmp others can add files, but not replace ours.
+    # In a folder like /tmp others can add files, but cannot replace ours.
     kept = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not kept:
         raise Unusable(f"others may write to {what}, mode {stat.S_IMODE(found.st_mode):04o}: chmod go-w")
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder that others may read and only its owner may change; one that is there is checked.
+    """Make a folder that others may read and only its owner may change; an existing one is checked.
 
     Raises:
-        OSError, Unusable: it cannot be made, or not be used.
+        OSError, Unusable: it cannot be made or used.
     """
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     check_folder(folder)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes under another name first, so that nobody ever reads half of a file; the folder is there.
+    """Write a file under another name first, so that nobody reads an incomplete one; the folder must exist.
 
     Raises:
-        OSError: it cannot be written. Nothing is left behind then.
+        OSError: it cannot be written; nothing is then left behind.
     """
-    # A name of its own for every writer, and not one that a reader looks for.
+    # A different name for every writer, and none that a reader looks for.
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with open(os.open(partial, _WRITE, 0o644), "wb") as file:
@@ -154,10 +155,10 @@ def write(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder if need be, and a file in it: permission bits say nothing to root or on a read-only disk.
+    """Make a folder if need be, and a test file in it: permission bits mean nothing for root or on a read-only disk.
 
     Raises:
-        OSError, Unusable: it cannot be done.
+        OSError, Unusable: the folder or the file cannot be made.
     """
     make_folder(folder)
     probe = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
@@ -168,12 +169,12 @@ def check_writable(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # where there is an error already, that one says why
+    with suppress(OSError):  # an earlier error already gives the reason
         path.unlink(missing_ok=True)
 
 
 def reason(error: Exception) -> str:
-    """An error as a part of a sentence."""
+    """Describe an error as part of a sentence."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {error}"

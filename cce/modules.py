@@ -14,17 +14,17 @@ from cce.functional import LOSS_OPTIONS, SHARED_DEFAULTS, loss
 
 
 class LinearCrossEntropy(nn.Module):
-    """A linear head that returns the loss of its logits without making them.
+    """A linear head that returns the loss of its logits without computing them in memory.
 
-    Its parameters are named, shaped and initialised as those of ``nn.Linear(in_features, out_features)``: it
-    loads such a head's state dict, and its ``weight`` can be tied to an embedding's.
+    Its parameters have the names, shapes and initial values of those of ``nn.Linear(in_features, out_features)``: it
+    loads the state dict of such a head, and its ``weight`` can be tied to that of an embedding.
 
     Args:
-        in_features: D.
-        out_features: V; with ``vocab_parallel`` the entries of this process.
-        bias: adds a learnable (V,) bias.
-        device, dtype: of the parameters.
-        **options: the keyword options of :func:`cce.loss`, for example ``softcap``, ``spec`` or ``backend``.
+        in_features: width D of the hidden states.
+        out_features: size V of the vocabulary; with ``vocab_parallel``, the number of this process's entries.
+        bias: whether to add a learnable (V,) bias.
+        device, dtype: device and dtype of the parameters. **options: keyword options of :func:`cce.loss`, for example
+            ``softcap``, ``spec`` or ``backend``.
 
     Raises:
         TypeError, ValueError: a size is not a positive int, or an option is unknown or has a bad value.
@@ -50,14 +50,14 @@ class LinearCrossEntropy(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        # Class weights follow the module to its device; they are no part of a head's state dict.
+        # Class weights follow the module to its device, but are not part of a head's state dict.
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", options.pop("weight", None), persistent=False)
         self.options = options
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the parameters as ``nn.Linear`` does."""
+        """Initialise the parameters like those of ``nn.Linear``."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
@@ -66,7 +66,7 @@ class LinearCrossEntropy(nn.Module):
     def forward(
         self, e: Tensor, targets: Tensor, *, token_weight: Tensor | None = None, target_weight: Tensor | None = None
     ) -> Tensor:
-        """The loss of hidden states ``e`` (..., D) against ``targets``; arguments as :func:`cce.loss`."""
+        """Compute the loss of hidden states ``e`` (..., D) against ``targets``; arguments as for :func:`cce.loss`."""
         return loss(
             e,
             self.weight,
@@ -79,13 +79,13 @@ class LinearCrossEntropy(nn.Module):
         )
 
     def logits(self, e: Tensor) -> Tensor:
-        """(..., V) logits after scale and softcap, for generation."""
+        """Compute the logits (..., V), after scale and softcap, for generation."""
         z = nn.functional.linear(e, self.weight, self.bias) * self.options.get("logit_scale", 1.0)
         softcap = self.options.get("softcap")
         if softcap is None:
             return z
         capped = softcap * torch.tanh(z / softcap)
-        # A bias of -inf masks an entry, which a cap would bring back.
+        # A bias of -inf masks an entry; the softcap alone would undo that.
         return capped if self.bias is None else capped.masked_fill(self.bias == -math.inf, -math.inf)
 
     def extra_repr(self) -> str:
@@ -112,7 +112,7 @@ def _check_options(options: dict[str, Any], out_features: int) -> None:
         z_loss=options.get("z_loss", 0.0),
         weight=weight,
         token_weight=None,
-        # Of a split vocabulary ``out_features`` are this process's entries, class weights those of all.
+        # With a split vocabulary, ``out_features`` counts this process's entries, and class weights cover all entries.
         v=out_features if split is None else None,
         lead=torch.Size(),
         device=weight.device if isinstance(weight, Tensor) else torch.device("cpu"),  # it moves with the module

@@ -1,4 +1,4 @@
-"""Backends of other packages, by their entry points; none is imported before it is asked for."""
+"""Backends of other packages, found by their entry points; none is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ENTRY_POINT_GROUP = "cce.backends"
 
 @lru_cache(maxsize=1)
 def entry_points() -> dict[str, list[EntryPoint]]:
-    """All entry points of the group, by name; several of one name are several backends."""
+    """All entry points of the group, by name; several with one name are several backends."""
     try:
         points = list(metadata.entry_points(group=ENTRY_POINT_GROUP))
-    except Exception:  # one damaged installation, of whatever package, and there are none for all
+    except Exception:  # one damaged installation, of any package, breaks the query for all
         points = _one_by_one()
     found: dict[str, list[EntryPoint]] = {}
     for point in points:
@@ -28,7 +28,7 @@ def entry_points() -> dict[str, list[EntryPoint]]:
 
 
 def _one_by_one() -> list[EntryPoint]:
-    """The entry points of every distribution that can say what it has, the first of each name on the path."""
+    """Entry points of every distribution that can be read, the first of each distribution name on the path."""
     found: list[EntryPoint] = []
     seen: set[str] = set()
     for owner in metadata.distributions():
@@ -40,7 +40,7 @@ def _one_by_one() -> list[EntryPoint]:
         except Exception as error:
             text = f"the entry points of {name or 'a distribution'} in {owner.locate_file('')} cannot be read"
             warnings.warn(
-                f"cce: {text} ({type(error).__name__}: {error}); a backend among them is not there",
+                f"cce: {text} ({type(error).__name__}: {error}); any backend among them is missing",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -50,10 +50,10 @@ def _one_by_one() -> list[EntryPoint]:
 
 
 def load(name: str) -> Any:
-    """The object that the entry point of this name stands for, a backend's class if all is well.
+    """Load the object of the entry point with this name, normally a backend's class.
 
     Raises:
-        ValueError: there are several. Whatever an import raises, beside that.
+        ValueError: there are several such entry points. The import may raise any other exception.
     """
     points = entry_points()[name]
     if len(points) > 1:
@@ -63,8 +63,8 @@ def load(name: str) -> Any:
 
 
 def distribution(point: EntryPoint) -> str:
-    """The name and version of the distribution that an entry point is of."""
+    """Name and version of the distribution an entry point belongs to."""
     try:
         return f"{point.dist.name} {point.dist.version}"  # type: ignore[union-attr]
-    except Exception:  # metadata that is damaged
+    except Exception:  # damaged metadata
         return "a distribution without a name"

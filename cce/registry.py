@@ -1,8 +1,8 @@
-"""Which backends there are, and which one runs a problem.
+"""The registry of backends, and the choice of the one that runs a problem.
 
-Nothing here imports a kernel framework: a backend's module is loaded when it is first asked for, and a
-module that cannot be loaded is a reason, not an ImportError. Whatever else another package's backend does but run,
-exit at import or raise where it is asked for its reasons, is a reason, too, why that one backend cannot run.
+Nothing here imports a kernel framework: a backend's module is loaded when it is first needed, and a module that cannot
+be loaded gives a reason, not an ImportError. If another package's backend exits at import, or raises when asked for its
+reasons, this is also just a reason why that backend cannot run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from cce.backends.problem import Problem
 from cce.errors import BackendUnavailable
 from cce.spec import Spec
 
-#: By device, the backends ``backend="auto"`` tries, in this order; it takes the first that supports the problem. The
-#: reference is an oracle and other packages' backends are a choice of the user's: both run only when named.
+#: Backends that ``backend="auto"`` tries, by device and in this order; it takes the first that supports the problem.
+#: The reference is an oracle, and other packages' backends are for the user to choose: both run only when named.
 AUTO_ORDER = {"cuda": ("triton", "cupy", "torch")}
 AUTO_ELSEWHERE = ("torch",)
 
@@ -36,10 +36,10 @@ _loaded: dict[str, Backend] = {}
 
 
 def register_backend(name: str, factory: Callable[[], Backend], *, replace: bool = False) -> None:
-    """Adds a backend under ``name``.
+    """Add a backend under ``name``.
 
     Args:
-        name: what users pass as ``backend=``.
+        name: name that users pass as ``backend=``.
         factory: called once, at first use, without arguments; usually the :class:`Backend` subclass itself.
         replace: allow an existing name.
 
@@ -60,7 +60,7 @@ def register_backend(name: str, factory: Callable[[], Backend], *, replace: bool
 
 
 def unregister_backend(name: str) -> None:
-    """Removes what :func:`register_backend` added; ValueError if there is no such name."""
+    """Remove a backend added by :func:`register_backend`; ValueError if there is none with this name."""
     if not isinstance(name, str):
         raise TypeError(f"name: got {name!r} of type {type(name).__name__}, expected a string")
     if name not in _registered:
@@ -76,7 +76,7 @@ def _forget(name: str) -> None:
 
 
 def list_backends() -> list[str]:
-    """Names of all backends: the built-in ones, those of entry points, those registered.
+    """Names of all backends: built-in ones, those of entry points, and registered ones.
 
     >>> "torch" in list_backends()
     True
@@ -86,7 +86,7 @@ def list_backends() -> list[str]:
 
 
 def passed_over() -> dict[str, list[str]]:
-    """Entry points that are no backends because of their names, with the reason."""
+    """Entry points that are not backends because of their names, with the reason."""
     return {
         f"{name} ({plugins.distribution(point)})": [f"an entry point cannot be called {name!r}, which is taken by cce"]
         for name, points in plugins.entry_points().items()
@@ -104,7 +104,7 @@ def check_name(name: object) -> None:
 
 
 def load(name: str) -> Backend:
-    """The backend called ``name``, imported on first use.
+    """Return the backend called ``name``, imported on first use.
 
     Raises:
         BackendUnavailable: its module, or a package it needs, cannot be loaded.
@@ -114,7 +114,7 @@ def load(name: str) -> Backend:
             backend = _factory(name)()
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # whatever a third party's import raises is a reason, not our crash
+        except BaseException as error:  # anything a third party's import raises is a reason, not a crash of ours
             raise BackendUnavailable(f"backend {name!r} cannot be loaded: {described(error)}") from error
         if not isinstance(backend, Backend):
             raise BackendUnavailable(f"backend {name!r} is a {type(backend).__name__}, not a cce Backend")
@@ -171,7 +171,7 @@ def note(name: str, problem: Problem, spec: Spec) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Type and text of an error of whatever code."""
+    """Describe an error from any code by its type and text."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -179,7 +179,7 @@ def described(error: BaseException) -> str:
 
 
 def choose(name: str, problem: Problem, spec: Spec) -> Backend:
-    """The backend that runs ``problem``: the one named, or for "auto" the first able one in ``AUTO_ORDER``.
+    """Choose the backend that runs ``problem``: the named one, or for "auto" the first able one in ``AUTO_ORDER``.
 
     Raises:
         BackendUnavailable: it cannot; the message lists the reasons of every backend tried.
@@ -188,7 +188,7 @@ def choose(name: str, problem: Problem, spec: Spec) -> Backend:
 
 
 def choose_name(name: str, problem: Problem, spec: Spec) -> str:
-    """The name of the backend :func:`choose` returns."""
+    """Name of the backend :func:`choose` returns."""
     check_name(name)
     tried = {}
     for candidate in AUTO_ORDER.get(problem.device, AUTO_ELSEWHERE) if name == "auto" else (name,):

@@ -1,6 +1,6 @@
-"""Whatever this package uses of torch that is not public, so that a new torch can break one file only.
+"""All private parts of torch that this package uses, so that a new torch can break only one file.
 
-Operators are made as ``torch.library.custom_op`` makes them, without importing ``torch._dynamo`` at their first call.
+Operators are made as by ``torch.library.custom_op``, but without importing ``torch._dynamo`` at their first call.
 Importing dynamo takes seconds and is needed only to exclude the function from tracing; we do that when dynamo is first
 loaded. Whether a result is one of the arguments is checked by tests (``torch.library.opcheck``), not in each call.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-# Private, and what custom_op calls: a module that is imported once more, as notebooks do, defines its operators anew.
+# Private, and used by custom_op: a module that is imported again, as in notebooks, defines its operators anew.
 from torch._library.custom_ops import get_library_allowing_overwrite
 
 #: Handle of the current stream of a CUDA device; only builds of torch for CUDA have it.
@@ -33,7 +33,7 @@ _libraries: dict[str, torch.library.Library] = {}
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The decorator of a function that changes no argument: it becomes the operator ``name``, on every device."""
+    """Make the decorator that turns a function which changes no argument into the operator ``name`` on any device."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         namespace, short = name.split("::")
@@ -47,17 +47,17 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The decorator of a function that makes the results of the operator ``name`` without their values."""
+    """Make the decorator of the function that gives the results of the operator ``name`` without their values."""
     return torch.library.register_fake(name, lib=_libraries[name])
 
 
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Gives the operator ``name`` gradients; both functions as ``torch.library.register_autograd`` takes them."""
+    """Give the operator ``name`` gradients; both functions are as for ``torch.library.register_autograd``."""
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_libraries[name])
 
 
 def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, into which torch.compile does not look."""
+    """Hide a function from torch.compile."""
     disabled: Callable[..., Any] | None = None
 
     @wraps(function)
@@ -73,28 +73,28 @@ def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_transforms(x: torch.Tensor) -> torch.Tensor:
-    """The tensor inside of those that transforms of torch.func wrap around it."""
+    """Tensor inside the wrappers of torch.func's transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x
 
 
 def dispatch_modes() -> list[Any]:
-    """The modes that are active."""
+    """Active dispatch modes."""
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     return list(_get_current_dispatch_mode_stack())
 
 
 def process_group(name: str) -> Any:
-    """The process group of this name."""
+    """Process group of this name."""
     from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def fake_tensor_type() -> type[torch.Tensor]:
-    """The type of tensors that have shapes and no values."""
+    """Type of tensors that have shapes but no values."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return FakeTensor

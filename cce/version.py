@@ -1,3 +1,3 @@
-"""The version of this package, of which pyproject.toml has a copy."""
+"""The version of this package, which pyproject.toml repeats."""
 
 __version__ = "0.1.0"

@@ -14,33 +14,35 @@ from cce.spec import Spec
 
 
 class VocabOrder:
-    """Orders the vocabulary by how probable its entries are, most probable first, anew every few steps.
+    """Order of the vocabulary by the probability of its entries, most probable first, renewed every few steps.
 
-    ``Spec(vocab_order="mean_logit")`` sorts the vocabulary in every call. This sorts it every ``every`` updates, by
-    what the training has seen so far: target counts, or mean probabilities where they are at hand. Both estimate
-    the *expected* probability of an entry. How often an entry exceeded the filter's threshold estimates something
-    else and is the wrong key: entries of very different probability never exceed it, and share a tile in which the
-    mean row stands for none of them (design.md, section 2).
+    ``Spec(vocab_order="mean_logit")`` sorts the vocabulary in every call. This class sorts it every ``every`` updates,
+    by data seen in training so far: target counts, or mean probabilities if available. Both estimate the *expected*
+    probability of an entry. The number of times an entry exceeded the filter's threshold is the wrong key: entries of
+    very different probability never exceed it, and would share a tile whose mean row represents none of them
+    (design.md, section 2).
 
-    The order is made from ``counts``, after the first update, and after every ``every``-th. In between
-    ``permutation`` and ``spec()`` are the same objects. Updates do not wait for a GPU; ``spec()`` does, once an order.
-    Early in training, while most of the mass lies below any threshold, the order by mean logit errs less
+    The order is made from ``counts`` at first, after the first update, and after every ``every``-th. In between,
+    ``permutation`` and ``spec()`` are the same objects. Updates do not wait for a GPU; ``spec()`` does, once per order.
+    Early in training, while most of the mass lies below any threshold, the order by mean logit gives smaller errors
     (docs/decisions/0001-vocabulary-order.md).
 
     Args:
-        v: V, entries of the vocabulary.
-        every: updates between two orders.
-        counts: (V,) counts to start from, of an integer or float dtype, on any device; unigram counts of the
-            training text, say. None means 0, and so the natural order until the first update.
-        decay: in (0, 1], what older counts are multiplied by at each update; 1 weighs all steps alike.
+        v: size V of the vocabulary.
+        every: number of updates between two orders.
+        counts: (V,) counts to start from, of an integer or float dtype, on any device; for example unigram counts of
+            the training text. None means 0, and so the natural order until the first update.
+        decay: factor of older counts at each update, in (0, 1]; 1 weights all steps alike.
 
     Attributes:
-        counts: (V,) what the vocabulary is sorted by; float64 (float32 on MPS), on the device of the last update.
-        permutation: (V,) int64, on the same device: what ``Spec.vocab_order`` takes. Entries alike keep their order.
+        counts: (V,) counts that the vocabulary is sorted by; float64 (float32 on MPS), on the device of the last
+            update.
+        permutation: (V,) int64, on the same device, for ``Spec.vocab_order``. Entries with equal counts keep their
+            order.
         updates: number of updates so far.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or dtype, or is outside what is listed above.
+        TypeError, ValueError: an argument has the wrong type, shape or dtype, or is outside its range above.
 
     >>> order = VocabOrder(4, counts=torch.tensor([1, 5, 0, 5]))
     >>> order.permutation
@@ -57,53 +59,55 @@ class VocabOrder:
         self.v, self.every, self.decay = v, every, float(decay)
         self.updates = 0
         if counts is None:
-            counts = torch.zeros(v, dtype=torch.float64, device="cpu")  # whatever the default is
+            counts = torch.zeros(v, dtype=torch.float64, device="cpu")  # whatever the default device is
         checks.check_counts("counts", counts, v)
         self.counts = _wide(counts)
         self.refresh()
 
     def update(self, targets: Tensor, ignore_index: int = -100) -> None:
-        """Counts the targets of a step.
+        """Count the targets of a step.
 
         Args:
             targets: integers of any shape, in [0, V) or ``ignore_index``.
-            ignore_index: targets of this value do not count.
+            ignore_index: targets with this value do not count.
 
         Raises:
-            TypeError, ValueError: a bad argument. As in :func:`cce.loss`, a target outside [0, V) on a GPU is a
+            TypeError, ValueError: an argument is bad. As in :func:`cce.loss`, a target outside [0, V) on a GPU is a
                 device-side assertion unless CCE_CHECK_TARGETS=1.
         """
         checks.check_integers("targets", targets)
         checks.check_ignore_index(ignore_index)
         found = prepare(targets.reshape(-1), self.v, ignore_index)
-        # Entry V takes what does not count. A count is exact in the order of any sum, so the same on every run.
+        # Entry V collects targets that do not count. Counts are exact in any order of summation, so the same on every
+        # run.
         slots = found.masked_fill(found < 0, self.v)
         ones = torch.ones_like(slots, dtype=_dtype(slots.device))
         self._add(ones.new_zeros(self.v + 1).index_add_(0, slots, ones)[: self.v])
 
     def update_probabilities(self, probabilities: Tensor) -> None:
-        """Adds the mean probabilities of a step, or any other measure of how probable each entry is.
+        """Add the mean probabilities of a step, or any other measure of each entry's probability.
 
-        One ``VocabOrder`` should see either these or targets: a step's mean probabilities sum to 1, its counts to
-        the number of its tokens.
+        Update a ``VocabOrder`` either with these or with targets, not both: a step's mean probabilities sum to 1, its
+        counts to the number of its tokens.
 
         Args:
-            probabilities: (V,) of a floating dtype, not negative; ``(e @ c.T).softmax(-1).mean(0)`` of some rows.
+            probabilities: (V,) of a floating dtype, not negative, such as ``(e @ c.T).softmax(-1).mean(0)`` of some
+                rows.
 
         Raises:
-            TypeError, ValueError: a bad argument; values are looked at on a CPU only.
+            TypeError, ValueError: an argument is bad; values are checked on a CPU only.
         """
         checks.check_counts("probabilities", probabilities, self.v, dtypes=checks.FLOATS)
         self._add(_wide(probabilities))
 
     def refresh(self) -> None:
-        """Sorts the vocabulary now, by the counts so far."""
+        """Sort the vocabulary now, by the counts so far."""
         self._order_is(self.counts.argsort(descending=True, stable=True))
 
     def spec(self, base: Spec | None = None) -> Spec:
-        """``base`` (``Spec()`` if None) with this order; the same object until there is a new one.
+        """Return ``base`` (``Spec()`` if None) with this order; the same object until there is a new order.
 
-        For filtered calls: an exact one would follow the order, too, and gather rows of ``c`` for nothing.
+        It is meant for filtered calls: an exact call would follow the order, too, and gather rows of ``c`` for nothing.
 
         Raises:
             TypeError: ``base`` is not a Spec.
@@ -119,16 +123,16 @@ class VocabOrder:
         return self._specs[base.key]
 
     def relabel(self, ids: Tensor) -> Tensor:
-        """The ids in a vocabulary numbered by this order, whose head is ``c[order.permutation]``.
+        """Convert ids to a vocabulary numbered by this order, whose head is ``c[order.permutation]``.
 
-        A vocabulary numbered once by frequency needs no order in the loss, which is fastest: kernels read
-        neighbouring rows of ``c`` (``Spec(vocab_order="natural")``). ``order.permutation[new]`` are the ids again.
+        A vocabulary that is numbered by frequency once needs no order in the loss (``Spec(vocab_order="natural")``),
+        which is fastest: kernels read neighbouring rows of ``c``. ``order.permutation[new]`` gives the old ids again.
 
         Args:
             ids: integers of any shape and device; those outside [0, V), such as an ``ignore_index`` of -100, stay.
 
         Returns:
-            Tensor: int64, of the shape and on the device of ``ids``.
+            Tensor: int64, with the shape and device of ``ids``.
 
         Raises:
             TypeError: ``ids`` is not an integer tensor.
@@ -146,15 +150,15 @@ class VocabOrder:
     def state_dict(self) -> dict[str, Any]:
         """State for :meth:`load_state_dict`: counts, permutation and number of updates.
 
-        ``every`` and ``decay`` are arguments, and not part of it.
+        ``every`` and ``decay`` are arguments of the constructor, and not part of it.
         """
         return {"counts": self.counts, "permutation": self.permutation, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from where :meth:`state_dict` was taken; tensors stay on the device they are on.
+        """Continue from the point where :meth:`state_dict` was taken; tensors stay on their device.
 
         Raises:
-            TypeError, ValueError: it is not the state of a ``VocabOrder`` of V entries.
+            TypeError, ValueError: it is not the state of a ``VocabOrder`` with V entries.
         """
         checks.check_vocab_order_state(state_dict, self.v)
         self.counts, self.updates = _wide(state_dict["counts"]), state_dict["updates"]
@@ -164,8 +168,8 @@ class VocabOrder:
         return f"VocabOrder({self.v}, every={self.every}, decay={self.decay}, updates={self.updates})"
 
     def _add(self, amounts: Tensor) -> None:
-        """One update: (V,) amounts onto the counts, which follow to their device."""
-        # A new tensor each time: a state dict taken before does not change.
+        """Make one update: add amounts (V,) to the counts, which are moved to the amounts' device."""
+        # A new tensor each time, so that a state dict taken before does not change.
         self.counts = self.counts.to(amounts.device, amounts.dtype) * self.decay + amounts
         self.updates += 1
         if self.updates == 1 or self.updates % self.every == 0:
@@ -179,10 +183,10 @@ class VocabOrder:
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """float64 counts are exact to 2**53; MPS has none."""
+    """Dtype of the counts: float64, exact up to 2**53, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _wide(x: Tensor) -> Tensor:
-    """A copy as counts are kept."""
+    """Copy a tensor in the dtype of the counts."""
     return x.detach().to(_dtype(x.device), copy=True)

@@ -1,4 +1,4 @@
-"""What is compared: every backend in every mode, and the peers, as functions of (e, c, targets)."""
+"""Candidates to compare: every backend in every mode, and the peers, as functions of (e, c, targets)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cce.backends.problem import Problem
 from cce.benchmarks.heads import Head
 from cce.benchmarks.peers import PEERS, Loss, Peer
 
-#: The modes of ``cce`` that are measured.
+#: Modes of ``cce`` to measure.
 MODES = {
     "exact": cce.Spec(filter="none"),
     "filtered": cce.Spec(filter="element"),
@@ -26,11 +26,11 @@ class Candidate:
     """One way to compute the loss of a head.
 
     Attributes:
-        name: of the backend or the peer.
-        mode: of ``MODES``, or another name given to a spec; "" for a peer.
-        loss: the function; None where it cannot run.
-        status: "refused", "absent" or "failed" where it cannot run, with the ``reason``.
-        problem, spec: of a backend's, resolved.
+        name: name of the backend or the peer.
+        mode: a key of ``MODES``, or another name given to a spec; "" for a peer.
+        loss: loss function; None if it cannot run.
+        status: "refused", "absent" or "failed" if it cannot run, with the ``reason``.
+        problem, spec: those of a backend, resolved.
         peer: the peer.
     """
 
@@ -52,7 +52,7 @@ class Candidate:
         return self.spec is not None and self.spec.filter != "none"
 
     def products(self, forward_only: bool, live: float) -> float:
-        """Products of the size of ``e @ c.T`` it takes at least: the roofline's (docs/reproducibility.md)."""
+        """Least number of products of the size of ``e @ c.T``, for the roofline (docs/reproducibility.md)."""
         if forward_only:
             return 1
         if self.peer is not None:
@@ -74,7 +74,7 @@ def candidates(
 
 
 def of_backend(head: Head, name: str, mode: str, spec: cce.Spec) -> Candidate:
-    """A backend in a mode; with its reasons where it refuses the head."""
+    """Candidate for a backend in a mode, with its reasons if it refuses the head."""
     e, c = head.e.detach().requires_grad_(), head.c.detach().requires_grad_()
     found = cce.explain(e, c, head.targets, backend=name, spec=spec)
     reasons = found.reasons[name]
@@ -92,17 +92,17 @@ def of_backend(head: Head, name: str, mode: str, spec: cce.Spec) -> Candidate:
 
 
 def of_peer(peer: Peer) -> Candidate:
-    """A peer; absent where it is not installed, failed where it cannot be made."""
+    """Candidate for a peer: absent if it is not installed, failed if it cannot be made."""
     reason = peer.absent()
     if reason:
         return Candidate(peer.name, "", None, "absent", reason, peer=peer)
     try:
         return Candidate(peer.name, "", peer.make(), peer=peer)
-    except Exception as error:  # another package's import
+    except Exception as error:  # an error in another package's import
         return Candidate(peer.name, "", None, "failed", one_line(error), peer=peer)
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one short line."""
+    """Describe an error in one short line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" + ("…" if len(text) > 200 else "")

@@ -1,15 +1,15 @@
-"""A problem of any larger shape with the statistics of a trained head: ``bench/train_lm.py`` made the head.
+"""Extension of a trained head (from ``bench/train_lm.py``) to any larger shape, with the same statistics.
 
     python -m cce.benchmarks.extend /tmp/lm/base.pt --shapes 8192x2304x256000 8192x4096x128256 16384x1024x151936
 
-prints the statistics of the head and of its extensions side by side. What is extended, and why it stays alike:
+prints the statistics of the head and of its extensions side by side. Each size is extended so that they are preserved:
 
-- D: an isometry, which changes no inner product of e and c: not the logits, nor the filter or its errors.
-- N: the first rows, or all rows again, the copies with a little noise.
-- V: entries behind the given ones, as a BPE adds them, each a mix of two rare ones. Their logits are lowered by what
-  the Zipf law of the training text's counts says of their rank, and all together so that the probability of all new
-  entries, over the rows, is that of the law. Targets stay among the given entries, so that few tiles of new ones
-  are live: compare live fractions, and the share of the later half's mass that is in hits, with the real ones.
+- D: by an isometry, which changes no inner product of e and c, and so neither the logits nor the filter or its errors.
+- N: by copies of the rows with a little noise (or reduced to the first rows).
+- V: by entries after the given ones, as in a BPE, each a mix of two rare ones. Their logits are lowered according to
+  their rank in the Zipf law of the training text's counts, and all together so that the probability of all new entries,
+  over the rows, is that of the law. Targets stay among the given entries, so that few tiles of new ones are live:
+  compare live fractions, and the share of the later half's mass that is in hits, with the real ones.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cce.benchmarks.heads import Head, row_chunks
 from cce.benchmarks.statistics import Column, measure, show
 
 SHAPES = ("8192x2304x256000", "8192x4096x128256", "16384x1024x151936")
-ROW_NOISE = 0.02  # of a repeated row, relative to its norm
-MIX = 0.5  # share of the second parent in a new entry: shares squared add to 1, so that variances stay
+ROW_NOISE = 0.02  # noise of a repeated row, relative to its norm
+MIX = 0.5  # share of the second parent in a new entry: the squared shares add up to 1, to preserve variances
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class Tail:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> TrainedHead:
-    """What ``bench/train_lm.py`` wrote, or ``python -m cce demo --save PATH.pt``."""
+    """Load a file written by ``bench/train_lm.py`` or ``python -m cce demo --save PATH.pt``."""
     found = torch.load(path, map_location=device, weights_only=True)
     e, c = found["e"].bfloat16(), found["c"].bfloat16()
     return TrainedHead("trained", e, c, found["targets"].long(), found["unigram_counts"].long())
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """About the training of what lies there; the demo writes none."""
+    """Facts about the training of a saved head; files from the demo have none."""
     found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("facts", {})
     return {name: fact for name, fact in found.items() if not (isinstance(fact, str) and len(fact) > 100)}
 
 
 def extend(head: TrainedHead, n: int, d: int, v: int, seed: int = 0) -> TrainedHead:
-    """The problem (n, d, v) in bf16, on the device of ``head``.
+    """Extend the head to the problem (n, d, v), in bf16 on the device of ``head``.
 
     Raises:
         ValueError: ``d`` or ``v`` is smaller than the head's.
@@ -78,7 +78,7 @@ def extend(head: TrainedHead, n: int, d: int, v: int, seed: int = 0) -> TrainedH
 
 
 def _more_rows(e: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """(n, D0): the first rows, or copies behind all of them."""
+    """Rows (n, D0): the first rows, or all of them followed by copies."""
     repeats = -(-n // len(e))
     rows = e.repeat(repeats, 1)[:n].float()
     copies = rows[len(e) :]
@@ -88,7 +88,7 @@ def _more_rows(e: Tensor, n: int, rng: torch.Generator) -> Tensor:
 
 
 def _more_entries(head: TrainedHead, v: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The head c (v, D0) and its counts (v,)."""
+    """Extended head c (v, D0) and its counts (v,)."""
     if v == len(head.c):
         return head.c, head.counts
     tail = extrapolate(head.counts, v, rng)
@@ -103,16 +103,16 @@ def _more_entries(head: TrainedHead, v: int, rng: torch.Generator) -> tuple[Tens
 
 
 def extrapolate(counts: Tensor, v: int, rng: torch.Generator) -> Tail:
-    """Entries behind the given ones, after the Zipf law of the rarer half of them.
+    """Extrapolate entries after the given ones, by the Zipf law of the rarer half of these.
 
-    A new entry takes after a parent: it differs from the law as the parent does, and lies lower by the law's
-    difference between their ranks. Ranks are ids: a BPE's merges come in the order of their frequency.
+    A new entry follows a parent: it deviates from the law as the parent does, and is lower by the law's difference
+    between their ranks. Ranks are ids: a BPE's merges are in the order of their frequency.
     """
     v0, device = len(counts), counts.device
     ids = torch.arange(v0 // 2, v0, device=device)
     rank, height = (ids + 1).double().log(), (counts[ids] + 0.5).double().log()
     slope = ((rank - rank.mean()) * (height - height.mean())).sum() / ((rank - rank.mean()) ** 2).sum()
-    slope = slope.clamp(-3.0, -0.5)  # of a text too short to tell
+    slope = slope.clamp(-3.0, -0.5)  # for a text too short to determine it
     parents = torch.randint(v0 // 2, v0, (v - v0, 2), generator=rng, device=device)
     new_rank = torch.arange(v0 + 1, v + 1, device=device).double().log()
     shift = slope * (new_rank - (parents[:, 0] + 1).double().log())
@@ -121,7 +121,7 @@ def extrapolate(counts: Tensor, v: int, rng: torch.Generator) -> Tail:
 
 
 def constant_logit(e: Tensor) -> Tensor:
-    """w (D0,) with ``e @ w`` as near to 1 as can be in every row: what raises the logit of an entry everywhere."""
+    """Vector w (D0,) with ``e @ w`` as near as possible to 1 in every row, which raises an entry's logit everywhere."""
     rows = e.double()
     gram = rows.T @ rows
     gram.diagonal().add_(1e-4 * gram.diagonal().mean())
@@ -129,7 +129,7 @@ def constant_logit(e: Tensor) -> Tensor:
 
 
 def balance(e: Tensor, c: Tensor, new: Tensor, mass: float) -> float:
-    """What to add to the logits of ``new`` so that their probability is ``mass`` in the mean over all rows."""
+    """Number to add to the logits of ``new`` so that their mean probability over all rows is ``mass``."""
     c, chunks = c.float(), row_chunks(e, len(c) + len(new))
     odds = torch.cat([(rows @ new.T).logsumexp(1) - (rows @ c.T).logsumexp(1) for rows in chunks])
     low, high = -50.0, 50.0
@@ -140,7 +140,7 @@ def balance(e: Tensor, c: Tensor, new: Tensor, mass: float) -> float:
 
 
 def main() -> None:
-    """Prints the statistics of a head and of its extensions."""
+    """Print the statistics of a head and of its extensions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trained", type=Path, help="what bench/train_lm.py wrote")
     parser.add_argument("--shapes", nargs="*", default=SHAPES, metavar="NxDxV")

@@ -1,4 +1,4 @@
-"""Problems to measure: hidden states, a head and targets, with random, synthetic or trained data."""
+"""Problems to measure: hidden states, a head and targets, from random, synthetic or trained data."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 Device = torch.device | str
-_STEP = 2**14  # rows of the head made at a time
-CHUNK_LOGITS = 2**27  # float32 logits held at once, a few times over
+_STEP = 2**14  # rows of the head generated at a time
+CHUNK_LOGITS = 2**27  # float32 logits held at once, in a few copies
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Head:
 
 
 def random(n: int, d: int, v: int, dtype: torch.dtype = torch.float32, device: Device = "cpu") -> Head:
-    """Normal logits of standard deviation 1.5, any target: nothing a filter is made for."""
+    """Head with normal logits of standard deviation 1.5 and arbitrary targets, for which no filter is made."""
     rng = torch.Generator(device).manual_seed(0)
     e = torch.randn(n, d, generator=rng, device=device).to(dtype)
     c = torch.cat([x.to(dtype) for x in _normal_rows(v, d, 1.5 / d**0.5, rng)])
@@ -35,7 +35,7 @@ def random(n: int, d: int, v: int, dtype: torch.dtype = torch.float32, device: D
 
 
 def peaked(n: int = 1024, d: int = 512, v: int = 32_000) -> Head:
-    """Zipf frequencies along a common mean row, ids in any order: the problem of the CPU's goals (bench/cpu.py)."""
+    """Head with Zipf frequencies along a common mean row, ids in random order: the goal on a CPU (bench/cpu.py)."""
     rng = torch.Generator().manual_seed(0)
     mean = torch.randn(d, generator=rng)
     mean /= mean.norm()
@@ -58,33 +58,34 @@ def synthetic(
     fade: float = 0.6,
     seed: int = 0,
 ) -> Head:
-    """A head like a trained one: Zipf frequencies, rows with a large mean, rows of ``e`` of different certainty.
+    """Head like a trained one: Zipf frequencies, rows with a large mean, rows of ``e`` of different certainty.
 
-    A logit is that of the entry's frequency, along a direction that all rows of ``e`` share, plus a normal one of the
-    row, as large as makes the mean entropy the one wanted, and smaller for rare entries, whose rows training has moved
-    less: so the entries that matter to a row are mostly frequent ones, as in a trained head. Targets are drawn from the
-    softmax, so that the model is calibrated: its loss is its entropy. Ids come roughly in the order of frequency, as a
-    BPE's do.
+    A logit is a term for the entry's frequency, along a direction that all rows of ``e`` share, plus a normal term of
+    the row. The latter is scaled to the required mean entropy, and smaller for rare entries, whose rows training has
+    moved less: so the entries that matter to a row are mostly frequent ones, as in a trained head. Targets are drawn
+    from the softmax, so that the model is calibrated: its loss is its entropy. Ids are roughly in the order of
+    frequency, as in a BPE.
 
     Args:
-        n, d, v: sizes; D at least 2.
-        dtype, device: of ``e`` and ``c``.
-        entropy: of the softmax, in nats, mean over the rows.
-        mean_norm: norm of the mean row of ``c`` over the mean norm of its rows, in [0, 1).
-        zipf: exponent of the frequencies' law.
-        fade: how much smaller a row's own part is for the rarest entry than for the most frequent one, in [0, 1).
-        seed: of everything random.
+        n, d, v: sizes; D must be at least 2.
+        dtype, device: those of ``e`` and ``c``.
+        entropy: entropy of the softmax in nats, mean over the rows.
+        mean_norm: norm of the mean row of ``c`` divided by the mean norm of its rows, in [0, 1).
+        zipf: exponent of the frequencies' Zipf law.
+        fade: relative reduction of a row's own term from the most frequent entry to the rarest, in [0, 1).
+        seed: seed of everything random.
     """
     rng = torch.Generator(device).manual_seed(seed)
-    # Along one, rows of e see an entry's frequency; the mean row of c lies along the other, and shifts no logit.
+    # Two directions: along one, rows of e read an entry's frequency; the mean row of c, along the other, shifts no
+    # logit.
     direction, shared = torch.linalg.qr(torch.randn(d, 2, generator=rng, device=device)).Q.T.contiguous()
     ids = torch.arange(1, v + 1, device=device).log()
     order = (ids + 0.5 * torch.randn(v, generator=rng, device=device)).argsort()
     rank = torch.empty(v, device=device)
     rank[order] = ids  # log of the rank of every entry
-    height = 2.0 * math.sqrt(d)  # of every row of e along the direction: half of its norm, as trained ones have it
+    height = 2.0 * math.sqrt(d)  # of every row of e along the direction: half of its norm, as in trained heads
     frequency = -zipf / height * rank
-    own = 1 - fade * rank / math.log(max(v, 2))  # norm of what an entry's row has beside the direction
+    own = 1 - fade * rank / math.log(max(v, 2))  # norm of an entry's row without the direction
     spread = math.sqrt(float(own.square().mean() + frequency.var(correction=0)))
     mean = spread * mean_norm / math.sqrt(1 - mean_norm**2) * shared
     normal, along = _normal_rows(v, d, d**-0.5, rng), frequency - frequency.mean()
@@ -100,26 +101,26 @@ def synthetic(
 
 
 def trained_npz(path: Path, n: int = 1024) -> Head:
-    """Held-out hidden states of the demo's model: ``python -m cce demo --save PATH.npz``."""
+    """Head from held-out hidden states of the demo's model, from ``python -m cce demo --save PATH.npz``."""
     arrays = np.load(path)
     e, targets = torch.from_numpy(arrays["e"])[:n], torch.from_numpy(arrays["targets"])[:n]
     return Head("trained", e, torch.from_numpy(arrays["c"]), targets)
 
 
 def row_chunks(e: Tensor, v: int) -> Iterator[Tensor]:
-    """The rows of ``e`` in float32, as many at a time as have a bounded number of logits."""
+    """Yield the rows of ``e`` in float32, in pieces with a bounded number of logits."""
     yield from (rows.float() for rows in e.split(max(1, CHUNK_LOGITS // v)))
 
 
 def sampled_targets(e: Tensor, c: Tensor, rng: torch.Generator) -> Tensor:
-    """(N,) one entry a row, drawn from the softmax."""
+    """Targets drawn from the softmax, one entry per row, (N,)."""
     wide = c.float()
     logits = (rows @ wide.T for rows in row_chunks(e, len(c)))
     return torch.cat([torch.multinomial(z.softmax(1), 1, generator=rng)[:, 0] for z in logits])
 
 
 def _normal_rows(v: int, d: int, scale: float, rng: torch.Generator) -> Iterator[Tensor]:
-    """(v, d) normal rows, a few at a time."""
+    """Normal rows (v, d), generated a few at a time."""
     for v0 in range(0, v, _STEP):
         yield torch.randn(min(_STEP, v - v0), d, generator=rng, device=rng.device) * scale
 
@@ -129,7 +130,7 @@ def _split(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _sharpness(states: Tensor, c: Tensor, mean: Tensor, entropy: float) -> float:
-    """What to multiply ``states`` by so that the mean entropy of the softmax is ``entropy``."""
+    """Factor of ``states`` that makes the mean entropy of the softmax equal to ``entropy``."""
     wide = c.float()
     varying, constant = states @ wide.T, mean @ wide.T
     low, high = 0.0, 64.0

@@ -1,4 +1,4 @@
-"""Rows of the record for one head: errors first, then memory, then the time of what is right."""
+"""Rows of the record for one head: errors first, then memory, then the time of correct candidates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cce.benchmarks.peers import Loss, Peer
 
 MIB = 2**20
 PASSES = ("forward", "forward+backward")
-#: A peer that leaves out gradients by design is still wrong if it errs by half of a gradient.
+#: A peer that leaves out gradients by design is still wrong if its error is half of a gradient.
 APPROXIMATE = 0.5
 
 Row = dict[str, Any]
@@ -27,11 +27,11 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a measurement is made.
+    """Duration of a measurement.
 
     Attributes:
-        rounds: turns of all candidates.
-        span_ms: of one candidate's measurement in a round.
+        rounds: number of turns of all candidates.
+        span_ms: duration of one candidate's measurement in a round.
     """
 
     rounds: int = 5
@@ -40,15 +40,15 @@ class Effort:
 
 @dataclass
 class Entry:
-    """A row in the making, and what is to be timed if it is right."""
+    """Unfinished row, and the function to time if it is correct."""
 
     row: Row
     candidate: Candidate
     run: Step | None = None
-    slow_ms: float | None = None  # of one too slow to be taken again
+    slow_ms: float | None = None  # of a step too slow to be repeated
 
 
-#: Candidates and passes that were slow before, and their milliseconds.
+#: Candidates and passes found slow before, and their milliseconds.
 Slow = dict[tuple[str, str], float]
 
 
@@ -60,10 +60,10 @@ def measured(
     bandwidth: float,
     slow: Slow | None = None,
 ) -> Iterator[str | Row]:
-    """The rows of a head when all are there; before, a line for each thing done, for a progress bar.
+    """Measure a head: yield a line of text for each step, for a progress bar, and at the end all rows.
 
-    A forward has no filter, so it is measured in the first mode of a backend only. What is ``slow`` is skipped; what is
-    found to be slow is added to it.
+    A forward has no filter, so it is measured only in the first mode of a backend. Candidates in ``slow`` are skipped;
+    those found to be slow are added to it.
     """
     oracle, entries, seen, slow = Oracle(head), list[Entry](), set[str](), {} if slow is None else slow
     for candidate in candidates:
@@ -91,7 +91,7 @@ def measured(
 
 
 def step(loss: Loss, head: Head) -> Step:
-    """Loss, dE and dC, from the same leaves each time."""
+    """Compute loss, dE and dC, from the same leaves each time."""
     e, c = (x.detach().requires_grad_() for x in (head.e, head.c))
 
     def run() -> tuple[Tensor, ...]:
@@ -102,7 +102,7 @@ def step(loss: Loss, head: Head) -> Step:
 
 
 def forward(loss: Loss, head: Head) -> Step:
-    """The loss, where no gradient is wanted."""
+    """Compute the loss without gradients."""
 
     @torch.no_grad()
     def run() -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ def forward(loss: Loss, head: Head) -> Step:
 
 
 def checked(oracle: Oracle, candidate: Candidate, name: str, slow_before: float | None = None) -> Entry:
-    """A row with status, errors and memory; skipped if it was slow before, in milliseconds.
+    """Row with status, errors and memory; skipped if the candidate was slow before (``slow_before``: milliseconds).
 
     Raises:
         RuntimeError: the candidate has left the GPU unusable for this process.
@@ -142,7 +142,7 @@ def checked(oracle: Oracle, candidate: Candidate, name: str, slow_before: float 
 
 
 def errors(oracle: Oracle, candidate: Candidate, found: tuple[Tensor, ...]) -> Row:
-    """Relative errors against float64; a filter's also against what its live tiles should give."""
+    """Relative errors against float64, and for a filter also against the gradients its live tiles should give."""
     row: Row = {"error_loss": abs(float(found[0]) - oracle.loss) / abs(oracle.loss)}
     if len(found) == 1:
         return row
@@ -159,13 +159,13 @@ def errors(oracle: Oracle, candidate: Candidate, found: tuple[Tensor, ...]) -> R
 
 
 def wrong(row: Row, dtype: torch.dtype, v: int, peer: Peer | None = None) -> str:
-    """Why a row's errors are too large, or "": the rule is in docs/reproducibility.md.
+    """Reason why a row's errors are too large, or "", by the rule in docs/reproducibility.md.
 
     >>> wrong({"error_loss": 1e-6, "error_de": 0.3, "error_dc": 0.002, "dense_de": 0.001, "dense_dc": 0.001},
     ...       torch.bfloat16, 100)
     'dE errs by 0.3, allowed 0.01'
     """
-    # The logits of a peer may have the inputs' dtype; ours are float32 at least.
+    # The logits of a peer may have the inputs' dtype; ours are at least float32.
     of_loss = floor(dtype if peer else torch.promote_types(dtype, torch.float32), v)
     if not row["error_loss"] <= of_loss:
         return f"the loss errs by {row['error_loss']:.2g}, allowed {of_loss:.2g}"
@@ -179,7 +179,7 @@ def wrong(row: Row, dtype: torch.dtype, v: int, peer: Peer | None = None) -> str
 
 
 def _recover(candidate: Candidate, device: torch.device) -> None:
-    """Frees what a failure held; a GPU that no longer answers ends the run, since nothing after it would be true."""
+    """Free memory held by a failure; a GPU that no longer answers ends the run, as later results would be invalid."""
     gc.collect()
     if device.type != "cuda":
         return
@@ -203,7 +203,7 @@ def _times(found: timing.Time) -> Row:
 
 
 def _roofline(head: Head, entry: Entry, mm_ms: float, bandwidth: float) -> Row:
-    """The products at the speed of ``mm``, or the least traffic at the speed of a copy, whichever takes longer."""
+    """Least time: products at the speed of ``mm``, or memory traffic at the speed of a copy, whichever is longer."""
     alone = entry.row["pass"] == PASSES[0]
     products = entry.candidate.products(alone, entry.row.get("live", 1.0))
     inputs = head.e.nbytes + head.c.nbytes

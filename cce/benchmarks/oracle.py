@@ -1,9 +1,9 @@
-"""What a result is held to: float64 on a sample of rows and of tiles of the vocabulary.
+"""Correct results to compare with: float64 on a sample of rows and of tiles of the vocabulary.
 
-The gradients of a big problem are too many to compute twice in float64, so some rows of dE and some tiles of dC stand
-for all. Two answers are known of each sample: the true gradient, and the one a filter should give, from which the live
-tiles keep their softmax and the dead ones have its mean over the tile (compensated) or nothing. The first tells how
-accurate a result is, the second whether a backend computes what it claims.
+The gradients of a big problem are too large to compute in float64, so some rows of dE and some tiles of dC represent
+all. Two answers are computed for each sample: the true gradient, and the one a filter should give, in which the live
+tiles keep their softmax and the dead ones have its mean over the tile (compensated) or nothing. The first shows the
+accuracy of a result, the second whether a backend computes what it claims.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from cce.frontend.operators import forward_of
 from cce.reference.roundoff import LAMBDA
 from cce.spec import Spec
 
-ROWS, TILES = 64, 16  # of a sample
-#: What the conformance kit's a-priori bounds come to on small heads (docs/numerics.md): never asked for less.
+ROWS, TILES = 64, 16  # sizes of a sample
+#: Values of the conformance kit's a-priori bounds on small heads (docs/numerics.md): the least allowed errors.
 FLOOR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4, torch.float64: 1e-10}
 
 Gradients = tuple[Tensor, Tensor]
@@ -32,7 +32,7 @@ Gradients = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Live:
-    """The live tiles of a filter: (T, N) of the rows, and whether dead ones are compensated."""
+    """The live tiles of a filter: (T, N) for each row, and whether dead ones are compensated."""
 
     rows: Tensor
     compensate: bool
@@ -46,13 +46,13 @@ class Live:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of dE and entries of dC, whole tiles of an order of the vocabulary.
+    """Sampled rows of dE and entries of dC, in whole tiles of an order of the vocabulary.
 
     Attributes:
-        order: (V,) the vocabulary as the tiles see it.
-        block_v: entries of a tile.
-        rows: (R,) of e.
-        tiles: numbers of the tiles.
+        order: (V,) vocabulary in the order of the tiles.
+        block_v: number of entries in a tile.
+        rows: (R,) sampled rows of e.
+        tiles: numbers of the sampled tiles.
         exact: float64 dE of the rows, dC of the entries.
         dense: relative errors of dE and dC computed densely in the inputs' dtype.
     """
@@ -66,11 +66,11 @@ class Sample:
 
     @property
     def entries(self) -> Tensor:
-        """(S,) entries of the sampled tiles."""
+        """Entries of the sampled tiles, (S,)."""
         return torch.cat([self.order[t * self.block_v : (t + 1) * self.block_v] for t in self.tiles])
 
     def of(self, gradients: tuple[Tensor, ...]) -> Gradients:
-        """The sampled rows and entries of dE and dC."""
+        """Sampled rows and entries of dE and dC."""
         return gradients[0][self.rows], gradients[1][self.entries]
 
     def errors(self, gradients: tuple[Tensor, ...], expected: Gradients | None = None) -> tuple[float, float]:
@@ -97,7 +97,7 @@ class Oracle:
         self.loss = float((self.lse - of_target).mean())
 
     def sample(self, spec: Spec | None = None) -> Sample:
-        """The sample for a resolved ``spec``; None stands for tiles by mean logit."""
+        """Sample for a resolved ``spec``; None stands for tiles by mean logit."""
         natural = spec is not None and spec.filter != "none" and spec.vocab_order == "natural"
         key = ("natural" if natural else "mean_logit", (spec and spec.block_v) or 128)
         if key not in self._samples:
@@ -117,7 +117,7 @@ class Oracle:
         return Sample(order, block_v, rows, tiles, exact, (dense[0], dense[1]))
 
     def gradients(self, sample: Sample, live: Live | None = None) -> Gradients:
-        """float64 dE and dC of a sample, of the loss or of a filter with these live tiles."""
+        """Gradients dE and dC of a sample in float64, of the loss or of a filter with these live tiles."""
         return self._de(sample, live), self._dc(sample, live)
 
     def _de(self, sample: Sample, live: Live | None) -> Tensor:
@@ -141,10 +141,10 @@ class Oracle:
         return torch.cat(found)
 
     def _dense(self, sample: Sample) -> Gradients:
-        """The sample as a dense computation in the inputs' dtype has it: what rounding alone costs."""
+        """Gradients of the sample by a dense computation in the inputs' dtype: the cost of rounding alone."""
         (e, c, targets), dtype, n = (self.head.e, self.head.c, self.head.targets), self.head.e.dtype, len(self.lse)
         rows, entries, wide = sample.rows, sample.entries, torch.promote_types(dtype, torch.float32)
-        # Of the rounded logits: with another log-sum-exp, rows of the softmax would not sum to 1.
+        # Use the rounded logits: with another log-sum-exp, rows of the softmax would not sum to 1.
         lse = torch.cat([(x @ c.T).to(wide).logsumexp(1) for x in e.split(max(1, CHUNK_LOGITS // len(c)))])
         p = (e[rows] @ c.T).to(wide).sub_(lse[rows, None]).exp_()
         p[torch.arange(len(p), device=p.device), targets[rows]] -= 1
@@ -156,13 +156,13 @@ class Oracle:
 
 
 def floor(dtype: torch.dtype, v: int) -> float:
-    """The relative error that is always allowed: the dtype's, and that of two sums over the vocabulary in float32."""
+    """Relative error that is always allowed: that of the dtype, and of two sums over the vocabulary in float32."""
     unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
     return FLOOR[dtype] + 2 * LAMBDA * math.sqrt(v) * unit
 
 
 def live_tiles(head: Head, backend: str, problem: Problem, spec: Spec) -> Live:
-    """What a backend's filter keeps: the same forward and work list as its backward's."""
+    """Live tiles of a backend's filter, from the same forward and work list as in its backward."""
     targets, grads = head.targets[:, None], "e,c"
     request = Request(backend, spec.key, problem.softcap, problem.logit_scale, "", grads)
     call = decide(head.e, head.c, None, targets, request.key)
@@ -174,7 +174,7 @@ def live_tiles(head: Head, backend: str, problem: Problem, spec: Spec) -> Live:
 
 
 def _filtered(p: Tensor, live: Tensor, block_v: int, compensate: bool) -> Tensor:
-    """``p`` (M, V) in the order of the tiles; dead ones, of ``live`` (M, T), have their mean or nothing."""
+    """Return ``p`` (M, V) in the order of the tiles; tiles dead in ``live`` (M, T) have their mean or nothing."""
     m, v, tiles = *p.shape, live.shape[1]
     padded = torch.nn.functional.pad(p, (0, tiles * block_v - v)).reshape(m, tiles, block_v)
     width = torch.full((tiles,), float(block_v), dtype=p.dtype, device=p.device)
@@ -184,5 +184,5 @@ def _filtered(p: Tensor, live: Tensor, block_v: int, compensate: bool) -> Tensor
 
 
 def _spread(size: int, count: int, device: torch.device) -> Tensor:
-    """At most ``count`` numbers below ``size``, evenly spread from the first to the last."""
+    """Numbers below ``size``, at most ``count`` of them, evenly spread from the first to the last."""
     return torch.linspace(0, size - 1, min(count, size), dtype=torch.float64, device=device).round().long().unique()

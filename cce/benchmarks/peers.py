@@ -1,7 +1,7 @@
-"""Other implementations of the same loss: each as a function of (e, c, targets), and what it lacks.
+"""Other implementations of the same loss, as functions of (e, c, targets), with a list of missing features.
 
-A peer is compared in the plain case all of them have; ``lacks`` names the arguments of ``cce.loss`` and the outputs of
-``cce.terms`` for which it has no counterpart, from its signature.
+A peer is compared in the plain case, which all of them support; ``lacks`` names the arguments of ``cce.loss`` and the
+outputs of ``cce.terms`` without a counterpart in its signature.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: ``loss(e, c, targets)``: e (N, D), c (V, D), targets (N,) to the mean loss.
+#: Function ``loss(e, c, targets)`` from e (N, D), c (V, D), targets (N,) to the mean loss.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _HIDDEN = ("lse", "entropy", "prediction")  # outputs
@@ -25,16 +25,16 @@ _EXTRAS = ("token_weight", "target_weight", "shift", "logit_scale")
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation to compare with.
+    """Implementation to compare with.
 
     Attributes:
-        name: in tables.
-        make: the loss function; imports what it needs. Called once a head.
-        lacks: what ``cce`` has and it does not.
-        package: distribution that has to be installed; "" for torch's own.
-        products: of the size of ``e @ c.T`` that a forward and backward takes at least.
-        approximate: leaves gradients out by design, so that its error is told but not held against it.
-        note: for readers.
+        name: name in tables.
+        make: makes the loss function and imports what it needs; called once per head.
+        lacks: features of ``cce`` that it does not have.
+        package: distribution that must be installed; "" for torch itself.
+        products: least number of products of the size of ``e @ c.T`` in a forward and backward.
+        approximate: whether it leaves gradients out by design, so that its error is reported but not counted as wrong.
+        note: note for readers.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Peer:
     _has: str = field(default="", repr=False)
 
     def absent(self) -> str:
-        """Why it cannot be compared here, or ""."""
+        """Reason why it cannot be compared here, or ""."""
         if self._has and not hasattr(F, self._has):
             return f"torch {torch.__version__} has no F.{self._has}"
         module = self.package.replace("-", "_")
@@ -57,21 +57,21 @@ class Peer:
 
     @property
     def version(self) -> str:
-        """Of its package; torch's for its own functions."""
+        """Version of its package; that of torch for torch's functions."""
         try:
             return metadata.version(self.package or "torch")
-        except metadata.PackageNotFoundError:  # a copy on the path, without metadata
+        except metadata.PackageNotFoundError:  # a copy on the path without metadata
             return "unknown"
 
 
 def dense(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
-    """``F.cross_entropy(F.linear(e, c))`` as training loops write it, with logits in float32 at least."""
+    """Loss ``F.cross_entropy(F.linear(e, c))`` as in training loops, with logits in at least float32."""
     logits = F.linear(e, c)
     return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
 
 
 def _compiled() -> Loss:
-    torch.compiler.reset()  # sizes of heads before would make it compile for any size, or give up
+    torch.compiler.reset()  # otherwise sizes of previous heads would make it compile for any size, or give up
     return torch.compile(dense, fullgraph=True, dynamic=False)
 
 
@@ -101,7 +101,7 @@ def _apple(filter_eps: str | None) -> Callable[[], Loss]:
 _OF_LIGER = ("lse", "entropy", "shift", "token_weight", "target_weight", "logit_scale", "vocab_parallel")
 _OF_APPLE = ("bias", "label_smoothing", "weight", "z_loss", *_HIDDEN, "token_weight", "target_weight", "logit_scale")
 _OF_TORCH = ("softcap", "z_loss", *_HIDDEN, *_EXTRAS, *_SPLIT)
-_BY_HAND = "what it lacks can be computed by hand, from the logits"
+_BY_HAND = "missing features can be computed by hand, from the logits"
 
 PEERS = {
     peer.name: peer

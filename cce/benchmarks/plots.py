@@ -1,4 +1,4 @@
-"""Pictures made from a record alone."""
+"""Pictures drawn from a record alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEP = "forward+backward"
 
 
 def draw(record: Record, folder: Path, stem: str, suffix: str = ".svg") -> list[Path]:
-    """Writes the pictures that a record has the rows for; their paths."""
+    """Write the pictures for which a record has rows, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     # The same record gives the same bytes.
@@ -38,7 +38,7 @@ def draw(record: Record, folder: Path, stem: str, suffix: str = ".svg") -> list[
 
 
 def pictures(record: Record) -> Iterator[tuple[str, Figure]]:
-    """Names and pictures."""
+    """Yield the pictures with their names."""
     heads = [row for row in record.of("heads") if row.get("pass") == STEP]
     for data in dict.fromkeys(row["data"] for row in heads):
         yield f"heads-{data}", heads_figure([row for row in heads if row["data"] == data])
@@ -52,7 +52,7 @@ def pictures(record: Record) -> Iterator[tuple[str, Figure]]:
 
 
 def heads_figure(rows: list[Row]) -> Figure:
-    """Time and memory of a step, bars a head."""
+    """Time and memory of a step, as bars for each head."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(title(row), []).append(row)
@@ -63,7 +63,7 @@ def heads_figure(rows: list[Row]) -> Figure:
     ):
         measured = [row for row in group if "peak_mib" in row]
         timed = sorted((row for row in group if "time_ms" in row), key=lambda row: row["time_ms"])
-        # One candidate that takes a hundred times as long would leave the others without bars.
+        # One candidate that takes a hundred times as long would leave the others without visible bars.
         bars(left, timed, "time_ms", "{:.4g} ms", longest=12 * timed[0]["time_ms"] if timed else math.inf)
         left.set_title(f"{name}\ntime of forward and backward", loc="left", fontsize=9, color=INK)
         bars(right, sorted(measured, key=lambda row: row["peak_mib"]), "peak_mib", "{:,.0f} MiB")
@@ -72,7 +72,7 @@ def heads_figure(rows: list[Row]) -> Figure:
 
 
 def bars(axes: Axes, rows: list[Row], name: str, form: str, longest: float = math.inf) -> None:
-    """A bar a row, the smallest on top; values as text; bars beyond the ``longest`` are cut, and say so."""
+    """Draw a bar per row, the smallest on top, with values as text; bars beyond ``longest`` are cut and marked."""
     labels = [" ".join(filter(None, (row["name"], row["mode"]))) for row in rows]
     values = [row[name] for row in rows]
     positions = range(len(rows))
@@ -89,9 +89,9 @@ def bars(axes: Axes, rows: list[Row], name: str, form: str, longest: float = mat
 
 
 def memory(record: Record, path: Path) -> None:
-    """Peak memory of a step on the largest head of a record, the two gradients apart: the picture of the home page.
+    """Draw the peak memory of a step on the largest head of a record, the two gradients apart, for the home page.
 
-    Of several data the synthetic are shown.
+    If the record has several kinds of data, the synthetic are shown.
     """
     found = [row for row in record.of("heads") if row.get("pass") == STEP and row["status"] == "ok"]
 
@@ -170,7 +170,7 @@ def filter_figure(rows: list[Row]) -> Figure:
 
 
 def finish(axes: Axes) -> None:
-    """What all axes have in common."""
+    """Apply the style common to all axes."""
     axes.grid(color="#eeeeee")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)

@@ -1,7 +1,7 @@
-"""The records of measurements: what was measured, on what, with which versions and commit.
+"""Records of measurements: the results, with the hardware, versions and commit.
 
-``python -m cce bench`` writes JSON lines: the facts about the run first, then a line a row as it is measured, so that a
-run that is cut short has what it found. The scripts in ``bench/`` write one JSON object.
+``python -m cce bench`` writes JSON lines: first the facts about the run, then one line per row as it is measured, so
+that an interrupted run keeps its results. The scripts in ``bench/`` write one JSON object.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """What one run found: ``facts`` about it, and its rows."""
+    """Results of one run: ``facts`` about it, and its rows."""
 
     facts: Row
     rows: list[Row]
 
     def of(self, study: str) -> list[Row]:
-        """The rows of a study."""
+        """Rows of a study."""
         return [row for row in self.rows if row["study"] == study]
 
 
 def read(path: Path) -> Record:
-    """What ``python -m cce bench --out`` wrote.
+    """Read a record written by ``python -m cce bench --out``.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not such a record.
     """
     try:
         facts, *rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -50,17 +50,17 @@ def read(path: Path) -> Record:
 
 
 def line(row: Row) -> str:
-    """A row as a line."""
+    """Format a row as a line."""
     return json.dumps(rounded(row)) + "\n"
 
 
 def rounded(row: Row) -> Row:
-    """A row as a record has it: five digits of a number are more than any measurement has."""
+    """Round the numbers of a row to five digits, more than any measurement has."""
     return {name: float(f"{x:.5g}") if isinstance(x, float) else x for name, x in row.items()}
 
 
 def facts(device: str, commit: str | None = None, **more: Any) -> Row:
-    """Of a run: device, versions, date and commit, the checkout's if none is given."""
+    """Facts about a run: device, versions, date and commit (default: that of the checkout)."""
     packages = {peer.package: peer.version for peer in PEERS.values() if peer.package and not peer.absent()}
     found = environment(device)
     found["versions"] |= packages
@@ -72,13 +72,13 @@ def facts(device: str, commit: str | None = None, **more: Any) -> Row:
 
 
 def write(path: Path, device: str, commit: str | None = None, **content: Any) -> None:
-    """Writes ``content`` with the facts about this run as one JSON object."""
+    """Write ``content`` with the facts about this run as one JSON object."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts(device, commit, **content), indent=1) + "\n")
 
 
 def checkout() -> str:
-    """The commit of the folder the program runs in; empty outside a repository."""
+    """Commit of the folder the program runs in; empty outside a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -14,7 +14,7 @@ from cce.benchmarks.record import Record, Row
 
 
 def measure(options: studies.Options, out: Path | None, commit: str | None, console: Console | None = None) -> Record:
-    """Measures everything chosen; rows are written to ``out`` as they are found."""
+    """Measure everything chosen, and write rows to ``out`` as they are measured."""
     start = time.perf_counter()
     facts = record.facts(options.device.type, commit)
     facts = {"record": "cce bench", **facts, "options": _shown(options)}
@@ -52,7 +52,7 @@ def measure(options: studies.Options, out: Path | None, commit: str | None, cons
 
 
 def report(found: Record, folder: Path | None, stem: str, suffix: str, console: Console | None = None) -> None:
-    """Prints the tables; draws the pictures into ``folder``, if there is one."""
+    """Print the tables, and draw the pictures into ``folder``, if given."""
     console = console or Console(width=max(table.width(found.rows), Console().width))
     measured = Record(found.facts, [row for row in found.rows if row["kind"] != "run"])
     table.show(measured, console)
@@ -68,7 +68,7 @@ def report(found: Record, folder: Path | None, stem: str, suffix: str, console: 
 
 
 def _shown(options: studies.Options) -> Row:
-    """The options as they go into a record."""
+    """Options in the form of the record."""
     names = {name: list(getattr(options, name)) for name in ("studies", "data", "backends", "modes", "passes", "peers")}
     shapes = [shape.label for shape in options.shapes]
     efforts = {"rounds": options.effort.rounds, "span_ms": options.effort.span_ms}

@@ -1,4 +1,4 @@
-"""The heads of published models: what every benchmark and tuner is run on."""
+"""The heads of published models, on which all benchmarks and tuners run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """A loss of N tokens, with the head of a model.
+    """Problem of a loss over N tokens with the head of a model.
 
     Attributes:
-        name: of the model.
-        n, d, v: tokens, width and vocabulary.
+        name: name of the model.
+        n, d, v: number of tokens, width, and size of the vocabulary.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Shape:
         return f"{self.name} {self.n}x{self.d}x{self.v}"
 
 
-#: (D, V) of a model's head, from its published configuration ("hidden_size", "vocab_size").
+#: Sizes (D, V) of a model's head, from its published configuration ("hidden_size", "vocab_size").
 HEADS = {
     "gpt2": (768, 50_257),
     "phi3.5-mini": (3072, 32_064),
@@ -57,10 +57,10 @@ QUICK = {"cuda": ("gemma2-2b:4096",), "cpu": ("gpt2:128",)}
 
 
 def parse(text: str) -> Shape:
-    """The shape called ``text``: a model and N as "gpt2:256", a model alone (N = 8192), or sizes as "256x768x50257".
+    """Parse a shape: a model and N as "gpt2:256", a model alone (N = 8192), or sizes as "256x768x50257".
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: ``text`` is none of these.
 
     >>> parse("gpt2:256"), parse("4x5x6")
     (Shape(name='gpt2', n=256, d=768, v=50257), Shape(name='given', n=4, d=5, v=6))
@@ -77,5 +77,5 @@ def parse(text: str) -> Shape:
 
 
 def all_shapes() -> list[Shape]:
-    """Every head with every number of tokens."""
+    """All heads with all numbers of tokens."""
     return [parse(f"{name}:{n}") for name in HEADS for n in TOKENS]

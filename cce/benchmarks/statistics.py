@@ -1,4 +1,4 @@
-"""What the speed and accuracy of a filter depend on: the softmax's spectrum, and how its hits share tiles."""
+"""Statistics that determine a filter's speed and accuracy: the softmax's spectrum, and the sharing of tiles by hits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure(head: Head, counts: Tensor) -> dict[str, float]:
 
 
 def spectrum(head: Head) -> dict[str, float]:
-    """How probability is spread over the entries of a row."""
+    """Distribution of probability over the entries of a row."""
     c, found, start = head.c.float(), defaultdict(list), 0
     for rows in row_chunks(head.e, len(c)):
         z = rows @ c.T
@@ -38,7 +38,7 @@ def spectrum(head: Head) -> dict[str, float]:
         found["largest p"].append(p.amax(1))
         hits = p >= HIT
         found["hits"].append(hits.sum(1).float())
-        late = len(c) // 2  # ids come in the order of their frequency: the rarer half of the entries
+        late = len(c) // 2  # ids are in the order of frequency: this is the rarer half of the entries
         found["late"].append(p[:, late:].sum(1))
         p.masked_fill_(hits, 0)
         found["rest"].append(p.sum(1))
@@ -57,7 +57,7 @@ def spectrum(head: Head) -> dict[str, float]:
 
 
 def geometry(head: Head) -> dict[str, float]:
-    """How much the rows have in common: what is left out adds up along their mean."""
+    """Common part of the rows: the omitted gradients add up along their mean."""
     rows = {"e": head.e.float(), "c": head.c.float()}
     return {
         f"norm of the mean row of {name} / mean norm": float(x.mean(0).norm() / x.norm(dim=1).mean())
@@ -84,7 +84,7 @@ def live_fractions(head: Head, counts: Tensor) -> dict[str, float]:
 
 
 def summary(head: Head) -> dict[str, float]:
-    """The statistics that tell whether made-up data resembles trained data, of up to 1024 rows."""
+    """Statistics, over up to 1024 rows, that show whether synthetic data resembles trained data."""
     few = Head(head.name, head.e[:1024], head.c, head.targets[:1024])
     spread, shared = spectrum(few), geometry(few)
     return {
@@ -98,7 +98,7 @@ def summary(head: Head) -> dict[str, float]:
 
 
 def show(columns: Sequence[Column]) -> None:
-    """The statistics side by side."""
+    """Format the statistics side by side."""
     print(" " * 46, *(f"{title:>17}" for title, _ in columns))
     for name in columns[0][1]:
         print(f"{name:46}", *(f"{statistics[name]:17.4g}" for _, statistics in columns))

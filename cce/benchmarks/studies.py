@@ -1,4 +1,4 @@
-"""What is measured: the heads of models, how cost scales with V, N and D, and what the filter's threshold does."""
+"""The studies: heads of models, scaling of the cost with V, N and D, and the effect of the filter's threshold."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cce.benchmarks.peers import PEERS
 from cce.benchmarks.shapes import Shape
 
 DATA = ("random", "synthetic", "trained")
-TRAINED = "trained-"  # and the name of the state's file
-#: Sizes other than the one that varies, and the sizes it takes; the larger ones are left out of a quick run.
+TRAINED = "trained-"  # followed by the name of the state's file
+#: Fixed sizes, and the values of the varying one; a quick run leaves out the larger ones.
 SCALING = {
     "cuda": {
         "vocabulary": (Shape("V", 4096, 2048, 0), (8192, 32_768, 131_072, 262_144, 524_288, 1_048_576)),
@@ -43,16 +43,16 @@ QUICK_POWERS = (10, 13, 16)
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose.
+    """Choices of the user.
 
     Attributes:
-        device, dtype: of the inputs.
-        shapes: of the study "heads".
-        studies, backends, modes, passes, peers: names; see the command's help.
-        data: "random", "synthetic", and names of ``trained``.
-        trained: what ``bench/train_lm.py`` or ``cce demo --save`` wrote, by name.
-        quick: smaller sweeps.
-        effort: how long is measured; ``sweep_effort``: in the other studies, which have many more points.
+        device, dtype: those of the inputs.
+        shapes: shapes of the study "heads".
+        studies, backends, modes, passes, peers: names, explained in the command's help.
+        data: "random", "synthetic", or keys of ``trained``.
+        trained: files written by ``bench/train_lm.py`` or ``cce demo --save``, by name.
+        quick: whether sweeps are smaller.
+        effort: duration of measurements; ``sweep_effort``: that in the other studies, which have many more points.
     """
 
     device: torch.device
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One head of a study, and what is compared on it."""
+    """One head of a study, and the candidates compared on it."""
 
     study: str
     shape: Shape
@@ -84,7 +84,7 @@ class Job:
 
 
 def jobs(options: Options) -> Iterator[Job]:
-    """All heads of the studies chosen, small ones first within a sweep."""
+    """Heads of all chosen studies, small ones first within a sweep."""
     modes = {name: MODES[name] for name in options.modes}
     for study in options.studies:
         if study == "heads":
@@ -106,7 +106,7 @@ def jobs(options: Options) -> Iterator[Job]:
 
 
 def filter_specs(quick: bool) -> dict[str, cce.Spec]:
-    """Thresholds with and without compensation and orders; "2^-13, compensated, mean_logit, live" and so on."""
+    """Specs by name: thresholds with and without compensation and orders, as "2^-13, compensated, mean_logit, live"."""
     specs = {"exact": MODES["exact"]}
     for power in QUICK_POWERS if quick else POWERS:
         for compensate, vocab, rows in (
@@ -123,7 +123,7 @@ def filter_specs(quick: bool) -> dict[str, cce.Spec]:
 
 
 def run(options: Options) -> Iterator[str | Row]:
-    """The rows of all studies; before each, lines that say what is being done."""
+    """Yield the rows of all studies, and before each, lines that report progress."""
     bandwidth = timing.bandwidth(options.device)
     slow: dict[tuple[str, ...], Slow] = defaultdict(dict)
     for job in jobs(options):
@@ -139,7 +139,8 @@ def run(options: Options) -> Iterator[str | Row]:
         yield {**base, "kind": "data", "status": "ok", **statistics.summary(head)}
         found = candidates(head, job.backends, job.specs, job.peers)
         effort = options.effort if job.study == "heads" else options.sweep_effort
-        # What is slow on a head is so on its other data, and what is slow in a sweep is so on larger sizes.
+        # A candidate slow on a head is also slow on its other data, and one slow in a sweep is also slow on larger
+        # sizes.
         known = slow[job.study, shape.label] if job.study in ("heads", "filter") else slow[job.study,]
         for each in measured(head, found, job.passes, effort, bandwidth, known):
             yield each if isinstance(each, str) else {**base, "kind": "time", **each}
@@ -147,10 +148,10 @@ def run(options: Options) -> Iterator[str | Row]:
 
 
 def make_head(data: str, shape: Shape, options: Options) -> Head:
-    """The problem of a shape.
+    """Make the problem of a shape.
 
     Raises:
-        ValueError: trained data are of larger sizes.
+        ValueError: trained data have larger sizes.
     """
     makers: dict[str, Callable[..., Head]] = {"random": heads.random, "synthetic": heads.synthetic}
     if data in makers:
@@ -160,7 +161,7 @@ def make_head(data: str, shape: Shape, options: Options) -> Head:
 
 
 def _compared(options: Options) -> tuple[str, ...]:
-    """The backends chosen that can run here, the one that ``backend="auto"`` takes first."""
+    """Chosen backends that can run here, with the one ``backend="auto"`` takes first."""
     problem: dict[str, Any] = {"e_dtype": options.dtype, "c_dtype": options.dtype, "device": options.device.type}
     step = cce.backends.problem.Problem(n=256, v=1024, d=256, grad_e=True, grad_c=True, **problem)
     spec = resolve(cce.Spec(), step)

@@ -1,4 +1,4 @@
-"""A record as tables, one a head."""
+"""A record as tables, one for each head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from cce.benchmarks.record import Record, Row
 
 HEADINGS = ("ms", "spread", "× mm", "roof", "peak MiB", "over", "loss", "dE", "dC", "live")
-_FIGURES = 96  # characters of a line beside its label
+_FIGURES = 96  # characters of a line after its label
 NOTES = """\
 ms: median of the rounds; spread: of the rounds, over it. × mm: in units of one e @ c.T of the same round. roof: the
 least time its products or its traffic take, over the time taken. peak: memory over the inputs; over: over the two
@@ -21,7 +21,7 @@ gradients (the loss, in a forward). loss, dE, dC: relative errors against float6
 
 
 def show(record: Record, console: Console) -> None:
-    """Prints every head: what its data are like, then a line for each thing measured."""
+    """Print every head: statistics of its data, then a line for each measurement."""
     for key, group in groupby(record.rows, key=head_of):
         rows = list(group)
         for row in rows:
@@ -35,12 +35,12 @@ def show(record: Record, console: Console) -> None:
 
 
 def head_of(row: Row) -> tuple[Any, ...]:
-    """What the rows of one head have in common."""
+    """Key that the rows of one head share."""
     return tuple(row[name] for name in ("study", "shape", "n", "d", "v", "data"))
 
 
 def title(row: Row) -> str:
-    """The head of a row.
+    """Title of a row's head.
 
     >>> title({"shape": "gpt2", "n": 256, "d": 768, "v": 50257, "data": "random", "dtype": "float32"})
     'gpt2, N=256 D=768 V=50257, random data, float32'
@@ -49,7 +49,7 @@ def title(row: Row) -> str:
 
 
 def data_line(row: Row) -> str:
-    """The statistics of a head's data, or why there are none."""
+    """Statistics of a head's data, or the reason why there are none."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
     return (
@@ -60,7 +60,7 @@ def data_line(row: Row) -> str:
 
 
 def figures(row: Row) -> list[str]:
-    """The cells of a row that was measured, in the order of ``HEADINGS``; empty where there is none."""
+    """Cells of a measured row, in the order of ``HEADINGS``; empty where there is no value."""
 
     def show(name: str, form: str) -> str:
         return f"{row[name]:{form}}" if row.get(name) is not None else ""
@@ -81,7 +81,7 @@ def figures(row: Row) -> list[str]:
 
 
 def without_time(rows: list[Row]) -> list[str]:
-    """Why rows have no time, a line a reason.
+    """Reasons why rows have no time, one per line.
 
     >>> row = {"name": "liger", "mode": "", "status": "absent", "reason": "not installed"}
     >>> without_time([row | {"pass": "forward"}, row | {"pass": "forward+backward"}])
@@ -100,7 +100,7 @@ def without_time(rows: list[Row]) -> list[str]:
 
 
 def label(row: Row) -> str:
-    """What a row is of.
+    """Label of a row: its candidate and pass.
 
     >>> label({"name": "torch", "mode": "exact", "pass": "forward+backward"})
     'torch, exact, step'
@@ -109,7 +109,7 @@ def label(row: Row) -> str:
 
 
 def width(rows: list[Row]) -> int:
-    """Characters of the longest line: a narrower terminal gets lines wrapped, which reads better than cut figures."""
+    """Length of the longest line: a narrower terminal wraps lines, which reads better than truncated figures."""
     return _FIGURES + max((len(label(row)) for row in rows if row["kind"] == "time"), default=0)
 
 

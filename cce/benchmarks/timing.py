@@ -1,9 +1,9 @@
-"""Time of a step in units of one ``e @ c.T`` of the library, and memory.
+"""Time of a step in units of one ``e @ c.T`` by torch, and memory.
 
-A GPU's card is power-capped: the clock falls with the work of the last tenth of a second (docs/performance-notes.md).
-So candidates take turns, all of them, ``mm`` too, run equally long without a pause, as in training, and every round is
-compared with its own ``mm``. Before each step a buffer larger than the caches is written, outside the time taken. A
-kernel that sleeps lets the host run ahead before the first step. On a CPU the same turns are taken by the wall clock.
+GPUs are power-capped: the clock falls with the work of the last tenth of a second (docs/performance-notes.md). So
+candidates, including ``mm``, take turns and run equally long without a pause, as in training, and every round is
+compared with its own ``mm``. Before each step a buffer larger than the caches is written, outside the measured time. A
+sleeping kernel lets the host run ahead before the first step. On a CPU the same turns are measured by the wall clock.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch import Tensor
 from cce.demo import measure
 
 Run = Callable[[], object]
-#: Cycles of the kernel that sleeps: longer than the host needs to launch a step.
+#: Cycles of the sleeping kernel: longer than the host needs to launch a step.
 _HEAD_START = 20_000_000
 _CPU_CACHE = 64 * 2**20
-#: A step that takes longer is taken once, so that one slow candidate does not take the time of all.
+#: Milliseconds beyond which a step is measured only once, so that one slow candidate does not take all the time.
 SLOW_MS = {"cuda": 1000, "cpu": 2000}
 
 
 @dataclass(frozen=True)
 class Time:
-    """Of one step.
+    """Time of one step.
 
     Attributes:
         ms: median of the rounds.
         ms_low, ms_high: smallest and largest of them.
         mm: median of the rounds' ratios to that round's ``mm``.
         low, high: smallest and largest of these ratios.
-        rounds: how many there were.
+        rounds: number of rounds.
     """
 
     ms: float
@@ -49,19 +49,19 @@ class Time:
 
 
 def slow(ms: float, device: torch.device) -> bool:
-    """Whether a step takes too long to be taken several times."""
+    """Whether a step takes too long to be measured several times."""
     return ms > SLOW_MS["cuda" if device.type == "cuda" else "cpu"]
 
 
 def compare(runs: Mapping[Any, Run], e: Tensor, c: Tensor, rounds: int = 5, span_ms: float = 120) -> dict[Any, Time]:
-    """The time of each of ``runs``, and of ``mm``, in turns; steps of about ``span_ms`` make a measurement."""
+    """Measure each of ``runs``, and ``mm``, in turns; a measurement is steps of about ``span_ms`` in total."""
     *_, times = turns(runs, e, c, rounds, span_ms)
     assert isinstance(times, dict)
     return times
 
 
 def turns(runs: Mapping[Any, Run], e: Tensor, c: Tensor, rounds: int, span_ms: float) -> Iterator[Any]:
-    """As :func:`compare`, with the name of each measurement when it is made, and the times at the end."""
+    """Like :func:`compare`, but yield the name of each measurement as it is made, and at the end the times."""
     logits = torch.empty(len(e), len(c), dtype=e.dtype, device=e.device)
     all_runs = {"mm": lambda: torch.mm(e, c.T, out=logits), **runs}
     flush = Flush(e.device)
@@ -83,7 +83,7 @@ def turns(runs: Mapping[Any, Run], e: Tensor, c: Tensor, rounds: int, span_ms: f
 
 
 class Flush:
-    """Writes a buffer twice as large as the last level of the caches."""
+    """Flush of the caches, by writing a buffer twice as large as the last level."""
 
     def __init__(self, device: torch.device) -> None:
         size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CPU_CACHE // 2
@@ -94,7 +94,7 @@ class Flush:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a copy, read and written."""
+    """Bytes per second of a copy, read and written."""
     count = 2**29 if device.type == "cuda" else 2**26
     source = torch.zeros(count, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -103,7 +103,7 @@ def bandwidth(device: torch.device) -> float:
 
 
 def _events(run: Run, steps: int, flush: Run) -> float:
-    """Milliseconds of GPU time of a step, the median of several."""
+    """GPU time of a step in milliseconds, the median of several."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(steps)]
     torch.cuda.synchronize()
     torch.cuda._sleep(_HEAD_START)
@@ -117,7 +117,7 @@ def _events(run: Run, steps: int, flush: Run) -> float:
 
 
 def _wall(run: Run, steps: int, flush: Run) -> float:
-    """Milliseconds of wall clock of a step, the median of several."""
+    """Wall-clock time of a step in milliseconds, the median of several."""
     times = []
     for _ in range(steps):
         flush()
@@ -134,12 +134,12 @@ def _summary(times: list[float], unit: list[float]) -> Time:
 
 
 def once(ms: float, mm: float) -> Time:
-    """The time of a step that was taken once, beside a median of ``mm``."""
+    """Time of a step that was measured once, relative to a median of ``mm``."""
     return Time(ms, ms, ms, ms / mm, ms / mm, ms / mm, 1)
 
 
 def wall_ms(runs: Mapping[str, Run], rounds: int = 5, steps: int = 40) -> dict[str, float]:
-    """Wall-clock milliseconds of a step in a loop that waits only at its end: host and GPU, whichever is slower."""
+    """Wall-clock milliseconds per step in a loop that waits only at its end: those of the slower of host and GPU."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         for _ in range(3):
@@ -156,9 +156,9 @@ def wall_ms(runs: Mapping[str, Run], rounds: int = 5, steps: int = 40) -> dict[s
 
 
 def peak_bytes(run: Run, device: torch.device | str = "cuda", *, warm_up: bool = True) -> int:
-    """The most memory a step holds beyond what was there before; what it returns counts. 0 where it is not known.
+    """Peak memory of a step beyond the memory held before, including its results; 0 if unknown.
 
-    A step that was run before needs no ``warm_up``, in which that is allocated which is allocated once only.
+    A step that was run before needs no ``warm_up``, which makes one-time allocations.
     """
     device = torch.device(device)
     if device.type != "cpu" and warm_up:
@@ -168,9 +168,9 @@ def peak_bytes(run: Run, device: torch.device | str = "cuda", *, warm_up: bool =
 
 
 def peak_and_slow_ms(run: Run, device: torch.device) -> tuple[int, float | None]:
-    """The peak memory of a step that was run before, and on a GPU its time by the wall clock, if it is slow.
+    """Peak memory of a step that was run before, and on a GPU its wall-clock time, if it is slow.
 
-    On a CPU the allocations are recorded, which takes time of its own.
+    On a CPU the allocations are recorded, which itself takes time.
     """
     if device.type == "cpu":
         return peak_bytes(run, device), None

@@ -1,8 +1,7 @@
 """The command line: ``python -m cce`` and the console script ``cce``.
 
-A command is one module with ``add_parser(commands)``, which adds its options and sets ``run``, the function
-that takes the parsed arguments. Modules stay cheap to import: what a command needs beyond torch is imported
-by its ``run``.
+A command is one module with ``add_parser(commands)``, which adds its options and sets ``run``, the function that takes
+the parsed arguments. Modules stay cheap to import: packages a command needs besides torch are imported by its ``run``.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ COMMANDS = (info, demo, bench, tune)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # One line like every other error of ours, without the usage argparse would print above it.
+        # One line, like our other errors, without the usage argparse would print above it.
         self.exit(2, f"{self.prog}: error: {message} (options: {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command named by ``argv`` (default: the process's arguments) and returns the exit code."""
+    """Run the command named by ``argv`` (default: the process's arguments) and return the exit code."""
     parser = _Parser(prog="cce", description="Cross-entropy of large-vocabulary language models without the logits.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""Values of options that several commands take: parsed and checked before any work starts."""
+"""Values of options shared by several commands, parsed and checked before any work starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cce.cli.errors import UsageError
 
 
 def whole_number(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
-    """A parser, for ``type=`` of an argparse option, of whole numbers in [minimum, maximum]."""
+    """Make a parser of whole numbers in [minimum, maximum], for ``type=`` of an argparse option."""
 
     def parse(text: str) -> int:
         try:
@@ -39,7 +39,7 @@ def available_devices() -> list[str]:
 
 
 def usable_device(text: str) -> torch.device:
-    """The device called ``text``, on which a tensor has been made.
+    """Return the device called ``text``, after making a tensor on it.
 
     Raises:
         UsageError: there is no such device, or it does not work.
@@ -54,10 +54,10 @@ def usable_device(text: str) -> torch.device:
 
 
 def able_backend(name: str, device: torch.device, dtypes: list[torch.dtype], spec: cce.Spec) -> str:
-    """``name``, once it is known to run training on ``device`` for inputs of each of ``dtypes``.
+    """Return ``name`` after checking that the backend can train on ``device`` with inputs of each of ``dtypes``.
 
     Raises:
-        UsageError: there is no such backend, or it cannot; the message has its reasons.
+        UsageError: there is no such backend, or it cannot; the message gives its reasons.
     """
     names = ["auto", *cce.list_backends()]
     if name not in names:
@@ -79,7 +79,7 @@ def able_backend(name: str, device: torch.device, dtypes: list[torch.dtype], spe
 def explain_training(
     device: torch.device, dtype: torch.dtype, backend: str = "auto", spec: cce.Spec | None = None
 ) -> cce.Explanation:
-    """``cce.explain`` of a small training step: both gradients wanted, sizes that every backend can tile."""
+    """Call ``cce.explain`` for a small training step with both gradients and sizes that every backend can tile."""
     e = torch.zeros(16, 64, dtype=dtype, device=device, requires_grad=True)
     c = torch.zeros(256, 64, dtype=dtype, device=device, requires_grad=True)
     targets = torch.zeros(16, dtype=torch.int64, device=device)
@@ -87,7 +87,7 @@ def explain_training(
 
 
 def writable_file(option: str, text: str, suffixes: tuple[str, ...]) -> Path:
-    """The path ``text``, once it is known that a file can be written there.
+    """Return the path ``text`` after checking that a file can be written there.
 
     Raises:
         UsageError: its suffix is not one of ``suffixes``, or it cannot be written.
@@ -97,7 +97,7 @@ def writable_file(option: str, text: str, suffixes: tuple[str, ...]) -> Path:
         raise UsageError(f"{option}: got {text!r}, expected a file name that ends in {' or '.join(suffixes)}")
     existed = path.exists()
     try:
-        path.open("ab").close()  # the one sure test: permission bits say nothing to root or on read-only disks
+        path.open("ab").close()  # the only sure test: permission bits mean nothing for root or on read-only disks
     except OSError as error:
         raise UsageError(f"{option}: got {text!r}, expected a file that can be written ({error.strerror})") from error
     if not existed:

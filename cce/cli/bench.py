@@ -24,7 +24,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
-    """Adds the command and its options."""
+    """Add the command and its options."""
     text = "Time, memory and accuracy of every backend and of other libraries on the heads of real models."
     parser = commands.add_parser("bench", help=text[0].lower() + text[1:-1], description=text)
     every: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
@@ -35,13 +35,13 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
         "--shapes", nargs="+", metavar="SHAPE", help="MODEL:N or NxDxV, or all (default: three heads; two on a CPU)"
     )
     parser.add_argument("--studies", **every, help="heads, vocabulary, tokens, width, filter (default: heads)")
-    parser.add_argument("--data", **every, help="random, synthetic, trained (default: those that can be had)")
+    parser.add_argument("--data", **every, help="random, synthetic, trained (default: those available)")
     parser.add_argument(
         "--trained",
         type=Path,
         nargs="+",
         metavar="PT",
-        help="from bench/train_lm.py or cce demo --save",
+        help="files from bench/train_lm.py or cce demo --save",
     )
     parser.add_argument("--backends", **every, help="default: all of cce.list_backends()")
     parser.add_argument("--modes", **every, help="exact, filtered, uncompensated (default: all; quick: two)")
@@ -50,20 +50,20 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
     parser.add_argument("--rounds", type=whole_number(1), help="turns of all candidates (default: 5; quick, sweeps 3)")
     parser.add_argument("--out", metavar="JSONL", help="file for the record, written as rows are measured")
     parser.add_argument("--plot", type=Path, metavar="JSONL", help="measure nothing: show this record, draw pictures")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw here (default: beside the record)")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="picture folder (default: the record's)")
     parser.add_argument("--png", action="store_true", help="pictures as PNG instead of SVG")
-    parser.add_argument("--commit", help="to write into the record (default: that of the checkout)")
+    parser.add_argument("--commit", help="commit to write into the record (default: that of the checkout)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Checks every option, then measures, or shows a record.
+    """Check every option, then measure, or show a record.
 
     Raises:
         UsageError: a package is missing, or an option cannot be used.
     """
     require("bench", *PACKAGES)
-    # After the check: these modules import the packages.
+    # Import after the check, since these modules import the packages.
     from cce.benchmarks import record, run
 
     if args.plot is not None:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def options(args: argparse.Namespace) -> Options:
-    """What to measure, every name checked.
+    """Return the options of the measurement, with every name checked.
 
     Raises:
         UsageError: an option cannot be used.
@@ -122,7 +122,7 @@ def options(args: argparse.Namespace) -> Options:
 def _chosen(
     option: str, names: list[str] | None, possible: tuple[str, ...], default: tuple[str, ...] | None = None
 ) -> tuple[str, ...]:
-    """``names``, all of which must be ``possible``; without any, the default."""
+    """Return ``names``, all of which must be ``possible``; without any, the default."""
     if names is None:
         return possible if default is None else default
     for name in names:
@@ -143,7 +143,7 @@ def _shapes(names: Sequence[str]) -> list[Shape]:
 
 
 def _trained(paths: list[Path]) -> dict[str, Path]:
-    """The files of trained states, by names of their own."""
+    """Return the files of trained states, each with its own name."""
     from cce.benchmarks.studies import TRAINED
 
     named = {TRAINED + path.stem: _readable("--trained", path) for path in paths}  # "trained-base" of base.pt

@@ -1,4 +1,4 @@
-"""``cce demo``: trains a small language model twice, with the ordinary loss and with ``cce``."""
+"""``cce demo``: train a small language model twice, with the ordinary loss and with ``cce``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("tokenizers", "rich", "matplotlib", "platformdirs")
 
 
 def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
-    """Adds the command and its options."""
+    """Add the command and its options."""
     text = "Train a small language model with the ordinary cross-entropy and with cce, and compare the two."
     parser = commands.add_parser("demo", help=text[0].lower() + text[1:-1], description=text)
     parser.add_argument(
@@ -51,13 +51,13 @@ def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Checks every option, then runs the demo.
+    """Check every option, then run the demo.
 
     Raises:
         UsageError: a package is missing, or an option cannot be used.
     """
     require("demo", *PACKAGES)
-    # After the check: these modules import the packages.
+    # Import after the check, since these modules import the packages.
     from cce.demo.config import Options
     from cce.demo.run import demo, evaluated_dtypes
     from cce.demo.text import TextError

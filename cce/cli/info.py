@@ -1,4 +1,4 @@
-"""``cce info``: versions, devices, and what every backend can run here."""
+"""``cce info``: versions, devices, and the backends that can run here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cce.cli.errors import UsageError
 if TYPE_CHECKING:
     from argparse import ArgumentParser, _SubParsersAction
 
-#: Distributions that may provide a package, the first one installed is shown.
+#: Distributions that may provide a package; the first one installed is shown.
 OPTIONAL = {
     "triton": ("triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-windows"),
     "cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy"),
@@ -36,21 +36,21 @@ REMEDY = f"python -m pip uninstall {OTHER} cce-kernels, then install cce-kernels
 
 
 class Section(NamedTuple):
-    """A titled list of (name, value) rows."""
+    """Titled list of (name, value) rows."""
 
     title: str
     rows: list[tuple[str, str]]
 
 
 def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
-    """Adds the command."""
+    """Add the command."""
     text = "Versions, devices, and every backend with the reasons why it cannot run here."
     commands.add_parser("info", help=text[0].lower() + text[1:-1], description=text).set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the sections, as tables where ``rich`` is installed."""
-    if not hasattr(cce, "list_backends"):  # a later installation of the other has replaced cce/__init__.py
+    """Print the sections, as tables if ``rich`` is installed."""
+    if not hasattr(cce, "list_backends"):  # a later installation of the other distribution has replaced cce/__init__.py
         place = Path(cce.__file__).parent
         raise UsageError(f"the package imported as cce from {place} is not cce-kernels; {other() or REMEDY}")
     sections = [versions(), devices(), *(backends(torch.device(name)) for name in available_devices())]
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plain(section: Section) -> str:
-    """A section as text without any library.
+    """Format a section as text without any library.
 
     >>> print(plain(Section("Devices", [("cpu", "2 threads"), ("cuda:0", "H100")])))
     Devices
@@ -120,12 +120,12 @@ def devices() -> Section:
 
 
 def backends(device: torch.device) -> Section:
-    """Every backend on ``device``, in the dtype models are trained in there."""
+    """Every backend on ``device``, for the dtype in which models are trained there."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     title = f"Backends on {device}, {str(dtype).removeprefix('torch.')}"
     try:
         found = explain_training(device, dtype)
-    except RuntimeError as error:  # an accelerator that is listed and does not work
+    except RuntimeError as error:  # an accelerator that is listed but does not work
         return Section(title, [("auto", f"nothing can run: {error}")])
     rows = [(name, "can run" if not reasons else "\n".join(reasons)) for name, reasons in found.reasons.items()]
     rows.append(("auto", f"runs {found.backend}" if found.backend else "no backend can run"))

@@ -1,4 +1,4 @@
-"""``cce tune``: times launch configurations of the triton backend, and keeps the fastest for this GPU."""
+"""``cce tune``: time launch configurations of the triton backend, and keep the fastest for this GPU."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ if TYPE_CHECKING:
     from cce.tuning.search import Progress, Tuned
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_STEP = 4096  # rows of the head made at a time
+_STEP = 4096  # rows of the head generated at a time
 
 
 def add_parser(commands: _SubParsersAction[ArgumentParser]) -> None:
-    """Adds the command and its options."""
+    """Add the command and its options."""
     text = "Time launch configurations of the triton backend for a problem, and keep the fastest for this GPU."
     parser = commands.add_parser("tune", help=text[0].lower() + text[1:-1], description=text)
     size = whole_number(1, 2**31 - 1)
     parser.add_argument("--n", type=size, required=True, help="tokens a step")
     parser.add_argument("--d", type=size, required=True, help="width of the hidden states")
-    parser.add_argument("--v", type=size, required=True, help="entries of the vocabulary")
+    parser.add_argument("--v", type=size, required=True, help="size of the vocabulary")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--filter", choices=("none", "element", "tile"), help="default: as cce chooses for the problem")
+    parser.add_argument("--filter", choices=("none", "element", "tile"), help="default: chosen by cce for the problem")
     parser.add_argument(
         "--vocab-order",
         choices=("mean_logit", "natural"),
-        help="default: mean_logit where there is a filter; natural for a vocabulary sorted by frequency",
+        help="default: mean_logit with a filter; use natural for a vocabulary sorted by frequency",
     )
     parser.add_argument("--bias", action="store_true", help="the head has a bias")
     parser.add_argument("--softcap", type=_positive, metavar="X", help="softcap of the logits (default: none)")
     parser.add_argument("--entropy", action="store_true", help="the entropy is computed too (cce.terms)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (default: %(default)s)")
-    parser.add_argument("--rounds", type=whole_number(1), default=5, help="of measurements (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole_number(1), default=5, help="number of rounds (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Checks every option, then tunes.
+    """Check every option, then tune.
 
     Raises:
         UsageError: an option cannot be used, or the problem is too large for the GPU.
@@ -76,10 +76,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def timed_device(text: str, dtype: torch.dtype, spec: cce.Spec) -> torch.device:
-    """The device called ``text``, once it is known that the backend runs and tells times there.
+    """Return the device called ``text`` after checking that the backend runs there and can be timed.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it does not run, or cannot be timed.
     """
     device = usable_device(text)
     reasons = explain_training(device, dtype, "triton", spec).reasons["triton"]
@@ -90,10 +90,10 @@ def timed_device(text: str, dtype: torch.dtype, spec: cce.Spec) -> torch.device:
 
 
 def head(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (N, D), a head (V, D) and targets (N,) like those of a trained model.
+    """Make hidden states (N, D), a head (V, D) and targets (N,) like those of a trained model.
 
-    Frequencies fall with the rank, as Zipf has it, along a mean row that all share: a filter then leaves about as much
-    as it does there.
+    Frequencies fall with the rank by Zipf's law, along a mean row that all rows share, so that a filter keeps about as
+    many tiles as for a trained model.
     """
     rng = torch.Generator(device).manual_seed(0)
     mean = F.normalize(torch.randn(d, generator=rng, device=device), dim=0)
@@ -104,7 +104,7 @@ def head(n: int, d: int, v: int, dtype: torch.dtype, device: torch.device) -> tu
         noise = torch.randn(len(part), d, generator=rng, device=device)
         part.copy_(noise / d**0.5 + (1 - 0.4 * rank) * mean)
     e = (torch.randn(n, d, generator=rng, device=device) + 4 * mean).to(dtype)
-    # Of density 1 / rank.
+    # Ranks with density 1 / rank.
     targets = (v ** torch.rand(n, generator=rng, device=device)).long().clamp(1, v) - 1
     return e.requires_grad_(), c.requires_grad_(), targets
 
@@ -121,7 +121,7 @@ def _positive(text: str) -> float:
 
 @contextmanager
 def _progress() -> Iterator[Progress | None]:
-    """A bar, where ``rich`` is installed."""
+    """Progress bar, if ``rich`` is installed."""
     if find_spec("rich") is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""Options of a run, and its sizes: what two CPU cores can train twice in under three minutes."""
+"""Options and sizes of a run: two CPU cores can train the model twice in under three minutes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import cce
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user of the demo chooses.
+    """Choices of the demo's user.
 
     Attributes:
         text: file or folder; None stands for the Python standard library.
-        steps: training steps.
-        device, backend, spec: where and how the loss of ``cce`` is computed.
-        out: the picture, a PNG.
-        save: where to write hidden states, head, targets and unigram counts; .pt or .npz.
-        seed: of the model's initial weights and of the batches.
+        steps: number of training steps.
+        device, backend, spec: device, backend and spec of the loss of ``cce``.
+        out: path of the picture, a PNG.
+        save: path for hidden states, head, targets and unigram counts; .pt or .npz.
+        seed: seed of the model's initial weights and of the batches.
     """
 
     text: Path | None = None
@@ -38,14 +38,14 @@ class Size:
     """Sizes of the text, the model and a training step.
 
     Attributes:
-        text_bytes: bytes of text that are read at most.
-        vocab: entries of the vocabulary V.
-        width, layers, heads: of the transformer; ``width`` is the D of the loss.
-        context: tokens of a sequence.
-        batch: sequences of a training step.
-        held_out: held-out sequences; ``--save`` writes their hidden states.
-        measured: held-out tokens N on which time, memory and accuracy of the loss are measured.
-        repeats: how often the time is measured; the median is reported.
+        text_bytes: most bytes of text that are read.
+        vocab: size of the vocabulary V.
+        width, layers, heads: sizes of the transformer; ``width`` is the D of the loss.
+        context: number of tokens in a sequence.
+        batch: number of sequences in a training step.
+        held_out: number of held-out sequences, whose hidden states ``--save`` writes.
+        measured: number N of held-out tokens on which time, memory and accuracy of the loss are measured.
+        repeats: number of time measurements; the median is reported.
     """
 
     text_bytes: int = 10_000_000

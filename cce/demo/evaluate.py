@@ -1,7 +1,7 @@
-"""How accurate the filter is on the trained model: gradients against float64, with and without compensation.
+"""Accuracy of the filter on the trained model: gradients against float64, with and without compensation.
 
-All computations start from the same hidden states and head rounded to bfloat16, the dtype the filter is made
-for, so that what differs is the arithmetic alone.
+All computations start from the same hidden states and head rounded to bfloat16, the dtype the filter is made for, so
+that they differ in the arithmetic alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 import cce
 from cce.demo.train import Loss, cce_loss, dense_loss
 
-#: Default order of the vocabulary in the first two: by mean logit, so that like entries share a tile.
+#: Specs by name. The first two have the default order of the vocabulary, by mean logit, so that similar entries share a
+#: tile.
 FILTERS = {
     "filtered": cce.Spec(filter="element", compensate=False),
     "filtered, compensated": cce.Spec(filter="element"),
@@ -25,11 +26,11 @@ FILTERS = {
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How accurate one computation of the gradients is, and how much of them it computes.
+    """Accuracy of one computation of the gradients, and the share of the tiles it computes.
 
     Attributes:
-        name: what computes them.
-        live_fraction: of the tiles of the logits that the backward computes.
+        name: name of the computation.
+        live_fraction: share of the tiles of logits that the backward computes.
         de, dc: relative errors of dE and dC against float64, in the Frobenius norm.
     """
 
@@ -40,7 +41,7 @@ class Accuracy:
 
 
 def evaluate(e: Tensor, c: Tensor, targets: Tensor, backend: str) -> list[Accuracy]:
-    """The filter on hidden states e (N, D) of a trained model with the head c (V, D)."""
+    """Evaluate the filter on hidden states e (N, D) of a trained model with the head c (V, D)."""
     e, c = e.bfloat16(), c.bfloat16()
     exact = gradients(dense_loss, e.cpu().double(), c.cpu().double(), targets.cpu())
     dense = dense_bfloat16(e.cpu(), c.cpu(), targets.cpu())
@@ -53,17 +54,17 @@ def evaluate(e: Tensor, c: Tensor, targets: Tensor, backend: str) -> list[Accura
 
 
 def gradients(loss: Loss, e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """dE (N, D) and dC (V, D) of ``loss``."""
+    """Gradients dE (N, D) and dC (V, D) of ``loss``."""
     leaves = [x.detach().requires_grad_() for x in (e, c)]
     de, dc = torch.autograd.grad(loss(leaves[0], leaves[1], targets), leaves)
     return de, dc
 
 
 def dense_bfloat16(e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """dE and dC as a GPU computes them: bfloat16 operands and results, sums within a product in float32.
+    """Gradients dE and dC as on a GPU: bfloat16 operands and results, sums within a product in float32.
 
-    Written out in float32 products of rounded operands, because a CPU without bfloat16 matrix instructions
-    would take minutes; the cross-entropy itself runs in float32, as under autocast.
+    They are computed by float32 products of rounded operands, because a CPU without bfloat16 matrix instructions would
+    take minutes; the cross-entropy itself runs in float32, as under autocast.
     """
     logits = (e.float() @ c.float().T).bfloat16().float().requires_grad_()
     (dz,) = torch.autograd.grad(F.cross_entropy(logits, targets), logits)
@@ -72,6 +73,6 @@ def dense_bfloat16(e: Tensor, c: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def relative_errors(found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """For dE and dC, the norm of the difference over the norm of the exact gradient."""
+    """Relative errors of dE and dC: the norm of the difference divided by that of the exact gradient."""
     de, dc = (float((x.double().cpu() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True))
     return de, dc

@@ -1,10 +1,10 @@
-"""Time and peak memory of a loss: forward and backward on fixed hidden states.
+"""Time and peak memory of a loss, forward and backward, on fixed hidden states.
 
 Memory on a CPU is counted, not sampled: the process's resident size lags behind and depends on what the
 allocator kept from earlier work, so the profiler records every allocation and release that PyTorch makes,
-whatever operator or autograd node makes it, and the largest running sum is the peak. On a GPU the caching
-allocator keeps that very sum. Both begin at zero after the inputs exist, so they show what the loss adds:
-its temporaries and the two gradients.
+in any operator or autograd node, and the largest running sum is the peak. On a GPU the caching allocator keeps this
+sum. Both start at zero after the inputs exist, so they show the memory that the loss adds: its temporaries and the two
+gradients.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from cce.demo.train import Loss, precision
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward and backward of a loss takes.
+    """Cost of one forward and backward of a loss.
 
     Attributes:
-        seconds: the median of several.
-        peak_bytes: the most that was allocated at any time beyond the inputs; None where PyTorch cannot tell.
+        seconds: median of several measurements.
+        peak_bytes: largest allocation at any time beyond the inputs; None where PyTorch cannot measure it.
     """
 
     seconds: float
@@ -41,13 +41,13 @@ class Cost:
 
 
 def measure(losses: Mapping[str, Loss], e: Tensor, c: Tensor, targets: Tensor, repeats: int) -> dict[str, Cost]:
-    """The cost of each of ``losses`` for the same e (N, D), c (V, D) and targets (N,).
+    """Measure the cost of each of ``losses`` for the same e (N, D), c (V, D) and targets (N,).
 
-    The losses take turns, so that a change of the machine's speed in between meets all of them.
+    The losses take turns, so that a change in the machine's speed affects all of them.
     """
     steps = {name: _step(loss, e, c, targets) for name, loss in losses.items()}
     for step in steps.values():
-        step()  # what only happens once is not measured: compilation, library handles, the first page faults
+        step()  # one-time work is not measured: compilation, library handles, the first page faults
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -56,7 +56,7 @@ def measure(losses: Mapping[str, Loss], e: Tensor, c: Tensor, targets: Tensor, r
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory ``step`` holds at any time beyond what was allocated before; None if it is not known."""
+    """Peak memory of ``step`` beyond the memory allocated before; None if unknown."""
     if device.type == "cpu":
         return _peak_bytes_cpu(step)
     try:
@@ -107,7 +107,7 @@ def _peak_bytes_cpu(step: Callable[[], object]) -> int:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Hides what the profiler's C++ code logs at every start and stop; Python's own errors still get out."""
+    """Hide the log output of the profiler's C++ code at every start and stop; Python's own errors are still shown."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as sink:

@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def draw(report: Report, path: Path) -> None:
-    """Writes the picture to ``path`` as a PNG."""
+    """Write the picture to ``path`` as a PNG."""
     figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")  # no pyplot: no window, no global state
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _curves(left, report)
@@ -28,7 +28,7 @@ def draw(report: Report, path: Path) -> None:
 
 def _curves(axes: Axes, report: Report) -> None:
     steps = range(1, len(report.dense.losses) + 1)
-    # The curves lie on each other: the wide one shows at the rims of the narrow one, wherever they agree.
+    # The curves overlap: where they agree, the wide one shows on both sides of the narrow one.
     axes.plot(steps, report.dense.losses, color=DENSE_COLOR, linewidth=5, alpha=0.55, marker=_marker(report))
     axes.plot(steps, report.fused.losses, color=FUSED_COLOR, linewidth=1.4, marker=_marker(report))
     axes.set_title("Training loss, same seed and batches", loc="left", color=INK, weight="bold")

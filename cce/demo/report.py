@@ -14,16 +14,15 @@ from cce.demo.train import Training
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything a run found out.
+    """All results of a run.
 
     Attributes:
-        dense, fused: the training runs with the ordinary loss and with cce.
-        dense_cost, fused_cost: of the two losses.
-        gradient_bytes: of dE and dC together, which every loss has to hold.
-        mode: of the run with cce, for a heading: "exact" or "filtered".
-        measured: tokens N of the measurements.
-        threshold: of the filter.
-        accuracy: of the filter on the trained model.
+        dense, fused: training runs with the ordinary loss and with cce.
+        dense_cost, fused_cost: costs of the two losses.
+        gradient_bytes: bytes of dE and dC together, which every loss has to hold.
+        mode: mode of the run with cce, for a heading: "exact" or "filtered".
+        measured: number N of tokens in the measurements.
+        threshold: threshold of the filter. accuracy: accuracy of the filter on the trained model.
     """
 
     dense: Training
@@ -38,12 +37,12 @@ class Report:
 
     @property
     def largest_difference(self) -> float:
-        """Between the two loss curves, over all steps."""
+        """Largest difference between the two loss curves, over all steps."""
         return max(abs(a - b) for a, b in zip(self.dense.losses, self.fused.losses, strict=True))
 
 
 def mebibytes(count: int | None) -> str:
-    """A number of bytes for the reader; a dash if it is not known.
+    """Format a number of bytes for the reader; a dash if it is unknown.
 
     >>> mebibytes(3 * 2**20), mebibytes(None)
     ('3.0 MiB', '–')
@@ -52,12 +51,12 @@ def mebibytes(count: int | None) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     notes = (
         "dense: F.cross_entropy(F.linear(e, c), targets). Loss at the end: mean of the last tenth of the steps. "
         f"Memory and time: forward and backward of the loss on N = {report.measured} held-out tokens.",
         f"Relative errors against float64 on N = {report.measured} held-out tokens. Filtered: tiles without a softmax "
-        f"value above {report.threshold:.2g} are skipped. Compensated: what is skipped is replaced by its mass times "
+        f"value above {report.threshold:.2g} are skipped. Compensated: a skipped tile is replaced by its mass times "
         "the tile's mean row. Unordered: without sorting the vocabulary by mean logits first.",
     )
     for table, note in zip((_comparison(report), _accuracy(report.accuracy)), notes, strict=True):
@@ -80,7 +79,7 @@ def _comparison(report: Report) -> Table:
     row("loss at the end", f"{report.dense.final_loss:.3f}", f"{report.fused.final_loss:.3f}")
     row("largest difference of the curves", "", f"{report.largest_difference:.1e}")
     speeds = report.dense.tokens_per_second, report.fused.tokens_per_second
-    row("training, tokens a second", f"{speeds[0]:,.0f}", f"{speeds[1]:,.0f}", speeds[1] / speeds[0])
+    row("training, tokens per second", f"{speeds[0]:,.0f}", f"{speeds[1]:,.0f}", speeds[1] / speeds[0])
     table.add_section()
     ratio = fused.peak_bytes / dense.peak_bytes if fused.peak_bytes and dense.peak_bytes else None
     row("peak memory of the loss", mebibytes(dense.peak_bytes), mebibytes(fused.peak_bytes), ratio)

@@ -1,4 +1,4 @@
-"""The whole demo, from text to tables and picture."""
+"""The whole demo, from the text to the tables and the picture."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from cce.demo.text import Corpus, TextError, read_corpus
 from cce.demo.tokens import load_tokens
 from cce.demo.train import Loss, Training, cce_loss, dense_loss, precision, training_dtype
 
-#: Training tokens that a text must have at least, in batches: fewer would be learnt by heart.
+#: Least number of training tokens in a text, in batches: fewer would be memorised.
 LEAST_BATCHES = 20
 
 
 def evaluated_dtypes(device: torch.device) -> list[torch.dtype]:
-    """The dtypes a backend has to take: that of the training, and that of the filter's evaluation."""
+    """Dtypes a backend has to support: that of the training, and that of the filter's evaluation."""
     return list(dict.fromkeys([training_dtype(device), torch.bfloat16]))
 
 
 def demo(options: Options, size: Size | None = None, console: Console | None = None) -> Report:
-    """Runs the demo and shows its results on ``console``.
+    """Run the demo and show its results on ``console``.
 
     Args:
-        options: what the user chose; all paths and devices are known to work.
-        size: of text and model, for tests; None is the size the demo is meant to have.
-        console: where to print; None is stdout.
+        options: the user's choices; all paths and devices must be known to work.
+        size: sizes of text and model, for tests; None stands for the demo's default.
+        console: console to print to; None stands for stdout.
 
     Raises:
         TextError: the text cannot be read, or is too short.
@@ -70,7 +70,7 @@ def hidden_states(model: torch.nn.Module, windows: Tensor, device: torch.device)
 
 
 def save(path: Path, **tensors: Tensor) -> None:
-    """Writes tensors by name: a dictionary for ``torch.load`` (.pt), or arrays for ``numpy.load`` (.npz)."""
+    """Write tensors by name: a dictionary for ``torch.load`` (.pt), or arrays for ``numpy.load`` (.npz)."""
     kept = {name: (x.float() if x.is_floating_point() else x).cpu() for name, x in tensors.items()}
     if path.suffix.lower() == ".pt":
         torch.save(kept, path)
@@ -104,7 +104,7 @@ def _describe(corpus: Corpus, tokens: int) -> str:
 def _train(
     losses: Mapping[str, Loss], tokens: Tensor, options: Options, size: Size, console: Console
 ) -> dict[str, Training]:
-    """One model a loss. They take turns step by step: what slows the machine down for a while slows down all."""
+    """Train one model per loss. They take turns step by step, so that a slowdown of the machine affects all."""
     columns = (
         TextColumn("{task.description:>5}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The text a model is trained on: a file, a folder, or the sources of the Python standard library."""
+"""The text for training a model: a file, a folder, or the sources of the Python standard library."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Folders of the standard library that hold something else, or that some distributions leave out.
+#: Folders of the standard library with other contents, or that some distributions leave out.
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 PIECE_CHARACTERS = 2**16
 
 
 class TextError(ValueError):
-    """The text cannot be used: what was given, what was expected."""
+    """Error for a text that cannot be used; the message says what was given and what was expected."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text in pieces, in the order in which it is split into a training and a held-out part.
+    """Text in pieces, ordered for the split into a training and a held-out part.
 
     Attributes:
-        source: what it is, for the user.
+        source: description for the user.
         pieces: consecutive pieces of files, each of whole lines.
         files: number of files read.
-        skipped: number of files that were left out: binary, in another encoding, or not readable.
+        skipped: number of files left out: binary, in another encoding, or not readable.
     """
 
     source: str
@@ -38,12 +38,12 @@ class Corpus:
 
     @property
     def characters(self) -> int:
-        """Characters of all pieces."""
+        """Number of characters in all pieces."""
         return sum(map(len, self.pieces))
 
 
 def read_corpus(path: Path | None, max_bytes: int) -> Corpus:
-    """Reads at most about ``max_bytes`` of text from ``path``, or from the standard library if it is None.
+    """Read at most about ``max_bytes`` of text from ``path``, or from the standard library if it is None.
 
     Raises:
         TextError: there is nothing to read.
@@ -67,7 +67,7 @@ def read_corpus(path: Path | None, max_bytes: int) -> Corpus:
 def _read_folder(folder: Path, max_bytes: int, suffix: str, left_out: set[str], source: str) -> Corpus:
     pieces: list[str] = []
     files = skipped = taken = 0
-    # Shuffled, but always alike: neighbours in a folder resemble each other, and the held-out part is the tail.
+    # Shuffle, always in the same way: neighbours in a folder resemble each other, and the held-out part is the tail.
     for path in sorted(_files(folder, suffix, left_out), key=lambda path: _digest(path.relative_to(folder))):
         if taken >= max_bytes:
             break
@@ -99,12 +99,12 @@ def _read_file(path: Path, max_bytes: int) -> str:
         complete = not file.read(1)
     if b"\0" in data:
         raise UnicodeError("binary data")
-    # A decoder that may stop in the middle: the cut at max_bytes need not fall between two characters.
+    # Use a decoder that may stop in the middle: the cut at max_bytes need not fall between two characters.
     return codecs.getincrementaldecoder("utf-8")().decode(data, final=complete)
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """``text`` in pieces of whole lines, so that the tokenizer works on several at a time."""
+    """Split ``text`` into pieces of whole lines, so that the tokenizer works on several at a time."""
     lines: list[str] = []
     length = 0
     for line in text.splitlines(keepends=True):

@@ -1,4 +1,4 @@
-"""Token ids of a corpus: a byte-level BPE tokenizer trained on it, cached in the user's cache folder."""
+"""Token ids of a corpus, from a byte-level BPE tokenizer trained on it; cached in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _CACHE = Cache("file of the demo's tokens")
 
 
 def cache_folder() -> Path:
-    """Where tokenizers and token ids are kept, one folder a corpus."""
+    """Folder for tokenizers and token ids, with one subfolder per corpus."""
     return platformdirs.user_cache_path("cce", appauthor=False) / "tokens"
 
 
 def load_tokens(corpus: Corpus, vocab: int) -> Tensor:
-    """Token ids (L,) int64 of ``corpus``, in [0, vocab).
+    """Load or make the token ids (L,) int64 of ``corpus``, in [0, vocab).
 
-    The ids are cached under a hash of everything they depend on, and beside them, for people, ``tokenizer.json``.
-    A text too short for ``vocab`` merges leaves the last entries unused; the model keeps its size.
+    The ids are cached under a hash of everything they depend on, along with ``tokenizer.json``, for people to read. If
+    a text is too short for ``vocab`` merges, the last entries are unused; the model keeps its size.
     """
     folder = cache_folder() / _key(corpus, vocab)
     kept = _CACHE.get(folder / "ids.npy")
@@ -45,7 +45,7 @@ def load_tokens(corpus: Corpus, vocab: int) -> Tensor:
 
 
 def train_tokenizer(corpus: Corpus, vocab: int) -> Tokenizer:
-    """A byte-level BPE tokenizer with at most ``vocab`` entries, the 256 bytes among them."""
+    """Train a byte-level BPE tokenizer with at most ``vocab`` entries, including the 256 bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""A training step: the same for every loss function, down to the batches and the initial weights."""
+"""Training, the same for every loss function, including the batches and the initial weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import cce
 from cce.demo.config import Options, Size
 from cce.demo.model import LanguageModel
 
-#: ``loss(e, c, targets)``: e (N, D), c (V, D), targets (N,) to the mean loss.
+#: Function ``loss(e, c, targets)`` from e (N, D), c (V, D), targets (N,) to the mean loss.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# AdamW's learning rates at their peak. The table of tokens and the head are rows that a short run visits
-# once or twice: they take larger steps than the blocks.
+# Peak learning rates of AdamW. A short run visits each row of the embedding table and the head only once or twice, so
+# these take larger steps than the blocks.
 TABLE_RATE, BLOCK_RATE = 3e-3, 1e-3
 
 
 def dense_loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
-    """The ordinary cross-entropy, which keeps all logits (N, V)."""
+    """Ordinary cross-entropy, which keeps all logits (N, V)."""
     return F.cross_entropy(F.linear(e, c), targets)
 
 
 def cce_loss(backend: str, spec: cce.Spec) -> Loss:
-    """``cce.loss`` with a backend and a spec, as a function of the same arguments as :func:`dense_loss`."""
+    """Make a function with the arguments of :func:`dense_loss` from ``cce.loss`` with a backend and a spec."""
 
     def loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         return cce.loss(e, c, targets, backend=backend, spec=spec)
@@ -38,30 +38,30 @@ def cce_loss(backend: str, spec: cce.Spec) -> Loss:
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, through autocast, on GPUs that have it; float32 elsewhere."""
+    """Dtype of training: bfloat16, through autocast, on GPUs that have it; float32 elsewhere."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
 
 
 def precision(device: torch.device) -> torch.autocast:
-    """The autocast context of :func:`training_dtype`."""
+    """Autocast context for :func:`training_dtype`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=training_dtype(device) == torch.bfloat16)
 
 
 class Training:
-    """A model in training. Two of them with the same options and size differ in nothing but ``loss``.
+    """A model in training. Two of them with the same options and size differ only in ``loss``.
 
     Args:
-        loss: the loss function.
+        loss: loss function.
         tokens: (L,) training text.
-        options, size: of the run.
-        start: weights to go on from; None are new ones.
-        rate: factor of the learning rates.
+        options, size: those of the run.
+        start: weights to continue from; None stands for new ones.
+        rate: factor of all learning rates.
 
     Attributes:
-        model: trained as far as the steps taken.
-        losses: of every step's batch, before the step.
-        seconds: of every step.
+        model: model, trained by the steps so far.
+        losses: loss of every step's batch, before the step.
+        seconds: duration of every step.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Training:
         self._optimizer, self._schedule = _optimizer(self.model, options.steps, rate)
 
     def step(self) -> None:
-        """One batch: forward, backward, update."""
+        """Train on one batch: forward, backward, update."""
         start = time.perf_counter()
         inputs, targets = _batch(self._tokens, self._size, self._batches, self._device)
         with precision(self._device):
@@ -93,12 +93,12 @@ class Training:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._schedule.step()
-        self.losses.append(loss.item())  # waits for the device, so that the time is right
+        self.losses.append(loss.item())  # waits for the device, so that the measured time is right
         self.seconds.append(time.perf_counter() - start)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of a step of median duration."""
+        """Tokens per second of a step of median duration."""
         return self._size.batch * self._size.context / statistics.median(self.seconds)
 
     @property
@@ -110,7 +110,7 @@ class Training:
 def _optimizer(
     model: LanguageModel, steps: int, rate: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW with a linear warm-up over a tenth of the steps, then a half cosine to zero."""
+    """AdamW and its schedule: a linear warm-up over a tenth of the steps, then a half cosine to zero."""
     blocks = list(model.blocks.parameters())
     tables = [p for p in model.parameters() if all(p is not other for other in blocks)]
     groups = [{"params": tables, "lr": rate * TABLE_RATE}, {"params": blocks, "lr": rate * BLOCK_RATE}]

@@ -1,8 +1,8 @@
-"""What the processes of a group tell one another about a call, so that a difference is an error on all of them.
+"""Comparison of a call between the processes of a group, so that a difference is an error on all of them.
 
-The first exchange is of a few integers, however the arguments of the processes differ: libraries of collectives abort,
-hang or mix up numbers where sizes or dtypes do. All see the same table, and so take the same branch: where it shows
-that something differs, or that a process cannot make the call at all, a second exchange is of texts that say what.
+The first exchange is a few integers, however the arguments of the processes differ: collectives abort, hang or mix up
+numbers if sizes or dtypes do. All processes see the same table, and so take the same branch: if it shows that something
+differs, or that a process cannot make the call at all, a second exchange sends texts that describe it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 
 from cce.distributed.join import gather
 
-_MOST = 200  # characters of a value, and ten times as many of a refusal, that a message shows
-#: Of the least and the largest target where there is none, or nobody asks.
+_MOST = 200  # most characters of a value in a message; ten times as many for a refusal
+#: Least and largest target if there is none, or they are not needed.
 NO_SPAN = (0, -1)
 
 
 class Said(NamedTuple):
-    """A process's numbers.
+    """Numbers that describe a process's call.
 
     Attributes:
-        v: its vocabulary entries.
-        n: its tokens, -1 where that is not known.
-        targets: a checksum of their values, 0 where they may differ.
-        low, high: the least and the largest target in use; ``NO_SPAN`` without one.
+        v: number of its vocabulary entries.
+        n: number of its tokens, -1 if unknown.
+        targets: checksum of the targets, 0 if they may differ.
+        low, high: least and largest target in use; ``NO_SPAN`` without one.
     """
 
     v: int
@@ -42,17 +42,17 @@ class Said(NamedTuple):
 
 
 def ask(group: Any, device: torch.device, said: Said, fields: Mapping[str, str], own: bool) -> list[Said]:
-    """Every process's numbers, by rank.
+    """Exchange the numbers, and return those of every process, by rank.
 
     Args:
-        group: of the processes.
-        device: of the tensors of the call.
-        said: this process's numbers.
-        fields: what must be the same everywhere, as text.
-        own: each process has tokens of its own.
+        group: process group.
+        device: device of the call's tensors.
+        said: numbers of this process.
+        fields: values that must be the same everywhere, as text.
+        own: whether each process has its own tokens.
 
     Raises:
-        ValueError: on all processes: they differ, or one of them refuses the call.
+        ValueError: the processes differ, or one of them refuses the call; raised on all of them.
     """
     found, texts = _exchange(group, device, said, fields, "", own)
     if texts is not None:
@@ -61,7 +61,7 @@ def ask(group: Any, device: torch.device, said: Said, fields: Mapping[str, str],
 
 
 def refuse(group: Any, device: torch.device, error: Exception) -> None:
-    """Tells the others, who ask, that this process cannot make the call."""
+    """Tell the other processes, which are asking, that this one cannot make the call."""
     text = f"{type(error).__name__}: {error}"
     _exchange(group, device, Said(0, 0), {}, text[: 10 * _MOST] or "error", True)
 
@@ -69,7 +69,7 @@ def refuse(group: Any, device: torch.device, error: Exception) -> None:
 def _exchange(
     group: Any, device: torch.device, said: Said, fields: Mapping[str, str], refusal: str, own: bool
 ) -> tuple[list[Said], list[tuple[dict[str, str], str]] | None]:
-    """The numbers of all; and, where not all is well, the fields and the refusal of each."""
+    """Return the numbers of all processes, and, if there is a problem, the fields and refusal of each."""
     where = _device(group, device)
     digest = struct.unpack("<qq", hashlib.sha256(json.dumps(fields).encode()).digest()[:16])
     text = json.dumps([{name: value[:_MOST] for name, value in fields.items()}, refusal]).encode()
@@ -87,9 +87,9 @@ def _exchange(
 
 
 def _device(group: Any, device: torch.device) -> torch.device:
-    """Where the exchange is made: the same kind on all processes, wherever each has its tensors.
+    """Device of the exchange: the same type on all processes, wherever each has its tensors.
 
-    On a CPU if the group can: then nothing waits for a GPU.
+    It is the CPU if the group supports it: then nothing waits for a GPU.
     """
     types = [x.type for x in getattr(group, "_device_types", ())]
     if not types or (device.type in types and "cpu" not in types):
@@ -110,12 +110,12 @@ def _difference(found: Sequence[Said], texts: Sequence[tuple[dict[str, str], str
     elif not own and not differ:
         differ = ["targets"]
     if not own and differ[0].split(":")[0] in ("N", "targets"):
-        hint = "; where each has tokens of its own: cce.VocabParallel(group, tokens='own')"
+        hint = "; if each process has its own tokens, use cce.VocabParallel(group, tokens='own')"
     return f"the processes of the group differ in {'; '.join(differ)}; expected the same call on all{hint}"
 
 
 def by_rank(values: Sequence[str]) -> str:
-    """Which processes say what.
+    """Describe which ranks have which value.
 
     >>> by_rank(["True", "False", "True", "True", "True"])
     'True on ranks 0, 2-4, False on rank 1'
@@ -132,7 +132,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def checksum(targets: Tensor) -> int:
-    """Of the values and their places: integers that overflow, mixed as SplitMix64 mixes them."""
+    """Checksum of the values and their places: overflowing integers, mixed as in SplitMix64."""
     flat = targets.flatten().to(torch.int64)
     mixed = flat * -7046029254386353131 + torch.arange(len(flat), device=flat.device) * -4658895280553007687
     mixed = (mixed ^ (mixed >> 31)) * -7723592293110705685
@@ -140,14 +140,14 @@ def checksum(targets: Tensor) -> int:
 
 
 def span(targets: Tensor, ignore_index: int) -> tuple[int, int]:
-    """The least and the largest of the targets in use."""
+    """Least and largest of the targets in use."""
     used = targets.to(torch.int64)
     used = used[used != ignore_index]
     return (int(used.min()), int(used.max())) if len(used) else NO_SPAN
 
 
 def check_spans(found: Sequence[Said], ignore_index: int) -> None:
-    """All processes look at the targets of all: else the others would wait for the one that has a bad one."""
+    """Check the targets of all processes on each: otherwise the others would wait for the one with a bad target."""
     v = sum(x.v for x in found)
     for rank, (low, high) in enumerate((x.low, x.high) for x in found):
         if (low, high) != NO_SPAN and (low < 0 or high >= v):
@@ -158,7 +158,7 @@ def check_spans(found: Sequence[Said], ignore_index: int) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value of an option, the same for numbers that are equal.
+    """Text of an option's value, the same for equal numbers.
 
     >>> shown(1.0), shown(1), shown(0.1), shown("mean"), shown(torch.float32), shown(None)
     ('1', '1', '0.1', 'mean', 'float32', 'None')

@@ -1,4 +1,4 @@
-"""A vocabulary split over the processes of a group: each holds some rows of ``c``, one after the other by rank.
+"""A vocabulary split over the processes of a group: each holds some rows of ``c``, in the order of ranks.
 
 Every process computes its part of each row's outputs; one exchange joins them, in the order of the ranks, so that all
 processes hold the same bits. The gradient of a logit needs only the joined log-sum-exp (and entropy), so each process
@@ -31,13 +31,13 @@ from cce.spec import Spec
 
 @dataclass(frozen=True)
 class Part:
-    """This process's part of the vocabulary; travels through the operators as its ``key``.
+    """This process's part of the vocabulary, passed through the operators as its ``key``.
 
     Attributes:
         group: name of the process group.
-        first: the first entry; targets are counted from the first of all.
-        sizes: entries of every rank.
-        reduce_de: dE is summed over the group; else it stays this process's term.
+        first: first entry of this part, counted over the whole vocabulary, as targets are.
+        sizes: number of entries of every rank.
+        reduce_de: whether dE is summed over the group; otherwise it stays this process's term.
     """
 
     group: str
@@ -47,7 +47,7 @@ class Part:
 
     @property
     def total(self) -> int:
-        """V of the whole vocabulary."""
+        """Size of the whole vocabulary."""
         return sum(self.sizes)
 
     @property
@@ -57,14 +57,14 @@ class Part:
     @staticmethod
     @lru_cache(maxsize=64)
     def from_key(key: str) -> Part | None:
-        """The part whose key this is; None of an empty one."""
+        """Return the part with this key, or None if the key is empty."""
         if not key:
             return None
         fields = json.loads(key)
         return Part(**{**fields, "sizes": tuple(fields["sizes"])})
 
     def local(self, inputs: Inputs[Tensor], v: int) -> Inputs[Tensor]:
-        """The inputs with targets counted within this part of ``v`` entries; -1 where another part holds them."""
+        """Inputs with targets counted within this part of ``v`` entries; -1 for targets in another part."""
         targets = inputs.targets - self.first
         inside = (targets >= 0) & (targets < v) & (inputs.targets >= 0)
         return replace(inputs, targets=torch.where(inside, targets, -1), in_use=used_rows(inputs))
@@ -73,7 +73,7 @@ class Part:
 def forward(
     part: Part, backend: Backend, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]
 ) -> Outputs[Tensor]:
-    """The outputs over all parts; ``maps`` are those of this one, relative to the whole rows' softmax."""
+    """Compute the outputs over all parts; ``maps`` are those of this part, relative to the whole rows' softmax."""
     local = part.local(inputs, problem.v)
     if problem.v:
         found = _widened(backend.forward(local, problem, spec, maps), spec)
@@ -96,7 +96,7 @@ def backward(
     maps: Maps[Tensor],
     upstream: Upstream[Tensor],
 ) -> Gradients[Tensor]:
-    """dC and dbias of this part, dE summed over the parts; ``upstream`` are the gradients of the joined outputs."""
+    """Compute dC and dbias of this part, and dE summed over all; ``upstream``: gradients of the joined outputs."""
     problem, local = replace(problem, part=True), part.local(inputs, problem.v)
     if problem.v:
         g = upstream.g.masked_fill(local.targets < 0, 0)
@@ -111,15 +111,15 @@ def backward(
 
 
 def group_of(name: str) -> dist.ProcessGroup:
-    """The process group of this name."""
+    """Process group of this name."""
     found: dist.ProcessGroup = torch_private.process_group(name)
     return found
 
 
 def _widened(outputs: Outputs[Tensor], spec: Spec) -> Outputs[Tensor]:
-    """In the accumulation dtype, as all processes must send them; a backend may be more precise.
+    """Convert the outputs to the accumulation dtype, in which all processes send them; a backend may be more precise.
 
-    Not the weighted logit, which is sent as two numbers.
+    The weighted logit is not converted: it is sent as two numbers.
     """
     dtype = getattr(torch, str(spec.accumulate))
     fields: dict[str, Any] = {
@@ -130,7 +130,7 @@ def _widened(outputs: Outputs[Tensor], spec: Spec) -> Outputs[Tensor]:
 
 
 def _nothing(inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Outputs[Tensor]:
-    """Of a part without entries."""
+    """Outputs of a part without entries."""
     n, dtype = len(inputs.targets), getattr(torch, str(spec.accumulate))
     zero = inputs.e.new_zeros(n, dtype=dtype)
     extra = dict.fromkeys(problem.outputs & {"entropy", "weighted_logit"}, zero)
@@ -149,7 +149,7 @@ def _no_gradients(inputs: Inputs[Tensor], problem: Problem) -> Gradients[Tensor]
 
 
 def _largest(local: Inputs[Tensor], problem: Problem, found: Outputs[Tensor], step: int = 1024) -> Tensor:
-    """(N,) the logit of each row's prediction in this part, -inf where there is none: dot products."""
+    """Logit of each row's prediction in this part, (N,), by dot products; -inf where there is none."""
     prediction = found.prediction
     assert prediction is not None
     if problem.v == 0:
@@ -162,12 +162,12 @@ def _largest(local: Inputs[Tensor], problem: Problem, found: Outputs[Tensor], st
     z = torch.cat(parts)
     if local.bias is not None:
         z = z + local.bias.index_select(0, entry)
-    # A softcap and a positive scale change no order.
+    # A softcap and a positive scale preserve the order.
     return z.masked_fill(prediction < 0, -torch.inf)
 
 
 def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None, targets: Tensor) -> Outputs[Tensor]:
-    """All parts' outputs joined, by one exchange of a few numbers a row; ``targets`` are those of the whole."""
+    """Join all parts' outputs, by one exchange of a few numbers per row; ``targets`` are those of the whole."""
     lse, k = found.lse, found.nll.shape[1]
     low = torch.zeros_like(lse) if found.lse_low is None else found.lse_low
     columns = [lse, low, *found.nll.T]
@@ -176,7 +176,7 @@ def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None, targets: T
         high = weighted.to(lse.dtype)
         columns += [high, torch.where(high.isfinite(), weighted - high, 0).to(lse.dtype)]
     columns += [x for x in (found.entropy, largest) if x is not None]
-    if found.prediction is not None:  # as the bits of a number: all of them arrive
+    if found.prediction is not None:  # sent as the bits of a float, all of which arrive
         integer = torch.int32 if lse.dtype == torch.float32 else torch.int64
         columns.append(found.prediction.to(integer).view(lse.dtype))
     gathered = gather(torch.stack(columns), part.group)  # (ranks, columns, N)
@@ -197,7 +197,7 @@ def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None, targets: T
     prediction = None
     if found.prediction is not None:
         best, entry = rest
-        rank = best.argmax(0)  # the first, where they tie
+        rank = best.argmax(0)  # the first in a tie
         prediction = entry.contiguous().view(integer).gather(0, rank[None])[0].to(torch.int64)
         for before, size in enumerate(part.sizes[:-1]):  # nothing is copied to a GPU, which would wait
             prediction = prediction + size * (rank > before)
@@ -207,10 +207,10 @@ def _join(part: Part, found: Outputs[Tensor], largest: Tensor | None, targets: T
 def _join_nll(
     part: Part, whole: tuple[Tensor, Tensor], of_parts: tuple[Tensor, Tensor], nll_of: Tensor, targets: Tensor
 ) -> Tensor:
-    """(N,) lse - z, from the part that holds the target: its own nll, and how far its lse lies below the joined.
+    """Loss lse - z, (N,), from the part that holds the target: its own nll, plus the joined lse minus its own.
 
     Args:
-        whole: (N,) each; the joined log-sum-exp is their sum. of_parts: (ranks, N) each, the same of every part.
+        whole: (N,) each; the joined log-sum-exp is their sum. of_parts: (ranks, N) each, likewise for every part.
         nll_of: (ranks, N). targets: (N,).
     """
     m, log_s = whole
@@ -219,34 +219,34 @@ def _join_nll(
         rank += targets >= end
     lse, low, nll = (x.gather(0, rank[None])[0] for x in (*of_parts, nll_of))
     found = nll + (((m - lse) + log_s) - low)
-    # A part without an entry left holds a target of logit -inf.
+    # In a part that is masked entirely, the target's logit is -inf.
     return torch.where(lse == -torch.inf, m - lse, found).clamp(min=0)
 
 
 def _join_entropy(log_w: Tensor, entropy_of: Tensor) -> Tensor:
-    """H = sum_r w_r (H_r - log w_r), w_r = exp(lse_r - lse): all terms at least 0; masked parts have none."""
+    """Entropy H = sum_r w_r (H_r - log w_r), w_r = exp(lse_r - lse): all terms at least 0, 0 for masked parts."""
     terms = log_w.exp() * (entropy_of - log_w.clamp(min=-1e4, max=0))
     return torch.where(log_w == -torch.inf, 0, terms).sum(0)
 
 
 def _relate(tile_mass: Tensor, spec: Spec, own: Outputs[Tensor], whole: Outputs[Tensor], step: int = 64) -> None:
-    """Makes the map of a part one of the whole: masses shrink by the part's own; what no longer hits a tile is dead.
+    """Turn the map of a part into one of the whole: masses shrink by the part's own, and some tiles become dead.
 
-    A row hits the tile still if its mass there exceeds the threshold. For filter "element", whose quantity the map
-    does not hold, that keeps some tiles alive that one process would have skipped, and skips none that it would keep.
+    A row still hits the tile if its mass there exceeds the threshold. For filter "element", whose quantity the map does
+    not hold, this keeps some tiles alive that a single process would skip, and skips none that it would keep.
     """
     assert spec.threshold is not None
     assert own.lse_low is not None and whole.lse_low is not None
     ratio = ((own.lse - whole.lse) + (own.lse_low - whole.lse_low)).exp()
-    ratio = torch.where(own.lse == -torch.inf, 0, ratio)  # of a part without an entry left
+    ratio = torch.where(own.lse == -torch.inf, 0, ratio)  # for a part that is masked entirely
     for t in range(0, len(tile_mass), step):
         mass = tile_mass[t : t + step] * ratio
-        mass = torch.where(mass >= -spec.threshold, mass.abs(), mass)  # NaN stays, which is computed
+        mass = torch.where(mass >= -spec.threshold, mass.abs(), mass)  # NaN stays negative, so that it is computed
         tile_mass[t : t + step] = mass
 
 
 def _of_rows_in_use(outputs: Outputs[Tensor], inputs: Inputs[Tensor], in_use: Tensor) -> Outputs[Tensor]:
-    """Ignored rows are 0, -1 in the prediction."""
+    """Set ignored rows to 0, and to -1 in the prediction."""
 
     def kept(x: Tensor | None, fill: int = 0) -> Any:
         return None if x is None else x.masked_fill(~in_use, fill)
@@ -262,7 +262,7 @@ def _of_rows_in_use(outputs: Outputs[Tensor], inputs: Inputs[Tensor], in_use: Te
 
 
 def gather(x: Tensor, group: str) -> Tensor:
-    """(ranks, *x.shape): every process's ``x``, by rank."""
+    """Gather every process's ``x``, by rank: (ranks, *x.shape)."""
     processes = group_of(group)
     out = x.new_empty(processes.size(), *x.shape)
     # Its name changed with torch 2.13.

@@ -1,7 +1,7 @@
-"""Tokens of all processes in one matrix, for a split vocabulary whose processes have tokens of their own.
+"""Tokens of all processes in one matrix, for a split vocabulary whose processes have their own tokens.
 
-Every process meets all tokens with its part of the vocabulary. A gradient of an output is wanted by all processes, and
-known to the one whose token it is; dE of a token is summed over the parts already when it comes back to its owner.
+Every process combines all tokens with its part of the vocabulary. All processes need the gradient of an output, which
+only the owner of the token knows; dE of a token has already been summed over the parts when its owner receives it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cce.torch_private import differentiable, fake, operator
 
 @operator("cce::gather_rows")
 def gather_rows(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
-    """(sum(sizes), ...): the rows of all processes, by rank; ``x`` (sizes[rank], ...) are this one's."""
+    """Gather the rows of all processes, by rank, (sum(sizes), ...); ``x`` (sizes[rank], ...) are this one's."""
     most = max(sizes)
     padded = x.new_zeros(most, *x.shape[1:])
     padded[: len(x)] = x
@@ -33,7 +33,7 @@ def _(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
 
 @operator("cce::own_rows")
 def own_rows(x: Tensor, group: str, sizes: Sequence[int]) -> Tensor:
-    """(sizes[rank], ...): this process's rows of ``x`` (sum(sizes), ...)."""
+    """Select this process's rows, (sizes[rank], ...), of ``x`` (sum(sizes), ...)."""
     rank = group_of(group).rank()
     first = sum(sizes[:rank])
     return x[first : first + sizes[rank]].clone()

@@ -1,4 +1,4 @@
-"""``vocab_parallel=``: how the vocabulary is split over processes, and what they tell one another about a call."""
+"""``vocab_parallel=``: the split of the vocabulary over processes, and their agreement on a call."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class VocabParallel:
 
     Args:
         group: a ``torch.distributed`` process group, a one-dimensional ``DeviceMesh``, or None for the default group.
-        reduce_de: the gradient of ``e`` is summed over the group, in float32. False leaves this process's term, for
-            callers that reduce it themselves (a reduce-scatter in sequence parallelism).
-        tokens: "same" where every process passes the same ``e`` and ``targets`` (tensor parallelism); the results
-            and dE are then the same on all. "own" where each passes tokens of its own (data parallelism, a head that
-            FSDP has sharded): hidden states are gathered, each process gets the results and dE of its own tokens, and
-            dC is the sum over all processes' losses.
+        reduce_de: sum the gradient of ``e`` over the group, in float32. False leaves this process's term, for callers
+            that reduce it themselves (a reduce-scatter in sequence parallelism).
+        tokens: "same" if every process passes the same ``e`` and ``targets`` (tensor parallelism); the results and dE
+            are then the same on all. "own" if each passes its own tokens (data parallelism, a head sharded by FSDP):
+            hidden states are gathered, each process gets the results and dE of its own tokens, and dC is the gradient
+            of the sum of all processes' losses.
 
     Raises:
-        TypeError, ValueError: an argument of another type, a mesh of several dimensions.
+        TypeError, ValueError: an argument has another type or value, or the mesh has several dimensions.
 
     >>> VocabParallel(reduce_de=False).tokens
     'same'
@@ -67,14 +67,14 @@ class VocabParallel:
                 )
             if group.ndim != 1:
                 raise ValueError(
-                    f"vocab_parallel: got a DeviceMesh of {group.ndim} dimensions, {group.mesh_dim_names}, "
+                    f"vocab_parallel: got a DeviceMesh with {group.ndim} dimensions, {group.mesh_dim_names}, "
                     "expected one of them: mesh['name']"
                 )
             object.__setattr__(self, "group", group.get_group())
 
 
 class Operands(NamedTuple):
-    """The tensors of a call as this process holds them, and how the vocabulary is split, if it is."""
+    """The tensors of a call as this process holds them, and the split of the vocabulary, if any."""
 
     e: Tensor
     c: Tensor
@@ -84,10 +84,10 @@ class Operands(NamedTuple):
 
 
 def operands(e: Any, c: Any, bias: Any, targets: Any, vocab_parallel: Any) -> Operands:
-    """Reads ``vocab_parallel``, and the placements of DTensors, which say the same without it.
+    """Read ``vocab_parallel``, or the placements of DTensors, which say the same without it.
 
     Raises:
-        TypeError, ValueError: a value of another type, or a placement that is neither replicated nor, for ``c`` and
+        TypeError, ValueError: a value has another type, or a placement is neither replicated nor, for ``c`` and
             ``bias``, sharded by vocabulary entries.
     """
     split = vocab_parallel
@@ -101,7 +101,7 @@ def operands(e: Any, c: Any, bias: Any, targets: Any, vocab_parallel: Any) -> Op
     bias, _ = _local("bias", bias, shard=True)
     if sharded is not None:
         if split is not None and split.group is not None and split.group is not sharded:
-            raise ValueError("vocab_parallel: got a group beside a DTensor c, expected None: c says how it is split")
+            raise ValueError("vocab_parallel: got a group along with a DTensor c, expected None: c has its own split")
         split = split or VocabParallel()
         split = VocabParallel(sharded, split.reduce_de, split.tokens)
     summed = split is None or split.reduce_de
@@ -111,7 +111,7 @@ def operands(e: Any, c: Any, bias: Any, targets: Any, vocab_parallel: Any) -> Op
 
 
 def _local(name: str, x: Any, shard: bool = False, grad: Any = None) -> tuple[Any, Any]:
-    """This process's part of a DTensor, and the group that its dimension 0 is sharded over, if it is."""
+    """This process's part of a DTensor, and the group over which its dimension 0 is sharded, if any."""
     if not _is_dtensor(x):
         return x, None
     from torch.distributed.tensor import Replicate, Shard
@@ -125,14 +125,14 @@ def _local(name: str, x: Any, shard: bool = False, grad: Any = None) -> tuple[An
 
 
 class Agreement(NamedTuple):
-    """What the processes of a group have told one another.
+    """Sizes and ranks that the processes of a group have agreed on.
 
     Attributes:
-        group: its name.
-        rank: of this process.
-        sizes: vocabulary entries of every rank.
-        rows: tokens of every rank.
-        part: key of this process's part; made here, as torch.compile takes all of this for constants.
+        group: name of the group.
+        rank: rank of this process.
+        sizes: number of vocabulary entries of every rank.
+        rows: number of tokens of every rank.
+        part: key of this process's part; made here, as torch.compile takes all of this as constants.
     """
 
     group: str
@@ -143,14 +143,15 @@ class Agreement(NamedTuple):
 
     @classmethod
     def of(cls, split: VocabParallel, group: Any, sizes: tuple[int, ...], rows: tuple[int, ...]) -> Agreement:
-        """The agreement of a group's processes, for the one that this is."""
+        """Agreement of a group's processes, as seen from this process."""
         rank = group.rank()
         part = Part(group.group_name, sum(sizes[:rank]), sizes, split.reduce_de)
         return cls(group.group_name, rank, sizes, rows, part.key)
 
 
-#: For every group, kinds of calls and what was agreed; a group that is gone takes its own along. A GPU's first call of
-#: a kind asks; so all processes must forget the same ones: the oldest of the group, whose calls all of them make.
+#: For every group, the kinds of calls and what was agreed on them; entries are dropped along with their group. The
+#: first call of a kind on a GPU asks, so all processes must forget the same ones: the oldest of the group, all of whose
+#: calls every process makes.
 _known: WeakKeyDictionary[Any, dict[tuple[Any, ...], Agreement]] = WeakKeyDictionary()
 _MOST = 64
 
@@ -165,23 +166,23 @@ def agree(
     grads: str,
     options: Mapping[str, Any],
 ) -> Agreement:
-    """Sizes of all parts; and that all processes make the same call.
+    """Check that all processes make the same call, and return the sizes of all parts.
 
-    On a CPU every call asks, so that a process that differs is an error on all; so does every call with tokens of its
-    own, as their numbers may be others each time. Else, on a GPU, where asking may wait for it, the first call of its
-    kind asks, a kind being all that is listed here but the tokens; processes that differ later meet the group's
-    timeout.
+    On a CPU every call asks, so that a process that differs is an error on all; so does every call with tokens="own",
+    as the numbers of tokens may differ each time. Otherwise, on a GPU, where asking may wait for it, only the first
+    call of its kind asks. A kind is everything listed here but the tokens; processes that differ later run into the
+    group's timeout.
 
     Args:
-        split: how the vocabulary is split.
+        split: split of the vocabulary.
         e: (N, D); c: (V_local, D); bias: (V_local,); targets: (N, K).
-        spec: of the call.
+        spec: spec of the call.
         grads: comma-separated names of those of "e", "c" and "bias" whose gradient is wanted.
-        options: by name, what else must be the same everywhere; numbers and strings.
+        options: other values that must be the same everywhere, by name; numbers and strings.
 
     Raises:
-        ValueError: the processes differ, the vocabulary is empty, or with tokens of its own a process has a target
-            outside of it. On all of them.
+        ValueError: the processes differ, the vocabulary is empty, or, with tokens="own", a process has a target outside
+            it; raised on all of them.
         RuntimeError: there is no process group.
     """
     own = split.tokens == "own"
@@ -190,7 +191,7 @@ def agree(
     if torch.compiler.is_compiling():
         if own:
             raise RuntimeError("VocabParallel.tokens: 'own' is not supported under torch.compile, 'same' is")
-        # The length of a range is a constant to the compiler even where the size is a symbol.
+        # To the compiler, the length of a range is a constant even where the size is a symbol.
         sizes = tuple(len(range(size)) for size in (c.shape[0], c.shape[1], targets.shape[1]))
         return _agree_compiled(split, sizes, tensors, key_of_spec)
     group = _group(split)
@@ -215,14 +216,14 @@ def agree(
 
 
 def tell_refusal(split: VocabParallel | None, error: Exception, *tensors: Any) -> None:
-    """Makes an error of this process, before the group has agreed, one on all processes that wait for it to agree."""
+    """Turn an error of this process, before the group has agreed, into one on all processes that wait for it."""
     devices = {x.device.type for x in tensors if isinstance(x, Tensor)}
     if split is None or len(devices) != 1 or torch.compiler.is_compiling() or not _initialized():
         return
     device = torch.device(devices.pop())
-    if device.type != "cpu" and split.tokens != "own":  # on a GPU nobody knows whether the others ask
+    if device.type != "cpu" and split.tokens != "own":  # on a GPU, it is not known whether the others ask
         return
-    with suppress(RuntimeError):  # the others did not come: the error is that of this process
+    with suppress(RuntimeError):  # the others did not take part: only this process's error is raised
         agreement.refuse(_group(split), device, error)
 
 
@@ -239,7 +240,7 @@ def _group(split: VocabParallel) -> Any:
 def _ask(group: Any, device: torch.device, said: Said, fields: Mapping[str, str], own: bool) -> list[Said]:
     found = agreement.ask(group, device, said, fields, own)
     if sum(x.v for x in found) == 0:
-        raise ValueError("c: got no row on any process of the group, expected V >= 1 in all")
+        raise ValueError("c: got no row on any process of the group, expected V >= 1 in total")
     return found
 
 
@@ -251,7 +252,7 @@ def _fields(
     key_of_spec: tuple[str, bool],
     options: Mapping[str, Any],
 ) -> dict[str, str]:
-    """All that must be the same, by the name a user knows it by."""
+    """Everything that must be the same, by the name known to users."""
     e_dtype, c_dtype, bias, grads, device = tensors
     wanted = grads.split(",")
     key, no_permutation = key_of_spec
@@ -278,7 +279,7 @@ def _fields(
 def _agree_compiled(
     split: VocabParallel, sizes: tuple[int, ...], tensors: tuple[Any, ...], key_of_spec: tuple[str, bool]
 ) -> Agreement:
-    """The compiler asks once, while it traces, and takes the answer as a constant; numbers may be symbols to it."""
+    """Agree under the compiler, which asks once, while it traces, and takes the answer as a constant."""
     v, d, k = sizes
     group, fields = _group(split), _fields(split, d, k, tensors, key_of_spec, {})
     device = tensors[-1]
@@ -287,7 +288,7 @@ def _agree_compiled(
     return Agreement.of(split, group, tuple(x.v for x in found), ())
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import the compiler.
+# Set what torch.compiler.assume_constant_result sets; calling that would import the compiler.
 _agree_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

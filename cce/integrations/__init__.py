@@ -1,1 +1,1 @@
-"""``cce`` in the training libraries people use; each part imports its library only when it is used."""
+"""``cce`` in common training libraries; each part imports its library only when it is used."""

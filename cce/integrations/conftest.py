@@ -1,4 +1,4 @@
-"""Where transformers is not installed, pytest passes by the doctests of its part."""
+"""Keep pytest from collecting the doctests for transformers if it is not installed."""
 
 from importlib.util import find_spec
 

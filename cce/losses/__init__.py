@@ -1,4 +1,4 @@
-"""Losses of the literature, each a few lines over the per-token results of :func:`cce.terms`; no logits are kept.
+"""Losses from the literature, each a few lines on top of the results of :func:`cce.terms`; no logits are kept.
 
 >>> import torch
 >>> from cce import losses

@@ -1,4 +1,4 @@
-"""What every recipe begins and ends with: the call of ``cce.terms`` and the reduction of what it made of it."""
+"""The common beginning and end of every recipe: the call of ``cce.terms`` and the reduction of the result."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cce.spec import Spec
 
 
 class Options(TypedDict, total=False):
-    """The keyword options of :func:`cce.terms` that every recipe passes on, unless it says otherwise.
+    """Keyword options of :func:`cce.terms` that a recipe accepts and passes on, unless its docstring says otherwise.
 
     Attributes:
         bias: (V,), added to the logits; -inf masks a vocabulary entry.
-        ignore_index: targets of this value cost nothing; default -100.
-        shift: ``targets[..., s:]`` are predicted from ``e[..., :-s, :]``; the results have their shape.
+        ignore_index: targets with this value cost nothing; default -100.
+        shift: with shift s, ``targets[..., s:]`` are predicted from ``e[..., :-s, :]``; the results have their shape.
         softcap: ``z = softcap * tanh(logit_scale * (e c^T + bias) / softcap)``; None leaves the logits as they are.
         logit_scale: see ``softcap``.
-        backend: what computes it.
-        spec: how.
-        vocab_parallel: how the vocabulary is split over processes (:class:`cce.VocabParallel`).
+        backend: name of the backend, as for :func:`cce.loss`.
+        spec: a :class:`cce.Spec`, as for :func:`cce.loss`.
+        vocab_parallel: split of the vocabulary over processes (:class:`cce.VocabParallel`).
     """
 
     bias: Tensor | None
@@ -46,11 +46,11 @@ class Call:
 
     Attributes:
         e: (..., D); c: (V, D).
-        targets: integers of ``e``'s leading shape; with ``target_weight``, (..., K).
-        options: of :func:`cce.terms`.
-        reduction: as ``cce.frontend.reduction.reduce`` takes it.
-        token_weight: of ``e``'s leading shape, or None.
-        target_weight: (..., K) weights of K entries a token, or None.
+        targets: integers with the leading shape of ``e``; with ``target_weight``, (..., K).
+        options: options of :func:`cce.terms`.
+        reduction: reduction, as for ``cce.frontend.reduction.reduce``.
+        token_weight: weights with the leading shape of ``e``, or None.
+        target_weight: (..., K) weights of K entries per token, or None.
     """
 
     e: Tensor
@@ -76,7 +76,7 @@ class Call:
         temperature_name: str = "temperature",
         reductions: tuple[str, ...] = checks.REDUCTIONS,
     ) -> Call:
-        """Checks what ``terms`` will not; the logits are to be divided by ``temperature``."""
+        """Check what ``terms`` does not, and make the call; the logits will be divided by ``temperature``."""
         check_options(options)
         e, c, bias, targets, split = operands(e, c, options.get("bias"), targets, options.get("vocab_parallel"))
         checks.check_tensors(e, c, targets, None, target_weight, part=split is not None)
@@ -84,20 +84,20 @@ class Call:
         checks.check_token_weight(token_weight, e.shape[:-1], e.device)
         wide = torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32)
         passed = {**tempered(options, temperature, temperature_name, wide), "bias": bias, "vocab_parallel": split}
-        # int64, as uint8 holds no -100: it equals 156 there.
+        # int64, as uint8 cannot hold -100: it would equal 156.
         return cls(e, c, targets.to(torch.int64), passed, reduction, token_weight, target_weight)
 
     def terms(self, *outputs: str) -> Terms:
         return terms(self.e, self.c, self.targets, outputs=outputs, **self.options)
 
     def nll(self) -> Tensor:
-        """Of every token, of the results' shape."""
+        """Loss of every token, in the results' shape."""
         found = self.terms("nll").nll
         assert found is not None
         return found
 
     def nll_of_each(self, entries: Tensor) -> Tensor:
-        """(..., K) of entries (..., K) a token."""
+        """Negative log-likelihoods (..., K) of several entries (..., K) per token."""
         return nll_of_each(self.e, self.c, entries, **self.options)
 
     @property
@@ -112,27 +112,27 @@ class Call:
 
     @property
     def in_use(self) -> Tensor:
-        """Bool of the results' shape: tokens that count."""
+        """Mask of the tokens that count, bool, in the results' shape."""
         if self.target_weight is None:
             return self.of_results(self.targets) != self.ignore_index
         return (self.of_results(self.targets, dim=-2) != self.ignore_index).any(-1)
 
     def of_results(self, x: Tensor, dim: int = -1) -> Tensor:
-        """``x[..., shift:]`` along ``dim``, which stands beside the results."""
+        """Return ``x[..., shift:]`` along ``dim``, which matches the results."""
         shift = self.options.get("shift", 0)
-        if not shift:  # then there may be no dimension to move along
+        if not shift:  # without a shift there may be no such dimension
             return x
         shift = min(shift, x.shape[dim])
         return x.narrow(dim, shift, x.shape[dim] - shift)
 
     def reduce(self, per_token: Tensor) -> Tensor:
-        """The recipe's result from one loss a token."""
+        """Reduce one loss per token to the recipe's result."""
         weight = None if self.token_weight is None else self.of_results(self.token_weight)
         return reduce(per_token, self.in_use, self.reduction, weight)
 
 
 def check_options(options: Mapping[str, Any], accepted: Iterable[str] = tuple(Options.__annotations__)) -> None:
-    """Names, and the values that a recipe might use before :func:`cce.terms` sees them."""
+    """Check the options' names, and the values that a recipe may use before :func:`cce.terms` sees them."""
     checks.check_option_names(options, accepted)
     values = {**SHARED_DEFAULTS, **options}
     shared = {name: x for name, x in values.items() if name not in ("bias", "vocab_parallel")}
@@ -140,9 +140,9 @@ def check_options(options: Mapping[str, Any], accepted: Iterable[str] = tuple(Op
 
 
 def tempered(options: Mapping[str, Any], temperature: float, name: str, wide: torch.dtype) -> dict[str, Any]:
-    """The options under which all logits are divided by ``temperature``, the recipe's argument ``name``.
+    """Return the options that divide all logits by ``temperature``, the recipe's argument ``name``.
 
-    ``wide``: dtype of the results, which must hold what is left of a scale.
+    ``wide``: dtype of the results, which must be able to hold the divided scale.
     """
     found = dict(options)
     if temperature != 1:
@@ -160,6 +160,6 @@ def tempered(options: Mapping[str, Any], temperature: float, name: str, wide: to
 
 
 def divisible(x: float, by: float, wide: torch.dtype) -> bool:
-    """Whether the quotient of two numbers above 0 is one that ``wide`` holds."""
+    """Whether dtype ``wide`` can hold the quotient of two numbers above 0."""
     limits = torch.finfo(wide)
     return limits.tiny <= x / by <= limits.max

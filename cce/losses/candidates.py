@@ -1,6 +1,6 @@
-"""Losses of several vocabulary entries a token: unlikelihood, and distillation from a teacher's largest probabilities.
+"""Losses on several vocabulary entries per token: unlikelihood, and distillation from a teacher's top probabilities.
 
-Their log-probabilities come from one pass over the logits, as many entries as there may be.
+All their log-probabilities come from one pass over the logits, whatever the number of entries.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ def unlikelihood(
     token_weight: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
-    """``-log p(target) - alpha sum_k log(1 - p(negative_k))``: what should not be said becomes less likely.
+    """Unlikelihood loss ``-log p(target) - alpha sum_k log(1 - p(negative_k))``: negatives become less likely.
 
-    1 - p counts as at least 2^7 times the epsilon of the results' dtype, 1.5e-5 in float32: it is not known better from
-    rounded logits, and its inverse multiplies their error in the gradient. A certain negative costs 11 alpha.
+    1 - p is clamped to at least 2^7 times the epsilon of the results' dtype, 1.5e-5 in float32: rounded logits do not
+    determine it better, and its inverse multiplies their error in the gradient. A certain negative costs 11 alpha.
 
     Args:
-        e, c, targets: (..., D), (V, D), (...). A token whose target is ignored costs nothing, negatives included.
-        negatives: (..., K) integers, the negative candidates of each token, at the places of ``targets``. A set: those
-            that repeat count once, those equal to ``ignore_index`` or to the token's target do not count.
-        alpha: at least 0.
+        e, c, targets: (..., D), (V, D), (...). A token whose target is ignored costs nothing, and nor do its negatives.
+        negatives: (..., K) integers, the set of negative candidates of each token, in the places of ``targets``:
+            repeated ones count once, those equal to ``ignore_index`` or to the token's target do not count.
+        alpha: weight of the negatives, at least 0.
         likelihood: False leaves out ``-log p(target)``, for sequence-level training on generated tokens. The targets
-            then only say which tokens count, and may themselves be negatives.
+            then only determine which tokens count, and may themselves be negatives.
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``negatives`` have another shape or a value
-            outside [0, V), or ``alpha`` is no number or negative.
+            outside [0, V), or ``alpha`` is not a number or is negative.
 
     Source: Welleck et al., Neural Text Generation with Unlikelihood Training, ICLR 2020, arXiv 1908.04319, section 5.
 
@@ -65,10 +65,10 @@ def unlikelihood(
     checks.check_bool("likelihood", likelihood)
     call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight)
     checks.check_entries("negatives", negatives, targets)
-    # An ignored token is one without any entry, so that it costs no time either.
+    # An ignored token gets no entries, so that it costs no time either.
     ignored = (call.targets == call.ignore_index)[..., None]
     entries = negatives.to(torch.int64).masked_fill(ignored, call.ignore_index)
-    if call.options["vocab_parallel"] is None:  # else V is not known here, and what is bad is called a target
+    if call.options["vocab_parallel"] is None:  # otherwise V is unknown here, and a bad value is reported as a target
         check_in_vocabulary("negatives", entries, len(call.c), call.ignore_index)
     entries = _as_set(entries, call.targets if likelihood else None, call.ignore_index)
     counts = call.of_results(entries, dim=-2) != call.ignore_index
@@ -81,7 +81,7 @@ def unlikelihood(
 
 
 def _as_set(entries: Tensor, without: Tensor | None, ignore_index: int) -> Tensor:
-    """(..., K) sorted; ``ignore_index`` in place of what repeats or equals ``without`` (...)."""
+    """Sort entries (..., K), with ``ignore_index`` in place of repeated ones and those equal to ``without`` (...)."""
     entries = entries.sort(-1).values
     repeats = torch.zeros_like(entries, dtype=torch.bool)
     repeats[..., 1:] = entries[..., 1:] == entries[..., :-1]
@@ -102,37 +102,37 @@ def top_k_distillation(
     token_weight: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
-    """``temperature^2 KL(q || p)`` of a student's p from the K probabilities q a teacher kept of each token.
+    """Distillation loss ``temperature^2 KL(q || p)`` of a student's p from a teacher's K probabilities q per token.
 
-    p is the student's softmax over the whole vocabulary at ``temperature``. The teacher's other entries, of probability
-    ``1 - sum_k q_k`` together, are treated as ``tail`` says:
+    p is the student's softmax over the whole vocabulary at ``temperature``. ``tail`` determines how the teacher's other
+    entries, with total probability ``1 - sum_k q_k``, are treated:
 
-    - "drop": ``sum_k q_k log(q_k / p_k)``, as if they were 0. The sum may be negative.
-    - "renormalize": the same, with the q of each token divided by their sum first.
-    - "bucket": they are one further class, of probability ``1 - sum_k p_k`` in the student. The student's probability
-      for it counts as at least 1.5e-5 in float32 (2^7 epsilon), as rounded logits tell it no better.
+    - "drop": as if they were 0: ``sum_k q_k log(q_k / p_k)``. The sum may be negative.
+    - "renormalize": likewise, after dividing the q of each token by their sum.
+    - "bucket": as one further class, with probability ``1 - sum_k p_k`` in the student, clamped to at least 1.5e-5 in
+      float32 (2^7 epsilon), since rounded logits do not determine it better.
 
     Args:
         e, c: (..., D), (V, D).
         targets: (..., K) integers, the entries the teacher kept, without repeats; ``ignore_index`` where there are
-            fewer. A token without any costs nothing.
-        target_weight: (..., K) the teacher's probabilities q at the same temperature; not negative, without gradient.
-            With "bucket" those of a token sum to 1 at most. Values at entries that are ``ignore_index`` do not count.
-        temperature: above 0.
+            fewer. A token without entries costs nothing.
+        target_weight: (..., K) the teacher's probabilities q at the same temperature; not negative, and not requiring a
+            gradient. With "bucket", those of a token must sum to at most 1. Values at ``ignore_index`` do not count.
+        temperature: temperature of both softmaxes, above 0.
         tail: "drop", "renormalize" or "bucket".
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``target_weight`` requires a gradient, or is
             negative or sums to more than is listed above (on a GPU as for targets); ``temperature`` or ``tail`` is not
             one of those above.
 
-    Source: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2; of sparse
-        teachers, Anshumann et al., Sparse Logit Sampling, ACL 2025, arXiv 2503.16870.
+    Source: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2; for sparse
+        teachers: Anshumann et al., Sparse Logit Sampling, ACL 2025, arXiv 2503.16870.
 
     >>> e, teacher = torch.eye(3), (2 * torch.eye(3)).softmax(-1)
     >>> q, entries = teacher.topk(2)
@@ -161,7 +161,7 @@ def top_k_distillation(
     if tail == "renormalize":
         mass = q.sum(-1, keepdim=True)
         q = q / mass.masked_fill(mass == 0, 1)
-    # Where q is 0 the term is 0, also for an entry that the student masks.
+    # Where q is 0 the term is 0, even for an entry that the student masks.
     divergence = (torch.xlogy(q, q) + q * nll.masked_fill(q == 0, 0)).sum(-1)
     if tail == "bucket":
         rest = (1 - q.sum(-1)).clamp(min=0)

@@ -1,8 +1,9 @@
 """Losses of the target's probability: focal, comp-sum (GCE, MAE), Dice, LDR; and the z-loss.
 
-All take ``e`` (..., D), ``c`` (V, D) and integer ``targets`` of ``e``'s leading shape. ``reduction`` and
+All take ``e`` (..., D), ``c`` (V, D) and integer ``targets`` with the leading shape of ``e``. ``reduction`` and
 ``token_weight`` are those of :func:`cce.loss`, ``**options`` are :class:`Options`. With p the target's probability,
-every loss but the z-loss is a function of ``nll = -log p``. All cost one :func:`cce.terms`, forward and backward.
+every loss but the z-loss is a function of ``nll = -log p``. Each costs one call of :func:`cce.terms`, forward and
+backward.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cce.losses.slopes import probabilities, with_slope
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# exp(margin / lam) multiplies the rounding error of nll; 2e4 of it is bearable in float32.
+# exp(margin / lam) multiplies the rounding error of nll; a factor of 2e4 is acceptable in float32.
 _LARGEST_MARGIN = {torch.float32: 10, torch.float64: 30}
 
 
@@ -34,19 +35,19 @@ def focal(
     token_weight: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
-    """Focal loss ``-(1 - p)^gamma log p``: tokens that are already predicted well count less.
+    """Focal loss ``-(1 - p)^gamma log p``, in which tokens that are already predicted well count less.
 
     Args:
         e, c, targets: (..., D), (V, D), (...).
-        gamma: at least 0; 0 is the cross-entropy.
+        gamma: exponent of the factor, at least 0; 0 gives the cross-entropy.
         reduction, token_weight: as :func:`cce.loss`. The paper's alpha is ``token_weight=alpha[targets]``.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``gamma`` is no number or negative.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``gamma`` is not a number or is negative.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, arXiv 1708.02002, equation 4.
 
@@ -76,24 +77,25 @@ def comp_sum(
     token_weight: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
-    """A comp-sum loss: ``(p^(tau - 1) - 1) / (1 - tau)``, or ``-log p`` at ``tau = 1``.
+    """Comp-sum loss ``(p^(tau - 1) - 1) / (1 - tau)``, or ``-log p`` at ``tau = 1``.
 
-    With u the sum of ``exp(z_j - z_y)`` over the entries j beside the target y, so that 1 + u = 1 / p, this is the
-    family ``((1 + u)^(1 - tau) - 1) / (1 - tau)``: 0 is the sum-exponential loss, 1 the logistic loss (cross-entropy),
-    between 1 and 2 the generalized cross-entropy with q = tau - 1, and 2 the mean absolute error 1 - p.
+    With u the sum of ``exp(z_j - z_y)`` over the entries j other than the target y, so that 1 + u = 1 / p, this is the
+    family ``((1 + u)^(1 - tau) - 1) / (1 - tau)``. tau = 0 gives the sum-exponential loss, 1 the logistic loss
+    (cross-entropy), a value between 1 and 2 the generalized cross-entropy with q = tau - 1, and 2 the mean absolute
+    error 1 - p.
 
     Args:
         e, c, targets: (..., D), (V, D), (...).
-        tau: at least 0. Below 1 the loss grows like ``p^(tau - 1)`` as p goes to 0, and is inf where that
-            overflows or p is 0; its gradient is not finite there.
+        tau: parameter of the family, at least 0. Below 1 the loss grows like ``p^(tau - 1)`` as p goes to 0, and is inf
+            where that overflows or p is 0; its gradient is not finite there.
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``tau`` is no number or negative.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``tau`` is not a number or is negative.
 
     Source: Mao, Mohri, Zhong, Cross-Entropy Loss Functions: Theoretical Analysis and Applications, ICML 2023,
         arXiv 2304.07288.
@@ -128,15 +130,15 @@ def generalized_cross_entropy(
 
     Args:
         e, c, targets: (..., D), (V, D), (...).
-        q: in (0, 1]; the larger, the less a wrong label counts.
+        q: parameter in (0, 1]; the larger it is, the less a wrong label counts.
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``q`` is no number in (0, 1].
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``q`` is not a number in (0, 1].
 
     Source: Zhang, Sabuncu, Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels,
         NeurIPS 2018, arXiv 1805.07836, equation 6.
@@ -162,21 +164,22 @@ def dice(
 ) -> Tensor:
     """Self-adjusting Dice loss ``1 - (2 w + gamma) / (w + 1 + gamma)`` with ``w = (1 - p)^alpha p``.
 
-    Only the target's term of the paper's sum over the classes is taken. w is largest at p = 1 / (1 + alpha): above
-    it the loss rises again, and training pushes a token back. ``alpha=0`` is the plain Dice loss, which does not.
+    Of the paper's sum over the classes, only the target's term is taken. w is largest at p = 1 / (1 + alpha): above it
+    the loss rises again, and training pushes a token back. ``alpha=0`` is the plain Dice loss, which does not do so.
 
     Args:
         e, c, targets: (..., D), (V, D), (...).
-        alpha: at least 0, the exponent of the factor that makes easy tokens count less.
-        gamma: at least 0, smooths the quotient.
+        alpha: exponent of the factor that makes easy tokens count less, at least 0.
+        gamma: smoothing of the quotient, at least 0.
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``alpha`` or ``gamma`` is no number or negative.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``alpha`` or ``gamma`` is not a number or is
+            negative.
 
     Source: Li et al., Dice Loss for Data-imbalanced NLP Tasks, ACL 2020, arXiv 1911.02855, section 3.
 
@@ -194,7 +197,7 @@ def _dice(nll: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:
     factor, power = rest**alpha, rest ** (alpha - 1)
     w = factor * p
     if alpha < 1:
-        # Infinite at p = 1, where the factor 1 - p of the logits' gradient makes any finite number right.
+        # It is infinite at p = 1, where any finite number is right: the logits' gradient has the factor 1 - p.
         power = power.masked_fill(rest == 0, 0)
     complement = rest + p * (1 - factor)  # 1 - w
     dw = p * (alpha * p * power - factor)
@@ -214,19 +217,20 @@ def ldr(
 ) -> Tensor:
     """Label-distributionally-robust loss with KL: ``lam log mean_k exp((z_k - z_y + margin [k != y]) / lam)``.
 
-    The mean is over the V entries. ``lam=1, margin=0`` is the cross-entropy less log V. As ``lam`` goes to 0 it
-    becomes the multi-class hinge loss ``max_k (z_k - z_y + margin [k != y])``; as ``lam`` grows, the mean of the same.
+    The mean is over the V entries. ``lam=1, margin=0`` gives the cross-entropy minus log V. As ``lam`` goes to 0, the
+    loss becomes the multi-class hinge loss ``max_k (z_k - z_y + margin [k != y])``; as ``lam`` grows, the mean in place
+    of the maximum.
 
     Args:
         e, c, targets: (..., D), (V, D), (...).
-        lam: the paper's lambda, above 0: temperature of the worst-case distribution over labels.
-        margin: the same for all entries beside the target; at least 0 and at most 10 ``lam`` (30 ``lam`` for float64
+        lam: the paper's lambda, the temperature of the worst-case distribution over labels; above 0.
+        margin: margin of all entries other than the target; at least 0 and at most 10 ``lam`` (30 ``lam`` for float64
             inputs), since exp(margin / lam) multiplies the rounding error of ``nll``.
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``lam`` or ``margin`` is outside its range;
@@ -248,7 +252,7 @@ def ldr(
     checks.check_number("margin", margin, f"a number in [0, {most} * lam]", lambda x: 0 <= x <= most * lam)
     nll = call.nll()
     # sum_k exp(.. / lam) = 1 + exp(margin / lam) (exp(nll) - 1): no term is negative. The factor is a tensor, as a
-    # number would be a constant of compiled code.
+    # number would be a constant in compiled code.
     factor = (nll.new_ones(()) * (margin / lam)).expm1()
     raised = torch.log1p(factor * -torch.expm1(-nll))
     return call.reduce(lam * (nll + raised - math.log(c.shape[0])))
@@ -264,22 +268,22 @@ def z_loss(
     token_weight: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
-    """The z-loss alone, ``coefficient * lse^2``, which holds the log-sum-exp of the logits near 0.
+    """The z-loss alone, ``coefficient * lse^2``, which keeps the log-sum-exp of the logits near 0.
 
-    Beside a cross-entropy use ``cce.loss(..., z_loss=coefficient)``: one pass over the logits serves both.
+    To add it to a cross-entropy, use ``cce.loss(..., z_loss=coefficient)``: one pass over the logits serves both.
 
     Args:
         e, c: (..., D), (V, D).
-        targets: (...); only whether they are ignored counts.
-        coefficient: a finite number.
+        targets: (...); they only determine which tokens are ignored.
+        coefficient: factor of the loss, a finite number.
         reduction, token_weight: as :func:`cce.loss`.
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token.
+        Tensor: a scalar, or with "none" one value per token.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``coefficient`` is no finite number.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``coefficient`` is not a finite number.
 
     Source: Chowdhery et al., PaLM, arXiv 2204.02311, section 5.
 
@@ -290,4 +294,4 @@ def z_loss(
     call = Call.of(e, c, targets, options, reduction=reduction, token_weight=token_weight)
     lse = call.terms("lse").lse
     assert lse is not None
-    return call.reduce(coefficient * lse * lse)  # in this order it overflows where the result does
+    return call.reduce(coefficient * lse * lse)  # in this order it overflows only where the result does

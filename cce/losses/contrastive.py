@@ -1,6 +1,6 @@
 """Contrastive losses: the classifiers are the other embeddings of the batch.
 
-A batch of B pairs is a vocabulary of B entries, and B x B similarities need not be kept either.
+A batch of B pairs is a vocabulary of B entries, and its B x B similarities need not be kept either.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from cce.spec import Spec
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Rows of which the similarities among each other are computed densely, to leave out those with themselves.
+# Rows whose similarities with each other are computed densely, to leave out those with themselves.
 _BLOCK = 256
-# A row with larger elements is scaled down before its norm is computed, as their squares overflow float32.
+# A row with larger elements is scaled down before its norm is computed, as their squares would overflow float32.
 _LARGE = 1e18
 
 
 class ContrastiveOptions(TypedDict, total=False):
-    """The options of :func:`cce.terms` that a contrastive loss passes on.
+    """Options of :func:`cce.terms` that a contrastive loss accepts and passes on.
 
     Attributes:
-        backend: what computes it.
-        spec: how.
+        backend: name of the backend, as for :func:`cce.loss`.
+        spec: a :class:`cce.Spec`, as for :func:`cce.loss`.
     """
 
     backend: str
@@ -48,14 +48,14 @@ def clip_contrastive(
     reduction: str = "mean",
     **options: Unpack[ContrastiveOptions],
 ) -> Tensor:
-    """Symmetric contrastive loss of B pairs: each ``e_i`` is to find its ``c_i``, and each ``c_i`` its ``e_i``.
+    """Symmetric contrastive loss of B pairs: each ``e_i`` must find its ``c_i``, and each ``c_i`` its ``e_i``.
 
-    ``(CE(s e c^T) + CE(s c e^T)) / 2`` with the targets 0 to B - 1. Two passes over the similarities, with ``e`` and
-    ``c`` in turn as the classifier.
+    The loss is ``(CE(s e c^T) + CE(s c e^T)) / 2`` with the targets 0 to B - 1, from two passes over the similarities,
+    with ``c`` and ``e`` in turn as the classifier.
 
     Args:
-        e, c: (B, D) embeddings of images and of their texts, say.
-        logit_scale: s, above 0; a tensor of one number may be learned.
+        e, c: (B, D) embeddings, for example of images and of their texts.
+        logit_scale: scale s, above 0; a tensor with one element may be learned.
         normalize: divides every embedding by its norm first, as ``torch.nn.functional.normalize``.
         reduction: "mean" or "sum" over the pairs, or "none".
         **options: :class:`ContrastiveOptions`.
@@ -78,8 +78,8 @@ def clip_contrastive(
     if isinstance(logit_scale, Tensor):
         checks.check_floats("logit_scale", logit_scale, (), "one number", e)
         check_positive("logit_scale", logit_scale)
-        # Scaled embeddings instead of the option logit_scale, which is no tensor and has no gradient. In a wide dtype:
-        # its gradient is the sum of two that may cancel, and is rounded once.
+        # Scale the embeddings instead of using the option logit_scale, which is not a tensor and has no gradient. Use a
+        # wide dtype: the scale's gradient is the sum of two that may cancel, and is rounded once.
         logit_scale = logit_scale.to(torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32))
         forth = _of_pairs(_scaled(a, logit_scale, normalize), b, rows, options)
         back = _of_pairs(_scaled(b, logit_scale, normalize), a, rows, options)
@@ -100,18 +100,18 @@ def nt_xent(
 ) -> Tensor:
     """Normalized temperature-scaled cross-entropy (SimCLR) of B pairs of views.
 
-    Each of the 2 B views x_i is to find its other view x_j among all but itself:
+    Each of the 2 B views x_i must find its other view x_j among all but itself:
     ``-log(exp(x_i . x_j / t) / sum_{k != i} exp(x_i . x_k / t))``.
 
-    The similarity of a view with itself is left out exactly. To subtract it from a finished log-sum-exp would not do:
-    it is the largest of its row, and at a small temperature nothing but rounding would be left. Instead the views are
-    taken in blocks of 256. Similarities between blocks come from one call of ``cce.terms``, in which a few further
-    columns of the embeddings make those inside a block vanish; those inside the blocks, 2 B x 256 of them, are
-    computed densely without the diagonal. All are taken relative to the pair's own, which may be large.
+    The similarity of a view with itself is left out exactly. Subtracting it from a finished log-sum-exp would not work:
+    it is the largest of its row, and at a small temperature only rounding error would be left. Instead the views are
+    processed in blocks of 256. Similarities between blocks come from one call of ``cce.terms``, in which a few further
+    columns of the embeddings make those inside a block vanish; the 2 B x 256 similarities inside the blocks are
+    computed densely without the diagonal. All are relative to the pair's own, which may be large.
 
     Args:
-        e, c: (B, D) the two views of each of B examples.
-        temperature: t, above 0.
+        e, c: (B, D) each, the two views of B examples.
+        temperature: temperature t, above 0.
         normalize: divides every embedding by its norm first, as ``torch.nn.functional.normalize``.
         reduction: "mean" or "sum" over the 2 B views, or "none".
         **options: :class:`ContrastiveOptions`.
@@ -140,7 +140,7 @@ def nt_xent(
 
 
 def _check_pairs(e: Any, c: Any, normalize: Any, reduction: Any, options: Any) -> Tensor:
-    """The targets (B,) 0 to B - 1 of checked pairs."""
+    """Check the pairs, and return their targets (B,), 0 to B - 1."""
     check_options(options, ContrastiveOptions.__annotations__)
     checks.check_float_tensor("e", e)
     if e.ndim != 2 or len(e) < 1:
@@ -152,14 +152,14 @@ def _check_pairs(e: Any, c: Any, normalize: Any, reduction: Any, options: Any) -
 
 
 def _normalized(x: Tensor) -> Tensor:
-    """Rows of norm 1, computed in at least float32."""
+    """Normalize rows to norm 1, computed in at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = wide.detach().abs().amax(1, keepdim=True)
     return F.normalize(wide / torch.where(largest > _LARGE, largest, 1), dim=1).to(x.dtype)
 
 
 def _scaled(x: Tensor, scale: Tensor, normalized: bool) -> Tensor:
-    """``x`` times the scale; in float32 where float16 may be too small for it."""
+    """Multiply ``x`` by the scale; in float32 where the range of float16 may be too small."""
     return (x.float() if x.dtype == torch.float16 and not normalized else x) * scale
 
 
@@ -168,7 +168,7 @@ def _of_pairs(e: Tensor, c: Tensor, targets: Tensor, options: ContrastiveOptions
 
 
 def _nll_without_itself(x: Tensor, temperature: float, options: ContrastiveOptions) -> Tensor:
-    """(M,) log sum_{k != i} exp(x_i . (x_k - x_j) / t) of every row of ``x`` (M, D), j being its other view."""
+    """Loss log sum_{k != i} exp(x_i . (x_k - x_j) / t) of each row of ``x`` (M, D), with j its other view: (M,)."""
     m, place = len(x), torch.arange(len(x), device=x.device)
     pair, block = place.roll(m // 2), place // _BLOCK
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -176,7 +176,7 @@ def _nll_without_itself(x: Tensor, temperature: float, options: ContrastiveOptio
     blocks = -(-m // _BLOCK)
     if blocks == 1:
         return inside
-    # Relative to an entry of another block: to the pair, or to the first of the next block and then to the pair.
+    # Relative to an entry of another block: the pair, or first an entry of the next block and then the pair.
     other = torch.where(block[pair] == block, (block + 1) % blocks * _BLOCK, pair)
     rows, columns = _hiding_blocks(x, wide, F.one_hot(block, blocks), temperature)
     outside = terms(rows, columns, other, outputs=["nll"], logit_scale=1 / temperature, **options).nll
@@ -186,17 +186,17 @@ def _nll_without_itself(x: Tensor, temperature: float, options: ContrastiveOptio
 
 
 def _hiding_blocks(x: Tensor, wide: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Rows and columns of which the product is x_i . x_k, less a number inside a block that makes exp of it 0."""
+    """Rows and columns whose product is x_i . x_k, minus, inside a block, a number that makes its exp 0."""
     if x.dtype == torch.float16:
-        x = wide  # whose square of the norm float16 may not hold
-    # |x_i . x_k| is at most the largest square of a norm. Beyond twice that, 256 t more are e^-256 of any other.
-    norm = wide.detach().square().sum(1).nan_to_num(0, 0, 0).amax()  # an infinite one is no better hidden by NaN
+        x = wide  # float16 may not hold the square of a norm
+    # |x_i . x_k| is at most the largest squared norm. Another 256 t beyond twice that is a factor e^-256.
+    norm = wide.detach().square().sum(1).nan_to_num(0, 0, 0).amax()  # hiding an infinite norm by NaN would be no better
     far = (codes * (4 * norm + 256 * temperature).sqrt()).to(x.dtype)
     return torch.cat([x, -far], 1), torch.cat([x, far], 1)
 
 
 def _inside_blocks(x: Tensor, pair: Tensor, temperature: float) -> Tensor:
-    """(M,) the same logarithm over the rows of a row's own block of ``_BLOCK``, relative to ``pair`` wherever it is."""
+    """The same logarithm over the rows of a row's own block of ``_BLOCK``, relative to ``pair`` in any block: (M,)."""
     m = len(x)
     size = min(m, _BLOCK)
     tiles = F.pad(x, (0, 0, 0, -m % size)).view(-1, size, x.shape[1])
@@ -204,11 +204,11 @@ def _inside_blocks(x: Tensor, pair: Tensor, temperature: float) -> Tensor:
     place = torch.arange(len(tiles) * size, device=x.device).view(-1, size, 1)
     first, pairs = place[:, :1], F.pad(pair, (0, -m % size)).view(-1, size, 1)
     here = pairs // size == first // size
-    # The same product where it is at hand, so that what follows is not negative.
+    # Use the same product where available, so that the result is not negative.
     own = z.gather(-1, (pairs - first).clamp(0, size - 1))
     away = (tiles * F.pad(x[pair], (0, 0, 0, -m % size)).view_as(tiles)).sum(-1, keepdim=True) / temperature
     hidden = torch.eye(size, dtype=torch.bool, device=x.device) | (place.mT >= m)
-    # Of several blocks a finite number, as one of them may have nothing else, and the gradient of -inf alone is NaN.
+    # With several blocks use a finite number, as a block may have no other term, and the gradient of -inf alone is NaN.
     z = z.masked_fill(hidden, -torch.inf if len(tiles) == 1 else torch.finfo(z.dtype).min)
     largest = z.detach().amax(-1, keepdim=True)
     found = (z - largest).logsumexp(-1, keepdim=True) + (largest - torch.where(here, own, away))

@@ -1,4 +1,4 @@
-"""Several heads: multi-token prediction, and one head a codebook."""
+"""Losses of several heads: multi-token prediction, and one head per codebook."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ def multi_token(
     reduction: str = "mean",
     **options: Unpack[Options],
 ) -> Tensor:
-    """Multi-token prediction: H heads on one classifier, head h predicting the token ``shift + h`` places ahead.
+    """Multi-token prediction: H heads share one classifier, and head h predicts the token ``shift + h`` places ahead.
 
-    The rows of all heads go through the classifier together: it is read once, and its gradient is written once, instead
-    of H times; and as the weight of every token is known beforehand, the gradients may be computed along with the loss.
+    The rows of all heads are multiplied by the classifier together: it is read once, and its gradient is written once,
+    instead of H times; and since the weight of every token is known beforehand, the gradients may be computed along
+    with the loss.
 
     Args:
-        e: (H, ..., L, D), the hidden states of each head.
-        c: (V, D), shared.
+        e: (H, ..., L, D) hidden states of each head.
+        c: (V, D) classifier shared by all heads.
         targets: (..., L) tokens, not shifted; ``ignore_index`` costs nothing.
-        head_weight: H numbers; None means 1 each.
-        reduction: "mean": the sum over the heads of weight times the mean over the head's tokens in use; "sum": of
-            weight times the sum; "none": weight times each token's loss.
-        **options: :class:`Options`, with ``shift`` that of the first head, 1 if not given.
+        head_weight: weights of the heads, H numbers; None means 1 each.
+        reduction: "mean": sum over the heads of weight times the mean over the head's tokens in use; "sum": sum over
+        the heads of weight times the sum over tokens; "none": weight times each token's loss. **options:
+        :class:`Options`, with ``shift`` that of the first head, 1 if not given.
 
     Returns:
         Tensor: a scalar, or with "none" (H, ..., L), 0 where a head has nothing to predict. A head without any token in
@@ -63,7 +64,7 @@ def multi_token(
         raise ValueError(f"e: got shape {tuple(e.shape)}, expected {('H', *targets.shape, 'D')} with H >= 1")
     rest: dict[str, Any] = dict(options)
     shift = rest.pop("shift", 1)
-    targets = targets.to(torch.int64)  # as uint8 holds no -100
+    targets = targets.to(torch.int64)  # as uint8 cannot hold -100
     weight = _head_weight(head_weight, e, c)
     ignore_index = rest.get("ignore_index", -100)
     ahead = torch.stack([_ahead(targets, shift + h, ignore_index) for h in range(len(e))])
@@ -81,24 +82,24 @@ def multi_codebook(
     reduction: str = "mean",
     **options: Unpack[Options],
 ) -> Tensor:
-    """The cross-entropy of Q codebooks, each with a classifier of its own, averaged over the codebooks.
+    """Cross-entropy of Q codebooks, each with its own classifier, averaged over the codebooks.
 
-    One call a codebook. Its log-sum-exp is over its own entries: in one pass over all the classifiers every row would
-    meet the logits of all codebooks under one log-sum-exp, which is another loss; and rows of their own for each
-    codebook would make Q times the logits.
+    Each codebook takes one call, as its log-sum-exp is over its own entries: in one pass over all the classifiers, the
+    log-sum-exp of every row would cover the logits of all codebooks, which is a different loss; and separate rows for
+    each codebook would take Q times the logits.
 
     Args:
-        e: (..., D) hidden states that all heads share, or (..., Q, D), one of each head.
+        e: (..., D) hidden states shared by all heads, or (..., Q, D), one for each head.
         c: (Q, V, D), or Q tensors (V_q, D).
-        targets: (..., Q) entries of each codebook; ``ignore_index`` costs nothing, in one codebook or in all.
-        reduction: "mean": of the codebooks' means over their tokens in use; "sum"; "none".
+        targets: (..., Q) entries of each codebook; ``ignore_index``, in one codebook or in all, costs nothing.
+        reduction: "mean": mean of the codebooks' means over their tokens in use; "sum"; "none".
         **options: :class:`Options` but ``bias``; ``shift`` is along the dimension before Q.
 
     Returns:
         Tensor: a scalar, or with "none" (..., Q), shortened by ``shift``.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``c`` and ``targets`` are not of the same Q.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``c`` and ``targets`` do not have the same Q.
 
     Source: Copet et al., Simple and Controllable Music Generation, NeurIPS 2023, arXiv 2306.05284, section 2.
 
@@ -126,13 +127,13 @@ def multi_codebook(
 
 
 def _ahead(targets: Tensor, by: int, ignore_index: int) -> Tensor:
-    """``targets[..., by:]``, filled up at the end; of a head that sees beyond the sequence, nothing else."""
+    """Return ``targets[..., by:]``, padded at the end; only padding for a head that looks beyond the sequence."""
     rest = targets[..., by:]
     return torch.cat([rest, torch.full_like(targets[..., : min(by, targets.shape[-1])], ignore_index)], -1)
 
 
 def _head_weight(value: Any, e: Tensor, c: Tensor) -> Tensor:
-    """(H,) of the results' dtype."""
+    """Weights of the heads, (H,), in the results' dtype."""
     dtype = torch.promote_types(torch.promote_types(e.dtype, c.dtype), torch.float32)
     if value is None:
         return torch.ones(len(e), dtype=dtype, device=e.device)

@@ -19,9 +19,9 @@ class Evaluation:
     """Sums over the tokens of one or more batches; ``a + b`` is the evaluation of both.
 
     Attributes:
-        nll: scalar float64, summed negative log-likelihood, nats.
-        correct: scalar int64, tokens whose target has the largest logit.
-        tokens: scalar int64, tokens in use.
+        nll: scalar float64, summed negative log-likelihood in nats.
+        correct: scalar int64, number of tokens whose target has the largest logit.
+        tokens: scalar int64, number of tokens in use.
     """
 
     nll: Tensor
@@ -30,17 +30,17 @@ class Evaluation:
 
     @property
     def loss(self) -> Tensor:
-        """Mean negative log-likelihood of a token; NaN of no tokens."""
+        """Mean negative log-likelihood of a token; NaN without tokens."""
         return self.nll / self.tokens
 
     @property
     def perplexity(self) -> Tensor:
-        """``exp(loss)``."""
+        """Perplexity ``exp(loss)``."""
         return self.loss.exp()
 
     @property
     def accuracy(self) -> Tensor:
-        """Share of the tokens that are predicted."""
+        """Share of the tokens that are predicted correctly."""
         return self.correct / self.tokens
 
     def __add__(self, other: Evaluation) -> Evaluation:
@@ -53,7 +53,7 @@ class Evaluation:
 def evaluate(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[Options]) -> Evaluation:
     """Perplexity and token accuracy from one pass over the logits, without a gradient.
 
-    Nothing waits for a GPU until a number is looked at. The perplexity of a data set is that of the sum of its batches'
+    Nothing waits for a GPU until a number is read. The perplexity of a data set is that of the sum of its batches'
     evaluations, not the mean of their perplexities.
 
     Args:
@@ -61,7 +61,7 @@ def evaluate(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[Options]) 
         **options: :class:`Options`.
 
     Returns:
-        Evaluation: sums, and what follows from them.
+        Evaluation: sums, with loss, perplexity and accuracy computed from them.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.terms`.
@@ -76,6 +76,6 @@ def evaluate(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[Options]) 
     assert out.nll is not None and out.prediction is not None
     in_use = call.in_use
     hit = (out.prediction == call.of_results(call.targets)) & in_use
-    # float64 sums, which MPS has not.
+    # Sums are float64, which MPS does not have.
     wide = out.nll.dtype if out.nll.device.type == "mps" else torch.float64
     return Evaluation(out.nll.sum(dtype=wide), hit.sum(), in_use.sum())

@@ -1,7 +1,7 @@
-"""Policy gradients on per-token log-probabilities: clipped (PPO, GRPO, DAPO), with entropy terms.
+"""Clipped policy gradients on per-token log-probabilities (PPO, GRPO, DAPO), with entropy terms.
 
-``e`` is (..., L, D), ``targets`` (..., L) are the sampled tokens, prompts and padding being ``ignore_index``. Tensors
-that come from an earlier call have the results' shape: that of ``targets[..., shift:]``.
+``e`` is (..., L, D); ``targets`` (..., L) are the sampled tokens, with ``ignore_index`` at prompts and padding. Tensors
+that come from an earlier call have the shape of the results, that of ``targets[..., shift:]``.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ def ppo(
     token_weight: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
-    """Clipped policy gradient: with r the ratio of new and old probability of a token and A its advantage,
+    """Clipped policy gradient: with r the ratio of a token's new to its old probability and A its advantage,
 
     ``-min(r A, clip(r, 1 - clip, 1 + clip_high) A) - entropy_coefficient H + kl_coefficient KL``.
 
     Args:
         e, c, targets: (..., L, D), (V, D), (..., L).
-        advantages: A, of the results' shape, or one a sequence (without L). Differentiable.
-        old_log_prob: log-probabilities of the policy that sampled, at most 0, of the results' shape:
-            ``-cce.terms(...).nll`` then. None means the policy of this call, for one update a sample: r is 1, and its
+        advantages: advantages A, in the results' shape, or one per sequence (without L). Differentiable.
+        old_log_prob: log-probabilities under the sampling policy, at most 0, in the results' shape: its
+            ``-cce.terms(...).nll``. None means the policy of this call, for one update per sample: r is 1, and its
             gradient is that of ``log p``.
-        clip, clip_high: at least 0; ``clip_high=None`` means ``clip``. DAPO has 0.2 and 0.28.
-        entropy_coefficient: of the entropy H of the softmax; positive keeps it up. Its gradient needs every logit: no
-            ``spec`` with a filter.
-        top_entropy: rho in (0, 1]: only tokens whose H is among the largest of this share of the call's tokens have
-            the clipped term; the mean is still over all (Wang et al.; they take 0.2).
-        ref_log_prob: log-probabilities of a reference policy, of the results' shape.
-        kl_coefficient: at least 0, of the estimate ``exp(d) - d - 1`` of the KL divergence from the reference policy,
-            with d = ref_log_prob - log p.
-        reduction: that of :func:`cce.loss`, or "sequence": the mean of each sequence, averaged over the sequences.
+        clip, clip_high: bounds of the clipping, at least 0; ``clip_high=None`` means ``clip``. DAPO uses 0.2 and 0.28.
+        entropy_coefficient: coefficient of the entropy H of the softmax; a positive one keeps it high. Its gradient
+            needs every logit, so ``spec`` must not have a filter.
+        top_entropy: share rho in (0, 1]: only the tokens with the largest H, this share of the call's tokens, have the
+            clipped term; the mean is still over all (Wang et al., who use 0.2).
+        ref_log_prob: log-probabilities under a reference policy, in the results' shape.
+        kl_coefficient: coefficient of the estimate ``exp(d) - d - 1``, d = ref_log_prob - log p, of the KL divergence
+            from the reference policy; at least 0.
+        reduction: as for :func:`cce.loss`, or "sequence": the mean of each sequence, averaged over the sequences.
         token_weight: as :func:`cce.loss`.
         **options: :class:`Options`; ``logit_scale=1 / T`` for tokens sampled at temperature T.
 
     Returns:
-        Tensor: a scalar, or with "none" one value a token. Tensors' values at ignored tokens are never used.
+        Tensor: a scalar, or with "none" one value per token. Values at ignored tokens are never used.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; a tensor has another shape, a number is outside
-            what is listed above, log-probabilities are above 0 (on a GPU as for targets), or only one of
-            ``ref_log_prob`` and ``kl_coefficient`` is given.
+            its range above, log-probabilities are above 0 (on a GPU as for targets), or only one of ``ref_log_prob``
+            and ``kl_coefficient`` is given.
 
     Source: Schulman et al., Proximal Policy Optimization Algorithms, arXiv 1707.06347, equations 7 and 9; Yu et al.,
         DAPO, arXiv 2503.14476 (clip_high, mean over tokens); Wang et al., Beyond the 80/20 Rule, arXiv 2506.01939
@@ -105,13 +105,14 @@ def grpo(
     reduction: str = "sequence",
     **options: Any,
 ) -> Tensor:
-    """Group relative policy optimization: :func:`ppo` with :func:`group_advantages`, averaged sequence by sequence.
+    """Group relative policy optimization: :func:`ppo` with :func:`group_advantages`, averaged by sequence.
 
     Args:
-        e, c, targets: (B, L, D), (V, D), (B, L), the samples of one prompt one after the other.
-        rewards: (B,) of the samples. One without tokens in use counts in its group's mean, unless its reward is NaN.
-        group_size: samples a prompt.
-        reduction: "sequence" as published; "mean" is DAPO's mean over tokens.
+        e, c, targets: (B, L, D), (V, D), (B, L), with the samples of each prompt consecutive.
+        rewards: (B,) rewards of the samples. A sample without tokens in use counts in its group's mean, unless its
+            reward is NaN.
+        group_size: number of samples per prompt.
+        reduction: "sequence", as published, or "mean", DAPO's mean over tokens.
         **options: those of :func:`ppo` but ``advantages``.
 
     Returns:
@@ -134,22 +135,22 @@ def grpo(
 
 
 def group_advantages(rewards: Tensor, *, group_size: int, normalize: bool = True, epsilon: float = 1e-6) -> Tensor:
-    """``(reward - mean) / (std + epsilon)`` of each group of samples.
+    """Advantages ``(reward - mean) / (std + epsilon)`` within each group of samples.
 
     Args:
-        rewards: (B,) floating, the samples of one prompt one after the other.
-        group_size: samples a prompt; divides B.
+        rewards: (B,) floating, with the samples of each prompt consecutive.
+        group_size: number of samples per prompt; divides B.
         normalize: False subtracts the mean only (Dr. GRPO, arXiv 2503.20783).
-        epsilon: above 0.
+        epsilon: number added to the standard deviation, above 0.
 
     Returns:
-        Tensor: (B,) advantages, one a sequence, in float32 (float64 for float64 rewards). A NaN makes those of its
-        group NaN.
+        Tensor: (B,) advantages, one per sequence, in float32 (float64 for float64 rewards). A NaN reward makes all
+            advantages of its group NaN.
 
     Raises:
-        TypeError, ValueError: rewards of another shape or dtype, or a number outside what is listed above.
+        TypeError, ValueError: rewards have another shape or dtype, or a number is outside its range above.
 
-    Source: Shao et al., DeepSeekMath, arXiv 2402.03300, section 4.1.2. The standard deviation is that of a sample.
+    Source: Shao et al., DeepSeekMath, arXiv 2402.03300, section 4.1.2. The standard deviation is the sample's (n - 1).
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 3.0, 1.0]), group_size=2, normalize=False)
     tensor([ 0.5000, -0.5000,  1.0000, -1.0000])
@@ -160,7 +161,7 @@ def group_advantages(rewards: Tensor, *, group_size: int, normalize: bool = True
 def _group_advantages(
     rewards: Tensor, missing: Tensor | None, *, group_size: int, normalize: bool, epsilon: float
 ) -> Tensor:
-    """``group_advantages``; rewards that are ``missing`` (B,) are left out, and have an advantage of 0."""
+    """Compute ``group_advantages`` without the rewards that are ``missing`` (B,), whose advantage is 0."""
     checks.check_count("group_size", group_size)
     checks.check_number("epsilon", epsilon, "a finite number > 0", lambda x: x > 0)
     checks.check_bool("normalize", normalize)
@@ -178,13 +179,13 @@ def _group_advantages(
     centred = (groups - mean).masked_fill(out, 0)
     if normalize:
         variance = centred.square().sum(1, keepdim=True) / (number - 1).clamp(min=1)
-        same = variance == 0  # no gradient of its root, which is infinite there
+        same = variance == 0  # avoid the gradient of its root, which is infinite there
         centred = centred / (variance.masked_fill(same, 1).sqrt().masked_fill(same, 0) + epsilon)
     return centred.reshape(-1)
 
 
 def _ignored_and_nan(rewards: Any, targets: Any, options: Any) -> Tensor | None:
-    """(B,) bool: sequences without a token in use whose reward is NaN; None of arguments that ``ppo`` will refuse."""
+    """Mask (B,) of sequences with a NaN reward and no token in use; None for arguments that ``ppo`` will refuse."""
     if not isinstance(rewards, Tensor) or not isinstance(targets, Tensor):
         return None
     if targets.ndim != 2 or rewards.shape != targets.shape[:1] or rewards.device != targets.device:
@@ -214,22 +215,22 @@ def _check(
 
 
 def _nll_and_entropy(call: Call, *, wanted: bool, ranked: bool) -> tuple[Tensor, Tensor | None]:
-    """Of every token; the entropy with a gradient if ``wanted``, for its rank alone if ``ranked``."""
+    """Loss and entropy of every token; the entropy has a gradient if ``wanted``, and serves for ranks if ``ranked``."""
     if wanted or (ranked and not call.filtered):
         out = call.terms("nll", "entropy")
         assert out.nll is not None
         return out.nll, out.entropy
     entropy = None
-    if ranked:  # a pass of its own, as a filter has no gradient of the entropy, which is not needed
+    if ranked:  # a separate pass without gradients: a filter has none for the entropy, and none is needed
         with torch.no_grad():
             entropy = call.terms("entropy").entropy
     return call.nll(), entropy
 
 
 def _clipped(log_ratio: Tensor, a: Tensor, low: float, high: float) -> Tensor:
-    """``-min(r a, clip(r, low, high) a)``.
+    """Return ``-min(r a, clip(r, low, high) a)``.
 
-    r may overflow where it does not count, clipped or with an advantage of 0: it is left out before it is multiplied.
+    r may overflow where it does not count, being clipped or having an advantage of 0: it is dropped before the product.
     """
     r = log_ratio.detach().exp()
     fixed = ((r > high) & (a >= 0)) | ((r < low) & (a <= 0))
@@ -237,14 +238,14 @@ def _clipped(log_ratio: Tensor, a: Tensor, low: float, high: float) -> Tensor:
 
 
 def _log_prob_beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any) -> Tensor:
-    """``_beside`` of log-probabilities."""
+    """Apply ``_beside`` to log-probabilities, after checking them."""
     found = _beside(log_prob, in_use, name, x)
     check_log_prob(name, found, x.dtype)
     return found
 
 
 def _beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any, *, of_sequence: bool = False) -> Tensor:
-    """``x`` of the results' shape and dtype, 0 at ignored tokens; or one number a sequence, if it may be that."""
+    """Bring ``x`` to the results' shape and dtype, 0 at ignored tokens; or one number per sequence, if allowed."""
     if of_sequence and isinstance(x, Tensor) and x.shape == log_prob.shape[:-1] != log_prob.shape:
         x = x[..., None].expand(log_prob.shape)
     checks.check_floats(name, x, tuple(log_prob.shape), "the results' shape", log_prob)
@@ -252,11 +253,11 @@ def _beside(log_prob: Tensor, in_use: Tensor, name: str, x: Any, *, of_sequence:
 
 
 def _among_largest(entropy: Tensor, in_use: Tensor, share: float) -> Tensor:
-    """Bool: tokens whose entropy is at least that of the ``share`` N-th largest; nothing waits for a GPU."""
+    """Mask of tokens whose entropy is at least the (``share`` N)-th largest; nothing waits for a GPU."""
     if not entropy.numel():
         return in_use
     ranked = entropy.flatten().sort(descending=True).values  # ignored tokens have 0, and come last
-    # In millionths, exactly: 0.1 * 30 is 3, where floating point may say a little more and round up to 4.
+    # Count in exact millionths: 0.1 * 30 is 3, where floating point may give a little more and round up to 4.
     k = (in_use.sum() * round(share * 10**6) + 10**6 - 1) // 10**6
     threshold = ranked.gather(0, (k - 1).clamp(min=0)[None])
-    return ~(entropy < threshold) & in_use  # a NaN is kept, so that it is seen
+    return ~(entropy < threshold) & in_use  # a NaN is kept, so that it is visible

@@ -1,8 +1,8 @@
-"""Losses of whole sequences: their log-probability, pass@N coverage, direct preference optimisation.
+"""Losses on whole sequences: log-probability, pass@N coverage, direct preference optimisation.
 
-``e`` is (..., L, D) and ``targets`` (..., L): one value comes out for each sequence along L. Prompts and padding are
-``ignore_index``; with ``shift=1`` a sequence holds its prompt and predicts itself. A sequence without any token in use
-costs nothing.
+``e`` is (..., L, D) and ``targets`` (..., L); each sequence along L gives one value. Prompts and padding are
+``ignore_index``; with ``shift=1`` a sequence contains its prompt and predicts itself. A sequence without any token in
+use costs nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def sequence_log_prob(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[Options]) -> Tensor:
-    """The log-probability of each sequence, the sum over its tokens.
+    """Log-probability of each sequence, the sum over its tokens.
 
     Args:
         e, c, targets: (..., L, D), (V, D), (..., L).
@@ -34,7 +34,7 @@ def sequence_log_prob(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[O
         Tensor: (...), differentiable.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.terms`; ``targets`` are a single number.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.terms`; ``targets`` is a single number.
 
     >>> sequence_log_prob(torch.eye(3), torch.eye(3), torch.tensor([0, 1, -100]))
     tensor(-1.1029)
@@ -45,22 +45,22 @@ def sequence_log_prob(e: Tensor, c: Tensor, targets: Tensor, **options: Unpack[O
 def pass_at_n(
     e: Tensor, c: Tensor, targets: Tensor, *, n: int, reduction: str = "mean", **options: Unpack[Options]
 ) -> Tensor:
-    """Direct coverage optimisation: ``-log(1 - (1 - p)^n)``, p being the probability of a whole sequence.
+    """Direct coverage optimisation, ``-log(1 - (1 - p)^n)``, where p is the probability of a whole sequence.
 
     ``1 - (1 - p)^n`` is the probability that at least one of n samples is this sequence. Sequences that n samples would
     find anyway count less than in the cross-entropy, which is ``n=1``.
 
     Args:
-        e, c, targets: (..., L, D), (V, D), (..., L); (..., 1) where each token is an answer of its own.
-        n: samples, from 1 to 2^53.
+        e, c, targets: (..., L, D), (V, D), (..., L); L is 1 if each token is an answer of its own.
+        n: number of samples, from 1 to 2^53.
         reduction: "mean" or "sum" over the sequences, or "none".
         **options: :class:`Options`.
 
     Returns:
-        Tensor: a scalar, or with "none" (...), one value a sequence.
+        Tensor: a scalar, or with "none" (...), one value per sequence.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``n`` is no int from 1 to 2^53.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``n`` is not an int from 1 to 2^53.
 
     Source: Chen et al., Rethinking Fine-Tuning when Scaling Test-Time Compute: Limiting Confidence Improves
         Mathematical Reasoning, NeurIPS 2025, arXiv 2502.07154.
@@ -75,12 +75,12 @@ def pass_at_n(
 
 
 def _coverage(nll: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """-log(1 - (1 - p)^n) and its derivative n (1 - p)^(n - 1) p / (1 - (1 - p)^n)."""
+    """Coverage loss -log(1 - (1 - p)^n) and its derivative n (1 - p)^(n - 1) p / (1 - (1 - p)^n)."""
     if n == 1:
         return nll, torch.ones_like(nll)
     p = torch.exp(-nll)
     log_rest = torch.where(p < 0.5, torch.log1p(-p), torch.log(-torch.expm1(-nll)))
-    # (1 - (1 - p)^n) / p goes to n as p goes to 0, which it is in a long sequence; the loss is still finite.
+    # (1 - (1 - p)^n) / p tends to n as p tends to 0; in a long sequence p rounds to 0, and the loss is still finite.
     gain = torch.where(p > torch.finfo(p.dtype).tiny, -torch.expm1(n * log_rest) / p, n)
     missed = torch.exp(n * log_rest)
     value = torch.where(missed > 0.5, nll - gain.log(), -torch.log1p(-missed))
@@ -98,18 +98,18 @@ def dpo(
     reduction: str = "mean",
     **options: Unpack[Options],
 ) -> Tensor:
-    """Direct preference optimisation: ``-log sigmoid(h)``, h being how much more than the reference the policy prefers.
+    """Direct preference optimisation, ``-log sigmoid(h)``, where h is the policy's preference beyond the reference's.
 
-    ``h = beta (log p(chosen) - log ref(chosen) - log p(rejected) + log ref(rejected))``. Both halves of the batch are
+    ``h = beta (log p(chosen) - log ref(chosen) - log p(rejected) + log ref(rejected))``. Both halves of the batch take
     one pass over the classifier.
 
     Args:
         e, c: (2 B, L, D), (V, D).
         targets: (2 B, L): the B chosen sequences, then the B rejected ones in the same order.
-        ref_log_prob: (2 B,) of the reference model, :func:`sequence_log_prob` of its hidden states and head; at most
-            0. Those of a pair without tokens are never used.
-        beta: above 0.
-        label_smoothing: in [0, 0.5): probability that a preference is noted the wrong way round.
+        ref_log_prob: (2 B,) log-probabilities under the reference model, :func:`sequence_log_prob` of its hidden states
+            and head; at most 0. Those of a pair without tokens are never used.
+        beta: scale of the preference, above 0.
+        label_smoothing: probability that a preference is recorded the wrong way round, in [0, 0.5).
         reduction: "mean" or "sum" over the pairs, or "none".
         **options: :class:`Options`.
 
@@ -117,8 +117,8 @@ def dpo(
         Tensor: a scalar, or with "none" (B,).
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``targets`` are no pairs, ``ref_log_prob`` has
-            another shape or is above 0 (on a GPU as for targets), or a number is outside what is listed above.
+        TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`; ``targets`` are not pairs, ``ref_log_prob`` has
+            another shape or is above 0 (on a GPU as for targets), or a number is outside its range above.
 
     Source: Rafailov et al., Direct Preference Optimization, NeurIPS 2023, arXiv 2305.18290, equation 7; label
         smoothing: Mitchell, A note on DPO with noisy preferences, 2023.
@@ -141,7 +141,7 @@ def dpo(
     chosen, rejected = (-nll - ref).chunk(2)
     h = beta * (chosen - rejected)
     value = -(1 - label_smoothing) * F.logsigmoid(h)
-    if label_smoothing:  # else 0 * inf, where the rejected sequence is impossible
+    if label_smoothing:  # otherwise 0 * inf, where the rejected sequence is impossible
         value = value - label_smoothing * F.logsigmoid(-h)
     return reduce(value, counts, reduction)
 
@@ -154,5 +154,5 @@ def _call(e: Tensor, c: Tensor, targets: Tensor, options: Options, reduction: st
 
 
 def _nll(call: Call) -> Tensor:
-    """(...) of each sequence."""
+    """Negative log-likelihood of each sequence, (...)."""
     return call.nll().sum(-1)

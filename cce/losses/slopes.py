@@ -1,7 +1,7 @@
-"""Functions of a negative log-likelihood with a derivative of their own.
+"""Functions of a negative log-likelihood with an explicit derivative.
 
-With p = exp(-nll), automatic differentiation of powers of p and 1 - p meets 0 * inf at p = 0 and p = 1, and loses what
-1 - p holds in rounding. A recipe therefore gives the value and the derivative, each as a formula that is safe there.
+With p = exp(-nll), automatic differentiation of powers of p and 1 - p meets 0 * inf at p = 0 and p = 1, and loses 1 - p
+to rounding. A recipe therefore gives the value and the derivative, each as a formula that is safe there.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from torch import Tensor
 
 
 def with_slope(f: Callable[..., tuple[Tensor, Tensor]], x: Tensor, *constants: float) -> Tensor:
-    """``value`` of ``value, slope = f(x, *constants)``, with ``slope`` as its derivative; elementwise, for x >= 0."""
+    """Return ``value`` of ``value, slope = f(x, *constants)``, with derivative ``slope``; elementwise, for x >= 0."""
     value, slope = f(x.detach(), *constants)
     beyond = value.isinf() | slope.isinf()
-    # Adds 0 with that derivative, by operations that torch.compile knows. Where x is infinite, inf - inf would be NaN;
-    # a value that is finite there has no slope. Where an infinite value is right, any line of the slope leads to it.
+    # Add 0 with that derivative, by operations that torch.compile supports. Where x is infinite, inf - inf would be
+    # NaN; a value that is finite there has no slope. Where an infinite value is right, any line with the slope leads to
+    # it.
     finite = x.masked_fill(x.isinf(), 0)
     near = value + slope.masked_fill(beyond, 0) * (finite - finite.detach())
     return torch.where(beyond, value + slope * x, near)
@@ -29,7 +30,7 @@ def probabilities(nll: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_rest(dtype: torch.dtype) -> float:
-    """What 1 - p counts as at least under a logarithm: 1.5e-5 in float32.
+    """Lower bound of 1 - p under a logarithm, 1.5e-5 in float32.
 
     ``nll`` and the p of the backward are known to epsilon times the size of the logits. The derivative 1 / (1 - p)
     multiplies that error: with a smaller bound, noise would outweigh the gradient, which is at most 1.
@@ -38,13 +39,13 @@ def least_rest(dtype: torch.dtype) -> float:
 
 
 def log_rest(mass: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 - mass) of a probability mass, and its derivative, with ``least_rest``."""
+    """Return log(1 - mass) of a probability mass, and its derivative, bounded by ``least_rest``."""
     rest = (1 - mass).clamp(min=least_rest(mass.dtype))
     return rest.log(), -1 / rest
 
 
 def log_complement(nll: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 - exp(-nll)) and its derivative in ``nll``, with ``least_rest``."""
+    """Return log(1 - exp(-nll)) and its derivative in ``nll``, bounded by ``least_rest``."""
     p, rest = probabilities(nll)
     rest = rest.clamp(min=least_rest(nll.dtype))
     # log1p is exact where 1 - p rounds to 1, log where p rounds to 1.

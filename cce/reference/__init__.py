@@ -1,4 +1,4 @@
-"""The float64 NumPy oracle: ``dense`` is the definition, ``tiled`` the algorithm, ``bounds`` how far a backend may err.
+"""The float64 NumPy oracle: ``dense`` is the definition, ``tiled`` the algorithm, ``bounds`` the allowed errors.
 
 >>> import numpy as np
 >>> from cce.backends.problem import Inputs, Problem

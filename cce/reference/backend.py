@@ -49,17 +49,17 @@ class ReferenceBackend(Backend):
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Gradients[Tensor]:
-        # The maps that went through the graph are rounded; the oracle makes its own again.
+        # The maps that passed through the graph are rounded; the oracle computes its own again.
         arrays = to_numpy(inputs)
         found, own = tiled.forward(arrays, problem, spec)
-        if problem.part:  # its own outputs are those of a part of the vocabulary
+        if problem.part:  # the oracle's own outputs cover only a part of the vocabulary
             whole = to_numpy(outputs)
             found = replace(found, lse=whole.lse, lse_low=whole.lse_low, entropy=whole.entropy)
         return to_torch(tiled.backward(arrays, problem, spec, found, own, to_numpy(upstream)))
 
 
 def rounded_pair(outputs: Outputs[np.ndarray], spec: Spec) -> Outputs[np.ndarray]:
-    """The outputs with lse as the front end will hold it, and in lse_low what that takes from it."""
+    """Outputs with lse rounded as the front end will hold it, and the rounding error in lse_low."""
     assert outputs.lse_low is not None
     lse = outputs.lse.astype(str(spec.accumulate)).astype(np.float64)
     with np.errstate(invalid="ignore"):
@@ -67,18 +67,18 @@ def rounded_pair(outputs: Outputs[np.ndarray], spec: Spec) -> Outputs[np.ndarray
 
 
 def to_numpy(fields: Fields) -> Fields:
-    """The same dataclass with float64 and int64 arrays in place of tensors."""
+    """Return the dataclass with float64 and int64 arrays in place of tensors."""
     return type(fields)(**{name: None if x is None else as_array(x) for name, x in vars(fields).items()})
 
 
 def to_torch(fields: Fields) -> Fields:
-    """The same dataclass with tensors in place of arrays."""
+    """Return the dataclass with tensors in place of arrays."""
     return type(fields)(
         **{name: None if x is None else torch.from_numpy(np.ascontiguousarray(x)) for name, x in vars(fields).items()}
     )
 
 
 def as_array(x: Tensor) -> np.ndarray:
-    """A float64 (or int64) copy on the host."""
+    """Copy a tensor to a float64 (or int64) array on the host."""
     x = x.detach().cpu()
     return x.to(torch.float64).numpy() if x.is_floating_point() else x.to(torch.int64).numpy()

@@ -1,4 +1,4 @@
-"""What is added to the gradients outside the tiles: the compensation, and the weighted logit's rank-one term.
+"""Terms of the gradients outside the tiles: the compensation, and the weighted logit's rank-one term.
 
 Source: docs/design.md, section 4.4.
 """
@@ -22,7 +22,7 @@ def dropped_mass(
     upstream: Upstream[Array],
     work: WorkList,
 ) -> Array:
-    """``m``, the sum of dx over each dead (row, tile) pair, (T, N); 0 on live pairs.
+    """Sum ``m`` of dx over each dead (row, tile) pair, (T, N); 0 on live pairs.
 
     ``m_it = scale f_it exp(tile_lse_it - lse_i) (a_i + h_i (lse_i - H_i - (tile_lse_it - H_it)))``: the sum over
     the tile of ``p (a + h (lse - H - z))``, because ``tile_lse - H_t`` is the mean of z under the tile's softmax.
@@ -54,7 +54,7 @@ def compensation(
     upstream: Upstream[Array],
     work: WorkList,
 ) -> tuple[Array, Array, Array]:
-    """de, dc and dbias of the dead tiles, as if dx were m / n_t in each of their n_t columns.
+    """Gradients de, dc and dbias of the dead tiles, as if dx were m / n_t in each of their n_t columns.
 
     Returns:
         ``de_i = sum_t m_it cbar_t``; ``dc_v = sum_i m_it e_i / n_t`` and ``dbias_v = sum_i m_it / n_t`` for v in t.
@@ -67,9 +67,9 @@ def compensation(
 
 
 def weighted_logit_term(inputs: Inputs[Array], problem: Problem, s: Array) -> tuple[Array, Array, Array]:
-    """de, dc and dbias of ``sum_i s_i sum_v u_v z_iv`` without a softcap: rank one, in closed form.
+    """Gradients de, dc and dbias of ``sum_i s_i sum_v u_v z_iv`` without a softcap: rank one, in closed form.
 
-    The filter has no say in it: s_i u_v is as large in a tile without probability as in any other.
+    The filter does not apply to it: s_i u_v is as large in a tile without probability as in any other.
     """
     u = logit_weights(inputs, problem)  # [V]
     scale = problem.logit_scale

@@ -1,4 +1,4 @@
-"""The definition: what every backend must compute, with the logits written out in full.
+"""The definition of every backend's results, with the logits written out in full.
 
 Everything is float64 NumPy; the sizes must be small enough for (N, V) arrays. Symbols are those of
 docs/design.md, section 1; the derivatives are those of :class:`cce.backends.problem.Upstream`.
@@ -12,12 +12,12 @@ from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 
 Array = np.ndarray
 
-#: Decorates what computes: inf and NaN go where IEEE arithmetic takes them, and no warning is made of it.
+#: Decorator of functions that compute: inf and NaN propagate by IEEE arithmetic, without warnings.
 IEEE = np.errstate(divide="ignore", invalid="ignore", over="ignore")
 
 
 def embeddings(inputs: Inputs[Array]) -> Array:
-    """The rows of ``e`` in use, (N, D)."""
+    """Rows of ``e`` in use, (N, D)."""
     for name, array in (("e", inputs.e), ("c", inputs.c), ("bias", inputs.bias)):
         if array is not None and array.dtype != np.float64:
             raise TypeError(f"{name}: got {array.dtype}, expected float64: the oracle does not round")
@@ -25,12 +25,12 @@ def embeddings(inputs: Inputs[Array]) -> Array:
 
 
 def logits(inputs: Inputs[Array], problem: Problem) -> Array:
-    """``z = softcap * tanh(x / softcap)`` with ``x = logit_scale * (e c^T + bias)``, (N, V)."""
+    """Logits ``z = softcap * tanh(x / softcap)`` with ``x = logit_scale * (e c^T + bias)``, (N, V)."""
     return logits_of(embeddings(inputs), inputs.c, inputs.bias, problem)
 
 
 def logits_of(e: Array, c: Array, bias: Array | None, problem: Problem) -> Array:
-    """The logits of some rows and entries; -inf where the bias is, also under a softcap: a mask is no large number."""
+    """Logits of some rows and entries; -inf where the bias is, also under a softcap, since a mask is not a number."""
     z: Array = e @ c.T
     z = problem.logit_scale * (z if bias is None else z + bias)
     if problem.softcap is not None:
@@ -41,13 +41,13 @@ def logits_of(e: Array, c: Array, bias: Array | None, problem: Problem) -> Array
 
 
 def softcap_derivative(z: Array, softcap: float) -> Array:
-    """``1 - (z / softcap)^2``; 0 of a masked entry."""
+    """Derivative of the softcap, ``1 - (z / softcap)^2``; 0 for a masked entry."""
     derivative: Array = 1.0 - np.maximum(z / softcap, -1.0) ** 2
     return derivative
 
 
 def masked_to_zero(x: Array) -> Array:
-    """``x`` with -inf replaced by 0: what may be multiplied by the zero probability of a masked entry."""
+    """Replace -inf by 0, so that ``x`` may be multiplied by the zero probability of a masked entry."""
     return np.where(np.isneginf(x), 0.0, x)
 
 
@@ -59,7 +59,7 @@ def row_sums(z: Array) -> tuple[Array, Array]:
 
 
 def pair(m: Array, log_s: Array) -> tuple[Array, Array]:
-    """``m + log_s`` rounded, and what rounding took from it: NaN where the sum is not finite.
+    """Return ``m + log_s`` rounded, and the rounding error, which is NaN where the sum is not finite.
 
     A maximum of inf is the log-sum-exp, although the sum of its row is NaN.
     """
@@ -71,33 +71,33 @@ def pair(m: Array, log_s: Array) -> tuple[Array, Array]:
 
 @IEEE
 def log_sum_exp(z: Array) -> Array:
-    """``log sum_j exp(z_ij)``, (N,); -inf for a row that is masked altogether."""
+    """Log-sum-exp ``log sum_j exp(z_ij)``, (N,); -inf for a row that is masked entirely."""
     return pair(*row_sums(z))[0]
 
 
 @IEEE
 def softmax(z: Array, lse: Array, lse_low: Array | None = None) -> Array:
-    """``p = exp((z - lse) - lse_low)``, (N, V); NaN in a row whose lse is not finite, which has no softmax."""
+    """Softmax ``p = exp((z - lse) - lse_low)``, (N, V); NaN in a row whose lse is not finite."""
     low = np.where(np.isfinite(lse), 0.0, np.nan) if lse_low is None else lse_low
     p: Array = np.exp((z - lse[:, None]) - low[:, None])
     return p
 
 
 def logit_weights(inputs: Inputs[Array], problem: Problem) -> Array:
-    """The weights u of ``weighted_logit``, (V,)."""
+    """Weights u of ``weighted_logit``, (V,)."""
     return np.full(problem.v, 1.0 / problem.v) if inputs.logit_weight is None else inputs.logit_weight
 
 
 @IEEE
 def forward(inputs: Inputs[Array], problem: Problem) -> Outputs[Array]:
-    """Everything ``problem.outputs`` asks for, from the full logits.
+    """Compute everything ``problem.outputs`` requests, from the full logits.
 
     Args:
         inputs: e (M, D), c (V, D), targets (N, K), ...; float64 and int64.
-        problem: its metadata.
+        problem: metadata of the inputs.
 
     Returns:
-        lse and lse_low (N,), nll (N, K) and the extra outputs, (N,) each; None for what was not asked.
+        lse and lse_low (N,), nll (N, K) and the extra outputs, (N,) each; None for outputs not requested.
 
     Source: docs/design.md, sections 1 and 3; the classes of :mod:`cce.backends.problem`.
     """
@@ -108,7 +108,7 @@ def forward(inputs: Inputs[Array], problem: Problem) -> Outputs[Array]:
     nll = negative_log_likelihood(m, log_s, target_logits, inputs.targets)
     entropy = weighted = prediction = None
     if "entropy" in problem.outputs:
-        # Every term is at least 0 but for rounding; an entry without probability has none of the entropy.
+        # Every term is at least 0 except for rounding; an entry without probability adds nothing to the entropy.
         p, surprise = softmax(z, lse, lse_low), log_s[:, None] + (m[:, None] - masked_to_zero(z))
         entropy = np.maximum(np.where(p == 0, 0.0, p * surprise).sum(axis=1), 0.0)
     if "weighted_logit" in problem.outputs:
@@ -120,13 +120,13 @@ def forward(inputs: Inputs[Array], problem: Problem) -> Outputs[Array]:
 
 
 def negative_log_likelihood(m: Array, log_s: Array, target_logits: Array, targets: Array) -> Array:
-    """``lse - z_target`` from differences to the row's maximum m, (N, K); 0 where there is no target."""
+    """Loss ``lse - z_target`` from differences to the row's maximum m, (N, K); 0 where there is no target."""
     nll = np.maximum(log_s[:, None] + (m[:, None] - target_logits), 0.0)
     return np.where(targets < 0, 0.0, nll)
 
 
 def mean_logits(z: Array, u: Array) -> Array:
-    """``sum_v u_v z_iv``, (N,); a weight of 0 on a logit of -inf gives NaN, as in PyTorch."""
+    """Weighted logit ``sum_v u_v z_iv``, (N,); a weight of 0 on a logit of -inf gives NaN, as in PyTorch."""
     weighted: Array = (z * u).sum(axis=1)
     return weighted
 
@@ -134,7 +134,7 @@ def mean_logits(z: Array, u: Array) -> Array:
 def logit_gradient(
     inputs: Inputs[Array], problem: Problem, outputs: Outputs[Array], upstream: Upstream[Array]
 ) -> Array:
-    """``dx``, the gradient of ``e c^T + bias``, (N, V): the formula of :class:`cce.backends.problem.Upstream`."""
+    """Gradient ``dx`` of ``e c^T + bias``, (N, V), by the formula of :class:`cce.backends.problem.Upstream`."""
     z = logits(inputs, problem)
     coefficient = np.broadcast_to(upstream.a[:, None], z.shape)
     if upstream.h is not None:
@@ -153,7 +153,7 @@ def logit_gradient(
 
 
 def surprise_over_entropy(z: Array, outputs: Outputs[Array]) -> Array:
-    """``lse - z - H`` of the rows and entries of z, from differences; any number where z is -inf."""
+    """Return ``lse - z - H`` for the rows and entries of z, from differences; arbitrary where z is -inf."""
     assert outputs.entropy is not None
     low = 0.0 if outputs.lse_low is None else outputs.lse_low
     found: Array = (outputs.lse[:, None] - masked_to_zero(z)) + (low - outputs.entropy)[:, None]
@@ -164,15 +164,15 @@ def surprise_over_entropy(z: Array, outputs: Outputs[Array]) -> Array:
 def backward(
     inputs: Inputs[Array], problem: Problem, outputs: Outputs[Array], upstream: Upstream[Array]
 ) -> Gradients[Array]:
-    """The exact gradients that ``problem`` asks for.
+    """Compute the exact gradients that ``problem`` requests.
 
     Args:
         inputs, problem: as in :func:`forward`.
-        outputs: what :func:`forward` returned; ``lse``, ``lse_low`` and, with ``upstream.h``, ``entropy`` are read.
+        outputs: result of :func:`forward`; ``lse``, ``lse_low`` and, with ``upstream.h``, ``entropy`` are read.
         upstream: a (N,), g (N, K), h and s (N,) or None.
 
     Returns:
-        de (N, D), one row per row of the problem; dc (V, D); dbias (V,); None for what was not asked.
+        de (N, D), one row per row of the problem; dc (V, D); dbias (V,); None for gradients not requested.
 
     Source: docs/design.md, section 4.
     """

@@ -1,4 +1,4 @@
-"""The gradients' part of ``bounds``, which has the model: how the errors of the logits reach de, dc and dbias."""
+"""Bounds on the gradients, for ``bounds.py``, which has the model: the logits' errors carried to de, dc and dbias."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of dz: V vocabulary entries, then perhaps T tiles that stand for their dead rows.
+    """The columns of dz: V vocabulary entries, then, with compensation, T tiles that stand for their dead rows.
 
     Attributes:
-        z: (N, W) logit, as the entropy's coefficient ``lse - H - z`` takes it; 0 where p is 0.
+        z: (N, W) logit in the entropy's coefficient ``lse - H - z``; 0 where p is 0.
         z_cap: (N, W) logit at which the softcap's derivative is taken.
         p: (N, W) probability, or mass of the tile.
-        delta: (N, W) error of z, and relative error of p before lse's.
-        kept: (N, W) bool, the pair contributes to the gradients.
+        delta: (N, W) error of z, and relative error of p without that of lse.
+        kept: (N, W) bool, whether the pair contributes to the gradients.
         c: (W, D) row of c, or mean row.
     """
 
@@ -55,7 +55,7 @@ def with_tiles(
     upstream: Upstream[Array],
     unit: Roundoff,
 ) -> Columns:
-    """``entries`` without the dead pairs, and a column for each tile if they are compensated, (N, V + T)."""
+    """Return ``entries`` without the dead pairs, plus a column for each tile if they are compensated, (N, V + T)."""
     tiling = Tiling.of(inputs, problem, spec)
     maps = tiled.forward(inputs, problem, spec)[1]
     work = work_list(inputs, problem, spec, outputs, maps, upstream)
@@ -83,12 +83,12 @@ def with_tiles(
 def _tile_error(
     entries: Columns, tiling: Tiling, tile_lse: Array, outputs: Outputs[Array], unit: Roundoff
 ) -> tuple[Array, Array]:
-    """Mass of each tile, and how far its mean logit and (relative) its mass may err, (N, T) each."""
+    """Mass of each tile, error of its mean logit, and relative error of its mass, (N, T) each."""
     starts = np.arange(tiling.T) * tiling.BLOCK_V
     spread = 1.0 + np.abs(tile_lse[:, tiling.tile_of] - entries.z)
     exponent = 1 + np.abs(masked_to_zero(outputs.lse)[:, None] - entries.z)
     error = (entries.delta + FEW * unit.u * exponent) * spread
-    # Both err by the p-weighted mean of what the entries err by, and by a sum of BLOCK_V terms.
+    # Both have the p-weighted mean of the entries' errors, and the error of a sum of BLOCK_V terms.
     mass, total = (np.add.reduceat(x[:, tiling.order], starts, axis=1) for x in (entries.p, entries.p * error))
     return mass, total / np.where(mass > 1e-290, mass, np.inf) + LAMBDA * math.sqrt(tiling.BLOCK_V) * unit.u
 
@@ -101,7 +101,7 @@ def _p_part(
     d_entropy: Array,
     unit: Roundoff,
 ) -> tuple[Array, Array]:
-    """``p (a + h (lse - H - z))`` and how far it may err, (N, W) each."""
+    """Return ``p (a + h (lse - H - z))`` and its error, (N, W) each."""
     difference = masked_to_zero(outputs.lse)[:, None] - columns.z
     eps = columns.delta + d_lse[:, None] + FEW * unit.u * (1 + np.abs(difference))
     coefficient = np.broadcast_to(upstream.a[:, None], columns.z.shape)
@@ -124,7 +124,7 @@ def _dx(
     rows: tuple[Array, Array],
     unit: Roundoff,
 ) -> tuple[Array, Array, Array]:
-    """dx as a backend stores it, the sum of the magnitudes of its parts, and its error; (N, W) each."""
+    """Return dx as a backend stores it, the sum of the magnitudes of its parts, and its error; (N, W) each."""
     dz, error = _p_part(columns, outputs, upstream, *rows, unit)
     size = np.abs(dz)
     i, k = np.nonzero(inputs.targets >= 0)
@@ -135,7 +135,7 @@ def _dx(
     if upstream.s is not None:
         weighted = upstream.s[:, None] * logit_weights(inputs, problem)
         size[:, : problem.v] += np.abs(weighted)
-        if problem.softcap is not None:  # without one it is added in closed form, in the accumulation dtype
+        if problem.softcap is not None:  # without a softcap it is added in closed form, in the accumulation dtype
             dz[:, : problem.v] += weighted
     factor, d_factor = np.ones_like(dz), np.zeros_like(dz)
     if problem.softcap is not None:
@@ -144,8 +144,8 @@ def _dx(
     scale = problem.logit_scale
     error = abs(scale) * (error * np.abs(factor) + size * (d_factor + 2 * unit.u * np.abs(factor)))
     dx, size = scale * factor * dz, np.abs(scale * factor) * size
-    # dz over the largest upstream gradient is stored: below the least normal number its error is absolute,
-    # and never more than all of it. Small values have one sign, so these errors do not average out.
+    # dz divided by the largest upstream gradient is stored: below the least normal number its error is absolute, and at
+    # most its own size. Small values have one sign, so these errors do not average out.
     vectors = (upstream.a, upstream.g, upstream.h, upstream.s)
     largest = max(float(np.abs(x).max(initial=0.0)) for x in vectors if x is not None)
     error += np.minimum(np.abs(dx), unit.dz_underflow * largest * max(1.0, abs(scale)))
@@ -163,7 +163,7 @@ def gradient_bounds(
     rows: tuple[Array, Array],
     unit: Roundoff,
 ) -> dict[str, Array]:
-    """Entry by entry, how far each gradient in ``gradients`` may err.
+    """Largest error of each entry of the gradients in ``gradients``.
 
     Args:
         columns: those of dz, from :func:`with_tiles`.
@@ -197,7 +197,7 @@ def gradient_bounds(
 
 
 def _product_error(errors: tuple[Array, Array, Array], right: Array, unit: Roundoff) -> Array:
-    """How far ``dx right`` may err, from dx's error, the magnitude of its parts, and its independent rounding."""
+    """Error of ``dx right``, from the error of dx, the magnitude of its parts, and its independent rounding."""
     error, size, rounded = errors
     total: Array = error @ np.abs(right)
     total += LAMBDA * math.sqrt(len(right)) * unit.u * (size @ np.abs(right))
@@ -206,6 +206,6 @@ def _product_error(errors: tuple[Array, Array, Array], right: Array, unit: Round
 
 
 def _of_entries(by_column: Array, tiling: Tiling) -> Array:
-    """From columns to vocabulary entries: every entry of a tile gets the same share of the tile's column."""
+    """Map columns to vocabulary entries: every entry of a tile gets the same share of the tile's column."""
     entries, tiles = by_column[: tiling.V], by_column[tiling.V :]
     return entries if len(tiles) == 0 else entries + (tiles / tiling.cols[:, None])[tiling.tile_of]

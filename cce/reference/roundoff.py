@@ -9,16 +9,16 @@ import torch
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
-#: Growth of n independent rounding errors, in ``LAMBDA sqrt(n) u``. Each has a standard deviation below 0.6 u, so
-#: 2 is over three of theirs, and a bound of the worst case for up to four terms.
+#: Growth of n independent rounding errors, in ``LAMBDA sqrt(n) u``. Each has a standard deviation below 0.6 u, so 2 is
+#: more than three standard deviations, and bounds the worst case for up to four terms.
 LAMBDA = 2.0
 
-#: Elementary operations on the way of one value: exp and tanh to two units in the last place, a change of base,
+#: Elementary operations in the computation of one value: exp and tanh to two units in the last place, a change of base,
 #: a subtraction.
 FEW = 4.0
 
 _UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-# Half the least subnormal: how far a value near zero may move when it is stored. Only fp16's matters.
+# Half the least subnormal: largest change of a value near zero when it is stored. Only that of fp16 matters.
 _UNDERFLOW = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 2.0**-150, torch.float64: 0.0}
 
 
@@ -27,14 +27,14 @@ class Roundoff:
     """The roundoffs of one problem.
 
     Attributes:
-        u: of the accumulation: float64's for float64 inputs, else float32's. The oracle's own is added.
-        dz: of dz, stored in the dtype of the products.
-        dz_underflow: what dz, divided by the largest upstream gradient, may lose near zero.
-        map: of the maps' dtype, in which a tile's mass waits for the backward.
-        map_underflow: what a mass may lose near zero.
-        product: of a product's inputs, 0 if they are exact.
-        de, dc: of these gradients' dtypes.
-        de_underflow, dc_underflow: what they may lose near zero.
+        u: roundoff of the accumulation: that of float64 for float64 inputs, else of float32. The oracle's own is added.
+        dz: roundoff of dz, stored in the dtype of the products.
+        dz_underflow: largest loss near zero of dz divided by the largest upstream gradient.
+        map: roundoff of the maps' dtype, in which a tile's mass is kept for the backward.
+        map_underflow: largest loss of a mass near zero.
+        product: roundoff of a product's inputs, 0 if they are exact.
+        de, dc: roundoffs of these gradients' dtypes.
+        de_underflow, dc_underflow: their largest losses near zero.
     """
 
     u: float

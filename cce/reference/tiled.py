@@ -1,8 +1,8 @@
-"""The algorithm, tile by tile: the plain text that every kernel is read beside.
+"""The algorithm, tile by tile, in plain code to read every kernel against.
 
 It executes a resolved :class:`cce.Spec` in float64 NumPy, in the order of sections that the kernels keep:
 tile origin, logit tile, epilogue, store. With ``filter="none"`` it computes what ``dense`` computes; with a
-filter it is the oracle of what is left out and of the compensation. Source: docs/design.md, sections 3 and 4;
+filter it is the oracle of the skipped tiles and of the compensation. Source: docs/design.md, sections 3 and 4;
 arXiv 2411.09009, algorithms 1 to 4. ``N V D BLOCK_N BLOCK_V`` are the sizes, ``B T`` the numbers of blocks.
 """
 
@@ -39,7 +39,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class _Partials:
-    """What the forward kernel stores beside the maps: per row and vocabulary block, and the targets' logits."""
+    """Results the forward kernel stores besides the maps: per row and vocabulary block, and the targets' logits."""
 
     maps: TileMaps
     tile_argmax: Array  # [T, N] vocabulary entries
@@ -49,15 +49,14 @@ class _Partials:
 
 @IEEE
 def forward(inputs: Inputs[Array], problem: Problem, spec: Spec) -> tuple[Outputs[Array], TileMaps]:
-    """Outputs and the maps that the backward reads.
+    """Compute the outputs, and the maps that the backward reads.
 
     Args:
         inputs: e (M, D), c (V, D), targets (N, K), ...; float64 and int64; carries the vocabulary order.
-        problem: its metadata.
-        spec: resolved.
+        problem: metadata of the inputs. spec: resolved spec.
 
     Returns:
-        the outputs, as :func:`cce.reference.dense.forward`, and the maps, (T, N).
+        The outputs, as from :func:`cce.reference.dense.forward`, and the maps, (T, N).
     """
     tiling = Tiling.of(inputs, problem, spec)
     N, T, e = tiling.N, tiling.T, embeddings(inputs)
@@ -73,9 +72,9 @@ def forward(inputs: Inputs[Array], problem: Problem, spec: Spec) -> tuple[Output
 
 
 def _logit_tile(inputs: Inputs[Array], problem: Problem, e_tile: Array, vocabulary: Array) -> Array:
-    """``z``, the logits of one tile: product, bias, scale, softcap."""
+    """Logits ``z`` of one tile: product, bias, scale, softcap."""
     # A kernel sums over blocks of D, [BLOCK_N, BLOCK_V] = [BLOCK_N, D] [D, BLOCK_V], and masks the columns beyond V
-    # after the softcap, as the entries whose bias is -inf: tanh(-inf) is -1.
+    # after the softcap, like the entries whose bias is -inf: tanh(-inf) is -1.
     bias = None if inputs.bias is None else inputs.bias[vocabulary]
     return logits_of(e_tile, inputs.c[vocabulary], bias, problem)
 
@@ -83,7 +82,7 @@ def _logit_tile(inputs: Inputs[Array], problem: Problem, e_tile: Array, vocabula
 def _forward_tile(
     inputs: Inputs[Array], problem: Problem, tiling: Tiling, e: Array, b: int, t: int, store: _Partials
 ) -> None:
-    """One program of the forward kernel: tile (b, t)."""
+    """Run one program of the forward kernel: tile (b, t)."""
     # Tile origin: BLOCK_N rows from b BLOCK_N, BLOCK_V vocabulary entries from order[t BLOCK_V].
     tokens = tiling.tokens(b, np.arange(tiling.N))  # [BLOCK_N]
     vocabulary = tiling.vocabulary(t)  # [BLOCK_V], ragged in the last block
@@ -103,7 +102,7 @@ def _forward_tile(
     # sum_j u_j z_ij over the tile.
     weighted = mean_logits(z, logit_weights(inputs, problem)[vocabulary])  # [BLOCK_N]
 
-    # Store: one entry of each map a row; the logit of a target that falls into the tile, from the same z.
+    # Store: one entry of each map per row; the logit of a target that falls into the tile, from the same z.
     store.maps.tile_max[t, tokens] = m
     store.maps.tile_log_sum[t, tokens] = log_s
     store.maps.tile_entropy[t, tokens] = tile_entropy
@@ -114,7 +113,7 @@ def _forward_tile(
 
 
 def _reduce(inputs: Inputs[Array], problem: Problem, spec: Spec, store: _Partials) -> Outputs[Array]:
-    """The second kernel: one program a row block, over t in ascending order, so the same bits every run."""
+    """Run the second kernel: one program per row block, over t in ascending order, so the same bits every run."""
     maps = store.maps
     T, N = maps.tile_max.shape
     m, log_s = _online(maps) if spec.lse_accumulation == "online" else _of_tiles(maps)
@@ -126,7 +125,7 @@ def _reduce(inputs: Inputs[Array], problem: Problem, spec: Spec, store: _Partial
         log_w = maps.log_mass(lse, lse_low, t)
         entropy += np.exp(log_w) * (maps.tile_entropy[t] - masked_to_zero(log_w))
         weighted += store.tile_weighted[t]
-        # Strictly larger: the first in the vocabulary order keeps a tie.
+        # Strictly larger: in a tie, the first in the vocabulary order wins.
         larger = maps.tile_max[t] > best
         best = np.where(larger, maps.tile_max[t], best)
         prediction = np.where(larger, store.tile_argmax[t], prediction)
@@ -141,7 +140,7 @@ def _reduce(inputs: Inputs[Array], problem: Problem, spec: Spec, store: _Partial
 
 
 def _of_tiles(maps: TileMaps) -> tuple[Array, Array]:
-    """M, the largest logit, and ``log sum_t exp(tile_lse_t - M)``, (N,) each; 0 where M is -inf."""
+    """Largest logit M and ``log sum_t exp(tile_lse_t - M)``, (N,) each; 0 where M is -inf."""
     m: Array = maps.tile_max.max(axis=0)
     s = np.zeros_like(m)
     for t in range(len(maps.tile_max)):
@@ -150,7 +149,7 @@ def _of_tiles(maps: TileMaps) -> tuple[Array, Array]:
 
 
 def _online(maps: TileMaps) -> tuple[Array, Array]:
-    """The same from a maximum m and a sum s carried along t, rescaled whenever m grows."""
+    """Largest logit and log of the sum, from a maximum m and a sum s carried along t, rescaled whenever m grows."""
     m, s = np.full(maps.tile_max.shape[1], -np.inf), np.zeros(maps.tile_max.shape[1])
     for t in range(len(maps.tile_max)):
         m_new = np.maximum(m, maps.tile_max[t])
@@ -168,20 +167,19 @@ def backward(
     maps: TileMaps,
     upstream: Upstream[Array],
 ) -> Gradients[Array]:
-    """The gradients of what the filter keeps, plus the compensation of what it drops.
+    """Compute the gradients of the tiles the filter keeps, plus the compensation for those it drops.
 
     Args:
         inputs, problem, spec: those of the forward; ``spec`` is resolved.
-        outputs, maps: what the forward returned.
-        upstream: a (N,), g (N, K), h and s (N,) or None.
+        outputs, maps: results of the forward. upstream: a (N,), g (N, K), h and s (N,) or None.
 
     Returns:
-        de (N, D), one row per row of the problem; dc (V, D); dbias (V,); None for what was not asked.
+        de (N, D), one row per row of the problem; dc (V, D); dbias (V,); None for gradients not requested.
     """
     tiling = Tiling.of(inputs, problem, spec)
     work = work_list(inputs, problem, spec, outputs, maps, upstream)
     de, dc, dbias = _live_tiles(inputs, problem, spec, outputs, upstream, work)
-    parts = []  # Step 4: what no tile holds. A kernel adds it to its accumulators, before dc is rounded.
+    parts = []  # Step 4: terms outside the tiles. A kernel adds them to its accumulators, before dc is rounded.
     if spec.compensate and spec.filter != "none":
         parts.append(compensation(inputs, problem, tiling, outputs, maps, upstream, work))
     if upstream.s is not None and problem.softcap is None:
@@ -204,11 +202,11 @@ def _live_tiles(
     upstream: Upstream[Array],
     work: WorkList,
 ) -> tuple[Array, Array, Array]:
-    """de, dc and dbias of the live tiles, one chunk of vocabulary blocks after the other."""
+    """Gradients de, dc and dbias of the live tiles, one chunk of vocabulary blocks after the other."""
     tiling, e = Tiling.of(inputs, problem, spec), embeddings(inputs)
     de, dc, dbias = np.zeros(e.shape), np.full(inputs.c.shape, np.nan), np.full(tiling.V, np.nan)
     for chunk in _chunks(tiling, spec):
-        # Step 1: dx of the live tiles of the chunk, the only logit-sized memory there is.
+        # Step 1: dx of the live tiles of the chunk, the only logit-sized memory.
         scratch = np.full((tiling.N, len(chunk) * tiling.BLOCK_V), np.nan)  # poison: a dead tile is never read
         for b, t in itertools.product(range(tiling.B), chunk):
             if work.live[b, t]:
@@ -223,20 +221,20 @@ def _live_tiles(
 
 
 def _chunks(tiling: Tiling, spec: Spec) -> Iterator[range]:
-    """Runs of vocabulary blocks whose dz, all tiles live, fits into ``scratch_bytes``; one block at least."""
+    """Runs of vocabulary blocks whose dz, if all tiles are live, fits into ``scratch_bytes``; one block at least."""
     blocks = max(1, spec.scratch_bytes // max(1, tiling.N * tiling.BLOCK_V * np.dtype(np.float64).itemsize))
     for first in range(0, tiling.T, blocks):
         yield range(first, min(first + blocks, tiling.T))
 
 
 def _scratch_tile(tiling: Tiling, chunk: range, scratch: Array, b: int, t: int) -> Array:
-    """Where dz of tile (b, t) lies, a view: rows in ``row_order``, columns from the chunk's first block."""
+    """View of the memory for dz of tile (b, t): rows in ``row_order``, columns from the chunk's first block."""
     start = (t - chunk.start) * tiling.BLOCK_V
     return scratch[b * tiling.BLOCK_N : (b + 1) * tiling.BLOCK_N, start : start + len(tiling.vocabulary(t))]
 
 
 def _of_rows(outputs: Outputs[Array], tokens: Array) -> Outputs[Array]:
-    """The outputs of some rows."""
+    """Outputs of some rows."""
     return Outputs(**{name: None if x is None else x[tokens] for name, x in vars(outputs).items()})
 
 
@@ -251,7 +249,7 @@ def _dz_tile(
     tile: tuple[int, int],
     out: Array,
 ) -> None:
-    """One program of the dz kernel: live tile (b, t)."""
+    """Run one program of the dz kernel: live tile (b, t)."""
     b, t = tile
     # Tile origin: BLOCK_N rows of the *live* order, BLOCK_V entries of the vocabulary order.
     tokens = tiling.tokens(b, work.row_order)  # [BLOCK_N]
@@ -282,7 +280,7 @@ def _dz_tile(
 def _de_block(
     inputs: Inputs[Array], tiling: Tiling, work: WorkList, b: int, chunk: range, scratch: Array, de: Array
 ) -> None:
-    """One program of the de product: ``de += sum_t dx c`` over the live tiles of block b, [BLOCK_N, D]."""
+    """Run one program of the de product: ``de += sum_t dx c`` over the live tiles of block b, [BLOCK_N, D]."""
     tokens = tiling.tokens(b, work.row_order)  # [BLOCK_N]
     for t in chunk:
         if work.live[b, t]:
@@ -293,7 +291,7 @@ def _de_block(
 def _dc_block(
     tiling: Tiling, work: WorkList, e: Array, t: int, chunk: range, scratch: Array, dc: Array, dbias: Array
 ) -> None:
-    """One program of the dc product: ``dc = sum_b dx^T e`` over the live tiles of block t, [BLOCK_V, D]."""
+    """Run one program of the dc product: ``dc = sum_b dx^T e`` over the live tiles of block t, [BLOCK_V, D]."""
     vocabulary = tiling.vocabulary(t)  # [BLOCK_V]
     sum_dc, sum_dbias = np.zeros((len(vocabulary), e.shape[1])), np.zeros(len(vocabulary))
     for b in range(tiling.B):

@@ -1,7 +1,7 @@
-"""Which tiles the backward computes: the work list, made from the forward's maps (docs/design.md, 4.1).
+"""The work list, the tiles that the backward computes, made from the forward's maps (docs/design.md, 4.1).
 
 Every backend must find the same list, apart from tiles within rounding of the threshold;
-:func:`threshold_margin` tells how near those are, :func:`clear_threshold` finds a threshold far from all.
+:func:`threshold_margin` measures how near they are, :func:`clear_threshold` finds a threshold far from all.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of a problem: B x T of them, BLOCK_N tokens by BLOCK_V vocabulary entries, the last ones ragged.
+    """The B x T tiles of a problem, BLOCK_N tokens by BLOCK_V vocabulary entries each, the last ones ragged.
 
     Attributes:
-        N, V: rows and vocabulary entries.
-        BLOCK_N, BLOCK_V: of a tile.
+        N, V: numbers of rows and vocabulary entries.
+        BLOCK_N, BLOCK_V: size of a tile.
         order: (V,) vocabulary entries in the order the tiles take them.
     """
 
@@ -53,30 +53,31 @@ class Tiling:
 
     @property
     def cols(self) -> Array:
-        """Real columns of each vocabulary block, (T,): BLOCK_V but for the last."""
+        """Number of real columns of each vocabulary block, (T,): BLOCK_V except in the last."""
         return np.minimum(self.BLOCK_V, self.V - np.arange(self.T) * self.BLOCK_V)
 
     @property
     def tile_of(self) -> Array:
-        """The vocabulary block that holds each entry, (V,)."""
+        """Vocabulary block of each entry, (V,)."""
         tile_of = np.empty(self.V, dtype=np.int64)
         tile_of[self.order] = np.arange(self.V) // self.BLOCK_V
         return tile_of
 
     def tokens(self, b: int, row_order: Array) -> Array:
-        """The rows of token block ``b``, (rows,)."""
+        """Rows of token block ``b``, (rows,)."""
         return row_order[b * self.BLOCK_N : (b + 1) * self.BLOCK_N]
 
     def vocabulary(self, t: int) -> Array:
-        """The entries of vocabulary block ``t``, (cols,)."""
+        """Entries of vocabulary block ``t``, (cols,)."""
         return self.order[t * self.BLOCK_V : (t + 1) * self.BLOCK_V]
 
 
 @dataclass(frozen=True)
 class TileMaps:
-    """Per row and vocabulary block, what everything else is made from; all (T, N), as logarithms.
+    """Statistics of each row and vocabulary block, from which all else is computed; (T, N) each, as logarithms.
 
-    The block's log-sum-exp is ``tile_max + tile_log_sum``: a large maximum would round the other away.
+    The block's log-sum-exp is ``tile_max + tile_log_sum``, kept as two numbers: a large maximum would round the other
+    away.
 
     Attributes:
         tile_max: largest logit of the row in vocabulary block t.
@@ -108,14 +109,14 @@ class TileMaps:
 
 @dataclass(frozen=True)
 class WorkList:
-    """What the backward has to compute.
+    """The tiles that the backward has to compute.
 
     Attributes:
-        hit: (T, N) bool, the row has something to compute in the tile.
+        hit: (T, N) bool, whether the row has something to compute in the tile.
         row_order: (N,) int64 permutation; token block b is ``row_order[b * BLOCK_N : (b + 1) * BLOCK_N]``.
-        live: (B, T) bool, some row of the block hits the tile.
-        row_live: (T, N) bool, ``live`` spread over the rows, which stand in their original order.
-        live_fraction: area of the live tiles over N V; 0 where there are no rows.
+        live: (B, T) bool, whether some row of the block hits the tile.
+        row_live: (T, N) bool, ``live`` for each row, in the rows' original order.
+        live_fraction: area of the live tiles divided by N V; 0 if there are no rows.
     """
 
     hit: Array
@@ -134,7 +135,7 @@ def work_list(
     maps: TileMaps,
     upstream: Upstream[Array],
 ) -> WorkList:
-    """The live tiles and the order of the rows.
+    """Find the live tiles and the order of the rows.
 
     Args:
         inputs, problem, spec: those of the forward; ``spec`` is resolved.
@@ -152,13 +153,13 @@ def work_list(
         # hit_it: the filter's quantity exceeds the threshold, or the tile holds a target of the row.
         hit = held | (undecided & (filter_hits(spec, outputs, maps) | _everywhere(upstream)))
         if spec.row_order == "live":
-            # Rows with equally many hits share a block; stable, so that all backends agree about ties.
+            # Rows with similar numbers of hits share a block; the sort is stable, so that all backends agree on ties.
             row_order = np.argsort(hit.sum(axis=0), kind="stable")
     return _blocks(tiling, hit, row_order)
 
 
 def _blocks(tiling: Tiling, hit: Array, row_order: Array) -> WorkList:
-    """The work list of the hits: a tile is live if one of its rows hits it."""
+    """Make the work list from the hits: a tile is live if one of its rows hits it."""
     live = np.zeros((tiling.B, tiling.T), dtype=bool)
     row_live = np.zeros_like(hit)
     area = 0
@@ -172,7 +173,8 @@ def _blocks(tiling: Tiling, hit: Array, row_order: Array) -> WorkList:
 
 def _open_and_held(inputs: Inputs[Array], tiling: Tiling, upstream: Upstream[Array]) -> tuple[Array, Array]:
     """Pairs (T, N) that the threshold decides, and pairs that are hits because they hold a target."""
-    # active_i: some gradient of the row is not zero. That of weighted_logit is added outside the tiles.
+    # active_i: some gradient of the row is not zero, apart from that of weighted_logit, which is added outside the
+    # tiles.
     active = (upstream.a != 0) | (upstream.g != 0).any(axis=1)
     if upstream.h is not None:
         active = active | (upstream.h != 0)
@@ -183,21 +185,21 @@ def _open_and_held(inputs: Inputs[Array], tiling: Tiling, upstream: Upstream[Arr
 
 
 def _everywhere(upstream: Upstream[Array]) -> Array:
-    """(N,) rows whose gradient is NaN or inf: it is so in every tile."""
+    """Mask of the rows whose gradient is NaN or inf, (N,): it is NaN or inf in every tile."""
     bad = ~np.isfinite(upstream.a)
     return bad if upstream.h is None else bad | ~np.isfinite(upstream.h)
 
 
 @IEEE
 def filter_hits(spec: Spec, outputs: Outputs[Array], maps: TileMaps) -> Array:
-    """(T, N) the filter's quantity exceeds the threshold, or is NaN."""
+    """Mask of the pairs whose filter quantity exceeds the threshold, or is NaN, (T, N)."""
     assert spec.threshold is not None
     hits: Array = ~(np.exp(_log_quantity(spec, outputs, maps)) <= spec.threshold)
     return hits
 
 
 def _log_quantity(spec: Spec, outputs: Outputs[Array], maps: TileMaps) -> Array:
-    """Log of the filter's quantity q, (T, N): largest p of the row in the tile, or its mass there."""
+    """Logarithm of the filter's quantity q, (T, N): largest p of the row in the tile, or its mass there."""
     assert outputs.lse_low is not None
     quantity = maps.log_max if spec.filter == "element" else maps.log_mass
     return quantity(outputs.lse, outputs.lse_low)
@@ -211,7 +213,7 @@ def _log_decisions(
     maps: TileMaps,
     upstream: Upstream[Array],
 ) -> Array:
-    """Log of every q that is compared with the threshold, ascending and finite."""
+    """Logarithms of all q that are compared with the threshold, ascending and finite."""
     if spec.filter == "none":
         return np.empty(0)
     undecided, _ = _open_and_held(inputs, Tiling.of(inputs, problem, spec), upstream)
@@ -230,7 +232,7 @@ def threshold_margin(
 ) -> float:
     """Least ``|log(q / threshold)|`` over the pairs that the threshold decides; inf where there are none.
 
-    A backend whose ``tile_max - lse`` errs by less than this finds the same live set.
+    A backend whose error in ``tile_max - lse`` is less than this finds the same live set.
     """
     assert spec.threshold is not None
     log_q = _log_decisions(inputs, problem, spec, outputs, maps, upstream)
@@ -253,11 +255,11 @@ def clear_threshold(
     Args:
         inputs, problem, spec, outputs, maps, upstream: as in :func:`work_list`; ``spec.threshold`` is not read.
         near: the threshold wanted, in (0, 1).
-        margin: least ``|log(q / threshold)|``: more than what a backend may err in ``tile_max - lse``.
+        margin: least ``|log(q / threshold)|``: more than a backend's largest error in ``tile_max - lse``.
 
     Returns:
-        the middle of a gap, in log, between consecutive q's that is at least two margins wide; ``near``
-        where nothing is decided. With many q's the gap may be far away: look at the live fraction.
+        The middle of a gap, in log, between consecutive q's that is at least two margins wide; ``near`` if nothing is
+        decided. With many q's the gap may be far away: check the live fraction.
     """
     log_q = _log_decisions(inputs, problem, spec, outputs, maps, upstream)
     if log_q.size == 0:

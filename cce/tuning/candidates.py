@@ -1,7 +1,7 @@
-"""Tiles worth a try: a short list for each kernel and kind of operand.
+"""Tiles worth trying: a short list for each kernel and kind of operand.
 
-What is shipped, what came close to it or may win on a GPU with other proportions, and what fits where shared memory is
-short. Not all of them compile for every GPU: the tuner finds out.
+The lists hold the shipped tiles, tiles that came close to them or may win on a GPU with other proportions, and tiles
+that fit where shared memory is small. Not all of them compile for every GPU; the tuner finds out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORWARD = (
     Tile(128, 128, 128, stages=3),
     Tile(64, 256, 64, warps=4, stages=3),
 )
-#: The tile is stored, too: that takes shared memory beside the stages'.
+#: Kernels whose tile is stored, too, which takes shared memory in addition to the stages.
 _DENSE = (
     Tile(128, 256, 64, stages=3, flatten=True),
     Tile(128, 256, 64, stages=3),
@@ -52,7 +52,7 @@ _PRODUCTS = (
     Tile(128, 128, 64, stages=4),
     Tile(128, 128, 64, stages=6),
 )
-#: Of an architecture without tensor maps, whose operands pass through registers.
+#: Tiles for an architecture without tensor maps, whose operands pass through registers.
 _LOGITS_80 = (
     Tile(128, 128, 32, stages=3),
     Tile(128, 128, 32, stages=4),
@@ -90,7 +90,7 @@ _FMA = (
 
 
 def kernels_of(problem: Problem, spec: Spec) -> tuple[str, ...]:
-    """Names of the tiles that a call of this problem uses, in the order in which they are tuned."""
+    """Names of the tiles that a call of this problem uses, in tuning order."""
     if not problem.needs_grad:
         return ("forward",)
     if spec.filter == "none":
@@ -100,7 +100,7 @@ def kernels_of(problem: Problem, spec: Spec) -> tuple[str, ...]:
 
 
 def candidates(kernel: str, launch: Launch, problem: Problem, spec: Spec, device: Device) -> tuple[Tile, ...]:
-    """Tiles to try in the place of ``launch``'s, each once, as they fit the problem."""
+    """Tiles to try in place of that of ``launch``, adjusted to the problem and without repeats."""
     own = getattr(launch, kernel)
     found = dict.fromkeys(
         getattr(fitted(launch.with_tiles({kernel: tile}), problem, spec), kernel)

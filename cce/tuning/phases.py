@@ -1,4 +1,4 @@
-"""What the tuner runs: the phases of a call under a given launch configuration, and what they must give."""
+"""The phases of a call under a given launch configuration, as the tuner runs them, and their expected results."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ from cce.frontend.rows import own_dtypes
 from cce.spec import Spec
 
 _TILED = (forward_kernel, dense_kernel, sparse_kernel, products_kernel, store_kernel)
-#: Registers a thread: a kernel that spills more spends its time on memory of its own. What is shipped may spill more,
-#: under options that fill the registers (tests/triton/spills.py); then that is the limit.
+#: Most registers spilled per thread: a kernel that spills more spends its time on local memory. The shipped
+#: configuration may spill more under options that fill the registers (tests/triton/spills.py); its spills are then the
+#: limit.
 MOST_SPILLED = 128
 _PER_ROW = frozenset(field.name for field in fields(Outputs))
-_ROWS = 4096  # compared at a time
+_ROWS = 4096  # rows compared at a time
 
 
 class Work:
-    """A call, in phases.
+    """A call in phases.
 
     Args:
-        inputs, problem, spec: as a backend receives them.
-        launch: configuration whose results the others' are compared with.
+        inputs, problem, spec: arguments as a backend receives them.
+        launch: configuration with whose results those of the others are compared.
     """
 
     def __init__(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, launch: Launch) -> None:
         self._inputs, self._problem, self._spec = inputs, problem, spec
         self._one_pass = TritonBackend().one_pass(problem, spec) and problem.needs_grad
         used = (inputs.targets >= 0).any(1)
-        a = used / used.sum()  # of a mean
+        a = used / used.sum()  # weights of a mean
         g = a[:, None] * (inputs.targets >= 0) / problem.k
         self._upstream = Upstream(
             a,
@@ -63,7 +64,7 @@ class Work:
                 raise ValueError(f"e, c: got a {name} that is not finite everywhere, expected numbers to compare with")
 
     def run(self, kernel: str, launch: Launch) -> None:
-        """The phase in which ``kernel`` works, with the results of the forward at hand."""
+        """Run the phase that uses ``kernel``, on the results of the forward."""
         with self._under(launch):
             if kernel == "forward":
                 self._forward(self._maps)
@@ -73,31 +74,31 @@ class Work:
                 self._backward(self._outputs, self._maps)
 
     def fault(self, launch: Launch) -> str | None:
-        """Why the configuration is not to be used: it does not compile, does not fit, spills, or errs."""
+        """Reason not to use the configuration: it does not compile, does not fit, spills, or gives wrong results."""
         before, maps = compiled(), self._new_maps()
         try:
             with self._under(launch):
                 found = self._results(self._forward(maps), maps)
             if self._inputs.e.is_cuda:
                 torch.cuda.synchronize(self._inputs.e.device)
-        except Exception as error:  # of the compiler, of the driver, ...: all of them mean the same
+        except Exception as error:  # from the compiler, the driver, ...: all mean the same
             return " ".join(f"{type(error).__name__}: {error}".split())[:200]
         registers = spilled_since(before)
         if registers > self._most_spilled:
-            return f"spills {registers} registers a thread"
+            return f"spills {registers} registers per thread"
         for name, x in self._expected.items():
-            # Numbers per row are logits and nats, of which lse is the largest: a mean of logits is nearly 0.
+            # Values per row are logits and nats; scale by lse, the largest, since a mean of logits is nearly 0.
             gap = difference(found[name], x, self._expected["lse"] if name in _PER_ROW else x)
             if not gap <= self._tolerance(name):
                 return f"{name} differs by {gap:.1e}, more than {self._tolerance(name):.1e}"
         return None
 
     def _tolerance(self, name: str) -> float:
-        """Of a relative norm, where products are summed in another order.
+        """Tolerance of a relative norm if products are summed in another order.
 
-        float32's rounding, which the sums have at every step, to either side; in gradients also that of the products'
-        factors and of the result, and where there is a filter, tiles within rounding of the threshold, which may be
-        computed or not.
+        It covers the float32 rounding of the sums at every step, on both sides; in gradients also the rounding of the
+        products' factors and of the result, and with a filter, tiles within rounding of the threshold, which may or may
+        not be computed.
         """
         problem, spec = self._problem, self._spec
         sums = 2 * torch.finfo(torch.float32).eps * (problem.d + problem.n + problem.v) ** 0.5
@@ -129,7 +130,7 @@ class Work:
         return run.loss_and_gradients(self._inputs, self._problem, self._spec, self._upstream.g)[1]
 
     def _results(self, outputs: Outputs[Tensor], maps: Maps[Tensor]) -> dict[str, Tensor]:
-        """All that is a sum of many products, by name."""
+        """Results that are sums of many products, by name."""
         found = _sums(outputs)
         if self._problem.needs_grad:
             found |= _sums(self._backward(outputs, maps))
@@ -143,7 +144,7 @@ def _sums(results: Outputs[Tensor] | Gradients[Tensor]) -> dict[str, Tensor]:
 
 
 def difference(x: Tensor, expected: Tensor, unit: Tensor) -> float:
-    """||x - expected|| / ||unit||, some rows at a time: gradients may fill half of the memory."""
+    """Relative difference ||x - expected|| / ||unit||, a few rows at a time: gradients may fill half of the memory."""
     pairs = zip(x.split(_ROWS), expected.split(_ROWS), strict=True)
     error = _norm(part.float() - other.float() for part, other in pairs)
     return error if error == 0 else error / max(_norm(unit.split(_ROWS)), sys.float_info.min)
@@ -154,10 +155,10 @@ def _norm(parts: Iterable[Tensor]) -> float:
 
 
 def compiled() -> dict[int, Any]:
-    """Every version of the kernels with tiles that this process has, by its id."""
+    """All versions of the kernels with tiles that this process has compiled, by id."""
     return {id(version): version for kernel in _TILED for version in compiled_versions(kernel)}
 
 
 def spilled_since(before: Mapping[int, Any]) -> int:
-    """The most registers a thread that a version compiled since ``before`` spills."""
+    """Largest number of registers per thread spilled by a version compiled since ``before``."""
     return max((spilled_registers(new) for key, new in compiled().items() if key not in before), default=0)

@@ -1,4 +1,4 @@
-"""From the arguments of ``cce.loss`` to what the tuner runs and how it takes the time."""
+"""Preparation of a tuning run from the arguments of ``cce.loss``: the problem to run, and its timing."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Prepared:
     """A problem to tune.
 
     Attributes:
-        runner: runs it; launch: what is shipped for it.
-        problem, spec, device: as :func:`cce.backends.triton.choice.choose` is asked; ``spec`` is resolved.
-        timer: of trials.
-        keys: of the cache, under which the result is good.
+        runner: runs the problem; launch: shipped configuration for it.
+        problem, spec, device: as passed to :func:`cce.backends.triton.choice.choose`; ``spec`` is resolved.
+        timer: timer of trials.
+        keys: keys of the cache for which the result is valid.
     """
 
     runner: Runner
@@ -55,20 +55,20 @@ def prepare(
     timer: Timer | None,
     options: Mapping[str, Any],
 ) -> Prepared:
-    """Checks the arguments of :func:`cce.tuning.autotune` and has the shipped configuration run once."""
+    """Check the arguments of :func:`cce.tuning.autotune`, and run the shipped configuration once."""
     flat = _flat(e, c, targets, bias, spec, outputs, options)
     if timer is None and flat.e.device.type != "cuda":
-        raise ValueError(f"e: got device {flat.e.device}, expected a CUDA device: Triton's interpreter tells no times")
+        raise ValueError(f"e: got device {flat.e.device}, expected a CUDA device: Triton's interpreter cannot be timed")
     assert flat.call is not None
     problem, resolved = flat.call.problem, flat.call.spec
     inputs = _inputs(flat, resolved)
     used = int((inputs.targets >= 0).any(1).sum())
     if not used:
-        raise ValueError("targets: got none but ignore_index, expected some that count")
+        raise ValueError("targets: got only ignore_index, expected some that count")
     device = gpu_of(inputs.e.device)
     launch = shipped(problem, resolved, device)
     runner = Work(inputs, problem, resolved, launch)
-    # The exact backward leaves out rows without a target, and asks for the configuration of so many.
+    # The exact backward leaves out rows without a target, and looks up the configuration for the remaining number.
     sizes = {power_of_two(problem.n)} | ({power_of_two(used)} if resolved.filter == "none" else set())
     ordered = inputs.vocab_order is not None
     keys = tuple(key_of(replace(problem, n=n), resolved, device, ordered) for n in sorted(sizes, reverse=True))
@@ -84,10 +84,10 @@ def _flat(
     outputs: Sequence[str],
     options: Mapping[str, Any],
 ) -> Flat:
-    """The call as the front end decides it, for this backend."""
+    """Call as the front end decides it, for this backend."""
     if len(outputs):
         checks.check_outputs(outputs)
-    explain(e, c, targets, bias, backend="triton", spec=spec, **options)  # checks all of the options
+    explain(e, c, targets, bias, backend="triton", spec=spec, **options)  # checks all options
     smoothed = ("weighted_logit",) if options.get("label_smoothing") else ()
     extra = tuple(name for name in EXTRA_OUTPUTS if name in (*outputs, *smoothed))
     given = {**SHARED_DEFAULTS, "target_weight": None, **options, "backend": "triton", "spec": spec}
@@ -99,7 +99,7 @@ def _flat(
 
 
 def _inputs(flat: Flat, resolved: Spec) -> Inputs[Tensor]:
-    """The same, cut off from what it was computed by."""
+    """Inputs of the call, detached from the graph that computed them."""
     e, c = flat.e.detach(), flat.c.detach()
     bias, order = None if flat.bias is None else flat.bias.detach(), flat.order
     if order is None and resolved.vocab_order == "mean_logit":
@@ -109,13 +109,13 @@ def _inputs(flat: Flat, resolved: Spec) -> Inputs[Tensor]:
 
 
 class EventTimer:
-    """GPU time by CUDA events, of steps that together run for a while, without a pause, as in training.
+    """Timer by CUDA events, of steps that run for a while without a pause, as in training.
 
-    A power-capped card lowers its clock with the work of the last tenth of a second: a single launch would be timed at
-    a clock that training never sees.
+    A power-capped GPU lowers its clock with the work of the last tenth of a second: a single launch would be timed at a
+    clock that training never reaches.
     """
 
-    #: Cycles of a kernel that sleeps, while the host runs ahead.
+    #: Cycles of a sleeping kernel, during which the host runs ahead.
     _HEAD_START = 20_000_000
 
     def __init__(self, device: torch.device, span_ms: float = 60) -> None:
@@ -123,8 +123,8 @@ class EventTimer:
         self._steps: dict[str, int] = {}
 
     def __call__(self, trial: Trial) -> float:
-        if trial.kernel not in self._steps:  # the shipped tile comes first: all get its number of steps
-            self._measure(trial, 1)  # compiled, and its memory allocated
+        if trial.kernel not in self._steps:  # the shipped tile comes first; all others use its number of steps
+            self._measure(trial, 1)  # compiles the kernel and allocates its memory
             self._steps[trial.kernel] = min(1000, max(1, round(self._span_ms / self._measure(trial, 2))))
         return self._measure(trial, self._steps[trial.kernel])
 

@@ -1,6 +1,7 @@
-"""Autotuning: times the candidates for one problem on this GPU, and keeps the fastest for later processes.
+"""Autotuning: timing the candidates for one problem on this GPU, and keeping the fastest for later processes.
 
-Only when asked: by :func:`autotune`, or ``python -m cce tune``. Neither this module nor what it imports needs Triton.
+It runs only on request: :func:`cce.tuning.autotune`, or ``python -m cce tune``. Neither this module nor its imports
+need Triton.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from cce.backends.triton.launch import Device, Launch, Tile, fitted
 from cce.spec import Spec
 from cce.tuning.candidates import candidates, kernels_of
 
-#: What a candidate must gain on the shipped tile to take its place: medians of a power-capped card vary by about that.
+#: Gain over the shipped tile that a candidate needs to replace it: about the scatter of medians on a power-capped GPU.
 LEAST_GAIN = 0.02
 
 
 class Runner(Protocol):
-    """What is tuned; :class:`cce.tuning.phases.Work` for a real call."""
+    """Protocol of the work to tune; :class:`cce.tuning.phases.Work` for a real call."""
 
     def run(self, kernel: str, launch: Launch) -> None:
-        """Does what ``kernel`` is part of, once."""
+        """Run once the phase that ``kernel`` is part of."""
 
     def fault(self, launch: Launch) -> str | None:
-        """Why a configuration is not to be used, if it is not."""
+        """Reason not to use a configuration, if there is one."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration of one kernel, to be called by a timer as often as it likes.
+    """One configuration of one kernel, which a timer may call any number of times.
 
     Attributes:
-        kernel: name of the tile that is tried.
+        kernel: name of the tile to try.
         launch: configuration with that tile in it.
     """
 
@@ -52,21 +53,21 @@ class Trial:
         self.runner.run(self.kernel, self.launch)
 
 
-#: Milliseconds a step of a trial.
+#: Function that returns the milliseconds per step of a trial.
 Timer = Callable[[Trial], float]
-#: Told how many steps are done, out of how many, and what comes next.
+#: Callback(steps done, total steps, description of the next step).
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a tile.
+    """Result of trying one tile.
 
     Attributes:
-        kernel, tile: which.
-        ms: median time of a step of the phase it works in; None if it was left out.
-        ratio: median, over the rounds, of its time to the shipped tile's in the same round.
-        note: "shipped", "chosen", "shipped, chosen", why it was left out, or nothing.
+        kernel, tile: name of the kernel, and the tile.
+        ms: median time of a step of its phase; None if it was left out.
+        ratio: median, over the rounds, of its time divided by the shipped tile's in the same round.
+        note: "shipped", "chosen", "shipped, chosen", the reason why it was left out, or "".
     """
 
     kernel: str
@@ -78,12 +79,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What :func:`autotune` found.
+    """Result of :func:`cce.tuning.autotune`.
 
     Attributes:
-        launch: the fastest configuration.
+        launch: fastest configuration.
         rows: all tiles that were tried.
-        path: of the file that holds it.
+        path: path of the file that holds it.
     """
 
     launch: Launch
@@ -100,7 +101,7 @@ class Tuned:
 
 
 def number(x: float | None, digits: int) -> str:
-    """For a table.
+    """Format a number for a table.
 
     >>> number(1.5, 2), number(None, 2)
     ('1.50', '–')
@@ -118,7 +119,7 @@ def tune(
     rounds: int,
     progress: Progress | None = None,
 ) -> tuple[Launch, tuple[Row, ...]]:
-    """Kernel by kernel, the fastest tile beside those already chosen; ``launch`` is what is shipped."""
+    """Find, kernel by kernel, the fastest tile given those already chosen; ``launch`` is the shipped configuration."""
     tiles = {kernel: candidates(kernel, launch, problem, spec, device) for kernel in kernels_of(problem, spec)}
     total = sum(len(found) + rounds for found in tiles.values())
     done, rows = 0, []
@@ -130,7 +131,7 @@ def tune(
         done += 1
 
     for kernel, found in tiles.items():
-        # The tiles of both products share their warps, so that one may change with the other.
+        # The tiles of both products share their number of warps, so that one may change with the other.
         launches = [fitted(launch.with_tiles({kernel: tile}), problem, spec) for tile in found]
         trials, left_out = [Trial(runner, kernel, launch)], []
         for trial in (Trial(runner, kernel, other) for other in launches):
@@ -152,9 +153,9 @@ def tune(
 
 
 def _fastest(trials: Sequence[Trial], times: Sequence[Sequence[float]]) -> tuple[Trial, list[Row]]:
-    """The trial to keep, and a row for each; the first is what is shipped, and stays unless another gains enough."""
+    """The trial to keep, and a row for each; the first is the shipped one, kept unless another gains enough."""
     ms = [statistics.median(column) for column in zip(*times, strict=True)]
-    # Within a round the card's clock is about the same.
+    # Within a round the GPU's clock is about the same.
     ratios = [statistics.median(line[i] / line[0] for line in times) for i in range(len(trials))]
     best = min(range(len(trials)), key=lambda i: (ratios[i], i))
     if ratios[best] > 1 - LEAST_GAIN:

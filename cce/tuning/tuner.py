@@ -1,6 +1,6 @@
 """``cce.tuning.autotune``: the fastest launch configuration for one problem on this GPU, kept for later processes.
 
-Neither this module nor what it imports needs Triton.
+Neither this module nor its imports need Triton.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ def autotune(
     progress: Progress | None = None,
     **options: Any,
 ) -> Tuned:
-    """Finds the fastest launch configuration of the ``triton`` backend for a call of :func:`cce.loss` on this GPU.
+    """Find the fastest launch configuration of the ``triton`` backend for a call of :func:`cce.loss` on this GPU.
 
-    It is kept on disk (docs/tuning.md), and used from then on, by this process too. That takes some minutes, most of
-    them for compiling, and memory for a second set of gradients. Tensors are to be as in a training step, and want
-    gradients where that does: with a filter, the time depends on what they hold.
+    It is kept on disk (docs/tuning.md) and used from then on, including by this process. Tuning takes some minutes,
+    mostly for compiling, and memory for a second set of gradients. Tensors should be as in a training step, and require
+    gradients as there: with a filter, the time depends on their values.
 
     Args:
         e: (..., D); c: (V, D); targets, bias: as in :func:`cce.loss`, on the GPU.
         spec: as in :func:`cce.loss`.
-        outputs: "entropy" and "prediction", if :func:`cce.terms` is called for them.
-        rounds: of measurements, in each of which all candidates take their turn.
-        timer: returns the milliseconds a step of a :class:`Trial` takes; None measures with CUDA events.
-        progress: is told how many steps are done, out of how many, and what comes next.
-        options: others of :func:`cce.loss`.
+        outputs: "entropy" and "prediction", if :func:`cce.terms` will be called for them.
+        rounds: rounds of measurements, in each of which all candidates take a turn.
+        timer: function that returns the milliseconds per step of a :class:`Trial`; None measures with CUDA events.
+        progress: callback(steps done, total steps, description of the next step), or None.
+        options: other options of :func:`cce.loss`.
 
     Returns:
-        Tuned: the configuration, all that was tried, and the file.
+        Tuned: the configuration, the result of every trial, and the path of the file.
 
     Raises:
-        TypeError, ValueError: a bad argument; ``CCE_TUNE_CACHE`` is off or cannot be written; a result is not finite.
+        TypeError, ValueError: an argument is bad, ``CCE_TUNE_CACHE`` is "off" or cannot be written to, or a result is
+            not finite.
         BackendUnavailable: the backend cannot run this problem.
     """
     from cce.tuning.prepare import prepare  # imports Triton
@@ -72,7 +73,7 @@ def autotune(
 
 
 def _keep(where: Path, keys: Sequence[str], launch: Launch, rows: Sequence[Row], kernels: Sequence[str]) -> Path:
-    """Writes the configuration under all ``keys``, and has this process use it."""
+    """Write the configuration under all ``keys``, and make this process use it."""
     from cce.backends.triton.choice import forget
 
     notes: Mapping[str, Any] = {

@@ -203,8 +203,8 @@ def refused(group: dist.ProcessGroup, what: str) -> str:
     [
         ("c", "c: got a DTensor with placements (Shard(dim=1),)"),
         ("e", "e: got a DTensor with placements (Shard(dim=0),), expected Replicate(); redistribute it"),
-        ("group", "vocab_parallel: got a group beside a DTensor c, expected None"),
-        ("mesh", "vocab_parallel: got a DeviceMesh of 2 dimensions, ('a', 'b'), expected one of them: mesh['name']"),
+        ("group", "vocab_parallel: got a group along with a DTensor c, expected None"),
+        ("mesh", "vocab_parallel: got a DeviceMesh with 2 dimensions, ('a', 'b'), expected one of them: mesh['name']"),
     ],
 )
 def test_refused(what: str, message: str) -> None:

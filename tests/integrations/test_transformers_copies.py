@@ -176,5 +176,5 @@ def test_a_deleted_model_is_freed_at_once(after: str) -> None:
 @pytest.mark.usefixtures("no_collector")
 def test_a_forward_whose_model_is_gone() -> None:
     forward = patch(make_model()).forward
-    with pytest.raises(ReferenceError, match="the patched model of this forward is no longer there"):
+    with pytest.raises(ReferenceError, match="the patched model of this forward no longer exists"):
         forward(torch.zeros(1, 3, dtype=torch.long))

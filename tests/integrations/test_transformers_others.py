@@ -113,7 +113,7 @@ def test_under_a_forward_that_has_a_loss_of_its_own(foreign: Any, remedy: str) -
         model(**make_batch())
     model.eval()(**make_batch())
     message = (
-        rf"LlamaForCausalLM is patched by cce, but {foreign['__name__']}.forward was put in place of its forward .* "
+        rf"LlamaForCausalLM is patched by cce, but {foreign['__name__']}.forward replaced its forward .* "
         rf"the options of patch \({{'label_smoothing': 0.5}}\) have no effect; .*{remedy}"
     )
     with pytest.warns(UserWarning, match=message):

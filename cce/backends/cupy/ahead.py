@@ -1,4 +1,4 @@
-"""Rows that are gathered for the next window, as a kernel is told (cuda/sm90/ahead.cuh)."""
+"""Kernel arguments for rows to be gathered for the next window (cuda/sm90/ahead.cuh)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cce.backends.gpu.library import Ahead
 
 
 class AheadArguments(Arguments):
-    """``Ahead`` of sm90/ahead.cuh."""
+    """Struct ``Ahead`` of sm90/ahead.cuh."""
 
     _fields_ = (
         ("from_", c_void_p), ("order", c_void_p), ("to", c_void_p), ("pitch", c_longlong), ("rows", c_int),

@@ -1,4 +1,4 @@
-"""The structs of the kernels' arguments, field by field as in the sources that name them."""
+"""Structs of the kernels' arguments, field by field as in the CUDA sources that define them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cce.backends.gpu import arrays
 
 
 class Matrix(Arguments):
-    """``Matrix`` of copies.cuh."""
+    """Struct ``Matrix`` of copies.cuh."""
 
     _fields_ = (("data", c_void_p), ("pitch", c_longlong), ("bytes", c_int))
 
@@ -22,7 +22,7 @@ class Matrix(Arguments):
 
 
 class Formula(Arguments):
-    """``Formula`` of formula.cuh."""
+    """Struct ``Formula`` of formula.cuh."""
 
     _fields_ = (("scale", c_float), ("softcap", c_float))
 
@@ -32,7 +32,7 @@ class Formula(Arguments):
 
 
 class Splits(Arguments):
-    """``Splits`` of statistics.cuh."""
+    """Struct ``Splits`` of statistics.cuh."""
 
     _fields_ = tuple((name, c_void_p) for name in ("max", "sum", "gap", "weighted", "best"))
 
@@ -42,7 +42,7 @@ class Splits(Arguments):
 
 
 class Tiles(Arguments):
-    """``Tiles`` of statistics.cuh."""
+    """Struct ``Tiles`` of statistics.cuh."""
 
     _fields_ = tuple((name, c_void_p) for name in ("max", "log_sum", "entropy"))
 
@@ -52,7 +52,7 @@ class Tiles(Arguments):
 
 
 class Rows(Arguments):
-    """``Rows`` of gradient.cuh."""
+    """Struct ``Rows`` of gradient.cuh."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("lse", "lse_low", "a", "g", "entropy", "h", "s", "targets")), ("K", c_int)
@@ -64,7 +64,7 @@ class Rows(Arguments):
 
 
 class TargetsArguments(Arguments):
-    """Of targets.cu."""
+    """Arguments of targets.cu."""
 
     _fields_ = (
         ("e", c_void_p), ("c", c_void_p),
@@ -75,7 +75,7 @@ class TargetsArguments(Arguments):
 
 
 class StatisticsArguments(Arguments):
-    """Of statistics.cu."""
+    """Arguments of statistics.cu."""
 
     _fields_ = (
         ("e", Matrix), ("c", Matrix), ("bias", c_void_p), ("weight", c_void_p), ("splits", Splits), ("tiles", Tiles),
@@ -84,7 +84,7 @@ class StatisticsArguments(Arguments):
 
 
 class GradientArguments(Arguments):
-    """Of gradient.cu."""
+    """Arguments of gradient.cu."""
 
     _fields_ = (
         ("e", Matrix), ("c", Matrix), ("bias", c_void_p), ("weight", c_void_p), ("rows", Rows), ("dz", c_void_p),
@@ -94,7 +94,7 @@ class GradientArguments(Arguments):
 
 
 class LiveArguments(Arguments):
-    """Of live.cu."""
+    """Arguments of live.cu."""
 
     _fields_ = (
         ("e", Matrix), ("c", Matrix), ("order", c_void_p), ("bias", c_void_p), ("rows", Rows),
@@ -106,7 +106,7 @@ class LiveArguments(Arguments):
 
 
 class ProductsArguments(Arguments):
-    """Of products.cu."""
+    """Arguments of products.cu."""
 
     _fields_ = (
         ("dz", c_void_p), ("e", Matrix), ("c", Matrix),

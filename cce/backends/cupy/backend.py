@@ -1,4 +1,4 @@
-"""The `cupy` backend's face to the registry; CuPy itself is imported when a kernel is first launched."""
+"""The `cupy` backend as the registry sees it; CuPy itself is imported when a kernel is first launched."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cce.backends.gpu.refusals import capability_of, missing_gpu
 
 
 class CupyBackend(KernelBackend):
-    """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above.
+    """Backend for every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above.
 
     Args:
-        portable: run the kernels for any GPU, even where there are faster ones for the one at hand.
+        portable: run the kernels for any GPU, even where the current one has faster kernels.
     """
 
     name = "cupy"
@@ -31,8 +31,8 @@ class CupyBackend(KernelBackend):
         return reasons + missing_gpu(device, "its kernels are made of NVIDIA's instructions")
 
     def kernels(self) -> Kernels:
-        """Those of the current device."""
-        # A process that uses the GPU need not be asked whether there is one.
+        """Kernels for the current device."""
+        # A process that already uses the GPU need not ask whether there is one.
         there = torch.cuda.is_initialized() or torch.cuda.is_available()
         fast = not self._portable and there and capability_of(torch.cuda.current_device()) == (9, 0)
         return _kernels(fast)

@@ -19,7 +19,7 @@ _MEAN_THREADS, _MASS_THREADS, _MASS_EACH = 128, 256, 4
 
 
 class MeanArguments(Arguments):
-    """Of mean_rows_kernel."""
+    """Arguments of mean_rows_kernel."""
 
     _fields_ = (
         ("c", c_void_p), ("pitch", c_longlong), ("order", c_void_p), ("out", c_void_p),
@@ -28,7 +28,7 @@ class MeanArguments(Arguments):
 
 
 class MassArguments(Arguments):
-    """Of dead_mass_kernel."""
+    """Arguments of dead_mass_kernel."""
 
     _fields_ = (
         ("tile_mass", c_void_p), ("tile_entropy", c_void_p), ("pitch_mass", c_longlong), ("pitch_entropy", c_longlong),
@@ -38,19 +38,19 @@ class MassArguments(Arguments):
 
 
 def mean_variant(gpu: Gpu, dtype: torch.dtype) -> Variant:
-    """Of mean_rows."""
+    """Variant of mean_rows."""
     return Variant("compensation.cu", "mean_rows_kernel", (("DTYPE", DTYPES[dtype]),), gpu.architecture, 0)
 
 
 def mass_variant(gpu: Gpu, dtype: torch.dtype, entropy: bool, softcap: bool, half: bool) -> Variant:
-    """Of dead_mass; ``half``: the maps are float16."""
+    """Variant of dead_mass; ``half``: the maps are float16."""
     macros = {"DTYPE": DTYPES[dtype], "ENTROPY": entropy, "MAP_HALF": half, "SOFTCAP": softcap}
     given = tuple((key, int(value)) for key, value in macros.items() if value)
     return Variant("compensation.cu", "dead_mass_kernel", given, gpu.architecture, 0)
 
 
 def mean_rows(spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.mean_rows`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.mean_rows`."""
     size = c.element_size()
     pieces = c.shape[1] * size // 16
     arguments = MeanArguments(
@@ -62,7 +62,7 @@ def mean_rows(spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
 
 
 def dead_mass(problem: Problem, spec: Spec, mass: DeadMass) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.dead_mass`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.dead_mass`."""
     rows, maps = mass.rows, mass.maps
     assert maps.tile_mass is not None
     entropy = maps.tile_entropy if rows.h is not None else None

@@ -1,4 +1,4 @@
-"""The arguments of a launch that computes dx of a window: what is the same for all windows, and what is each one's."""
+"""Arguments of a launch that computes dx of a window: those shared by all windows, and those of one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from cce.backends.gpu.arrays import Dense
 
 
 def tensors_of(dense: Dense) -> tuple[Tensor | None, ...]:
-    """Those whose addresses the arguments hold as long as the launch is repeated."""
+    """Tensors whose addresses the arguments hold for as long as the launch is repeated."""
     return dense.e, dense.formula.bias, dense.weight, *vars(dense.rows).values()
 
 
 def set_window(arguments: Any, dense: Dense, c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:
-    """The fields that both kinds of kernels have."""
+    """Set the fields that both kinds of kernels have."""
     arguments.V, arguments.first = c.shape[0], first
     arguments.dz, arguments.column_sums = dz.data_ptr(), address(column_sums)
     arguments.bias, arguments.weight = _from(dense.formula.bias, first), _from(dense.weight, first)
 
 
 def _from(x: Tensor | None, first: int) -> int | None:
-    """Address of an element of a contiguous vector of float32."""
+    """Address of element ``first`` of a contiguous float32 vector."""
     start = address(x)
     return None if start is None else start + first * ctypes.sizeof(ctypes.c_float)

@@ -1,4 +1,4 @@
-"""What a launch has to know of a GPU, and how much of it a kernel takes."""
+"""Properties of a GPU that a launch depends on, and the share of it that a kernel takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-_RESERVED = 1024  # bytes of shared memory a block of threads takes beside its own
+_RESERVED = 1024  # bytes of shared memory a thread block takes besides its own
 _MOST_STAGES = 4
 
 
@@ -17,8 +17,8 @@ class Gpu:
 
     Attributes:
         capability: compute capability, (9, 0).
-        processors: multiprocessors.
-        shared_of_block, shared: bytes of shared memory, of a block of threads at most and of a multiprocessor.
+        processors: number of multiprocessors.
+        shared_of_block, shared: bytes of shared memory: the most for a thread block, and those of a multiprocessor.
     """
 
     capability: tuple[int, int]
@@ -35,7 +35,7 @@ class Gpu:
         return _gpu(torch.cuda.current_device())
 
     def stages(self, stage: int, more: int, blocks: int) -> int:
-        """Stages of a pipeline, of ``stage`` bytes each beside ``more``, that leave room for ``blocks`` at a time."""
+        """Number of pipeline stages, of ``stage`` bytes each besides ``more``, with which ``blocks`` fit at a time."""
         fit = []
         for stages in range(2, _MOST_STAGES + 1):
             taken = stages * stage + more
@@ -46,7 +46,7 @@ class Gpu:
         return self.stages(stage, more, blocks - 1)
 
     def blocks(self, taken: int) -> int:
-        """Blocks of threads whose shared memory, ``taken`` bytes each, a multiprocessor has room for."""
+        """Number of thread blocks of ``taken`` bytes of shared memory that fit on one multiprocessor."""
         return self.shared // (taken + _RESERVED)
 
 

@@ -1,4 +1,4 @@
-"""Launches: one struct of arguments, handed to the driver by address, on torch's current stream."""
+"""Launches: one struct of arguments, passed to the driver by address, on torch's current stream."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cce.torch_private import raw_stream
 
 
 class Launch:
-    """A kernel with its arguments, to be launched any number of times on the device that is current now.
+    """A kernel with its arguments, to be launched any number of times on the device current at construction.
 
     Fields of ``arguments``, and ``grid``, may change between launches: the driver copies them at each. The tensors
-    whose addresses they hold live as long as this; what runs behind the host is safe, since torch gives their memory to
-    the same stream only.
+    whose addresses they hold live as long as this object; kernels still running after that are safe, since torch reuses
+    the memory on the same stream only.
 
     Args:
         variant: the kernel.
-        grid, threads: blocks of threads, and threads of a block.
-        arguments: the kernel's, in their order.
-        tensors: kept alive.
-        cooperative: all blocks run at the same time, or the launch fails.
+        grid, threads: number of thread blocks, and of threads in a block.
+        arguments: the kernel's arguments, in order.
+        tensors: tensors to keep alive.
+        cooperative: whether all blocks must run at the same time; if they cannot, the launch fails.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class Launch:
 
 
 def address(x: Tensor | None) -> int | None:
-    """Of a tensor's first element, as a field of ``arguments`` takes it; the kernel reads the others as they follow.
+    """Address of a tensor's first element, for a field of ``arguments``; the kernel reads the others contiguously.
 
     Raises:
-        ValueError: they do not: the kernel would read something else, and beyond its end.
+        ValueError: the tensor is not contiguous; the kernel would read other elements, and beyond its end.
     """
     if x is None:
         return None
@@ -67,12 +67,12 @@ def address(x: Tensor | None) -> int | None:
 
 
 def strided(x: Tensor | None) -> int | None:
-    """The same of a tensor whose strides the kernel is told in other fields."""
+    """Address of a tensor whose strides are passed to the kernel in other fields."""
     return None if x is None else x.data_ptr()
 
 
 class Arguments(ctypes.Structure):
-    """The struct of one kernel's arguments; fields are given by name, contiguous tensors stand for their addresses."""
+    """Struct of one kernel's arguments; fields are given by name, contiguous tensors stand for their addresses."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**{name: address(x) if isinstance(x, Tensor) else x for name, x in fields.items()})

@@ -1,7 +1,7 @@
-"""From a source to a kernel that can be launched: NVRTC, CuPy's cache folder, the driver.
+"""Compilation and loading of kernels: NVRTC, CuPy's cache folder, the driver.
 
-CuPy compiles for the architecture of the GPU; ``wgmma`` exists on sm_90a only, which it has no option for. So NVRTC is
-called here, with the result in CuPy's own folder, and CuPy's modules load it.
+CuPy compiles for the architecture of the GPU and has no option for sm_90a, the only one with ``wgmma``. So NVRTC is
+called here, its result kept in CuPy's own folder, and CuPy's modules load it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _CACHE = Cache("cubin of the cupy backend")
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is specialised.
+    """Specialisation of a kernel.
 
     Attributes:
-        file: its source, in ``cuda/``.
-        name: of the kernel.
+        file: source file, in ``cuda/``.
+        name: name of the kernel.
         macros: names and values.
         architecture: "sm_80", "sm_90a", ...
-        shared: bytes of shared memory a block of threads takes.
+        shared: bytes of shared memory a thread block takes.
     """
 
     file: str
@@ -44,7 +44,7 @@ class Variant:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """For NVRTC."""
+        """Options for NVRTC."""
         return (
             f"--gpu-architecture={self.architecture}", "--std=c++17", "--device-as-default-execution-space",
             "--extra-device-vectorization", *(f"-D{name}={value}" for name, value in self.macros),
@@ -52,11 +52,11 @@ class Variant:
 
 
 def function(variant: Variant) -> int:
-    """The kernel's handle on the current device; compiled and loaded once."""
+    """Handle of the kernel on the current device; compiled and loaded once."""
     key = (torch.cuda.current_device(), variant)
     found = _loaded.get(key)
     if found is None:
-        with _lock:  # autograd's threads may come at the same time
+        with _lock:  # autograd's threads may call at the same time
             found = _loaded.get(key) or _load(variant)
             _loaded[key] = found
     return found
@@ -72,20 +72,20 @@ def _load(variant: Variant) -> int:
 
 
 def _module(variant: Variant) -> Any:
-    """The module that the kernel is in, on the current device; kept, as its kernels live no longer than it does."""
+    """Module with the kernel, on the current device; kept, since its kernels live no longer than it does."""
     from cupy.cuda.function import Module
 
     key = (torch.cuda.current_device(), variant.file, variant.options)
     if key not in _modules:
         module = Module()
-        # From memory: the driver would open a file anew, which may be another by then, or could not be written.
+        # Load from memory: the driver would open the file again, which may have changed by then, or never been written.
         module.load(_cubin(variant))
         _modules[key] = module
     return _modules[key]
 
 
 def _cubin(variant: Variant) -> bytes:
-    """The compiled module: found, or made."""
+    """Compiled module, from the cache or newly made."""
     from cupy.cuda import nvrtc
 
     text = source(variant.file)
@@ -101,7 +101,7 @@ def _cubin(variant: Variant) -> bytes:
 
 
 def _folder() -> Path | None:
-    """CuPy's own; None for a user without a home."""
+    """CuPy's own cache folder; None for a user without a home."""
     try:
         return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
     except RuntimeError:
@@ -109,7 +109,7 @@ def _folder() -> Path | None:
 
 
 def compile_source(text: str, variant: Variant) -> bytes:
-    """The module as a cubin.
+    """Compile the source to a cubin.
 
     Raises:
         RuntimeError: NVRTC refuses the source; the message has its log.

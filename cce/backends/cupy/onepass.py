@@ -1,4 +1,4 @@
-"""Loss and gradients in one pass: the kernels of small.cu, targets.cu, store.cu, scale.cu and multiply.cu."""
+"""Loss and gradients in one pass, by the kernels of small.cu, targets.cu, store.cu, scale.cu and multiply.cu."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv
 
 _WIDE = 1024  # threads of the kernels of small.cu
-_ROWS_JOINED, _ROWS_SCALED = 32, 8  # of a block of threads
-#: Arguments of the kernels: q an address or a count, i an int, f a float; the formula is two floats.
+_ROWS_JOINED, _ROWS_SCALED = 32, 8  # per thread block
+#: Layouts of the kernels' arguments: q an address or a count, i an int, f a float; the formula is two floats.
 LAYOUTS = {
     "prepare": "6q", "join": "10q", "value": "4q", "scale": "14q", "multiply": "5q", "targets": "9q2f2iq",
     "store": "2qi4x2qi4xqqqqq2f2i",
@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 class PortableOnePass(OnePassKernels):
-    """On every GPU."""
+    """Kernels of one pass for every GPU."""
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[Any, ...], Repeated] = {}
@@ -45,7 +45,7 @@ class PortableOnePass(OnePassKernels):
         return TILE_V
 
     def _launch(self, key: tuple[Any, ...], name: str, variant: Variant, threads: int) -> Repeated:
-        """A kernel that was not launched before; later calls find it under ``key``."""
+        """Prepare a kernel that was not launched before; later calls find it under ``key``."""
         found = self._kernels[key] = Repeated(variant, threads, LAYOUTS[name])
         return found
 

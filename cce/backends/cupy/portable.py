@@ -36,7 +36,7 @@ from cce.spec import Spec
 
 
 class PortableKernels(Kernels):
-    """Tiles of 128 x 128; 256 columns where a vocabulary block has as many."""
+    """Kernels with tiles of 128 x 128, or 128 x 256 where a vocabulary block has 256 columns."""
 
     def __init__(self) -> None:
         self._one_pass: OnePassKernels = PortableOnePass()
@@ -147,14 +147,14 @@ class PortableKernels(Kernels):
 
 
 def rows_of_places(live: Live) -> Tensor:
-    """Of a place in the work list the row, or -1: one look instead of two, read ahead of the product that needs it."""
+    """Row at each place of the work list, or -1: one read instead of two, ahead of the product that needs it."""
     if live.row_of is not None:
         return live.row_of
     return torch.where(live.keep[live.row_order], live.row_order, -1).to(torch.int32)
 
 
 def _launches(problem: Problem, spec: Spec, live: Live, pack: int) -> list[Launch]:
-    """The launches of a chunk: dx of its live tiles, both products, dbias."""
+    """Launches of a chunk: dx of its live tiles, both products, dbias."""
     row_of = rows_of_places(live)
     launches = [_dx(problem, spec, live, row_of, pack)]
     if live.de is not None or live.dc is not None or live.dbias is not None:

@@ -1,6 +1,6 @@
-"""Kernels of a few microseconds: what their launches have in common is made once.
+"""Repeated launches of kernels that take a few microseconds: their common part is made once.
 
-Their argument is one struct of numbers, whose places a format of the module ``struct`` tells.
+Their argument is one struct of numbers, laid out by a format string of the module ``struct``.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import torch
 from cce.backends.cupy.module import Variant, function
 from cce.torch_private import raw_stream
 
-# A thread that has not called CUDA before, as one of autograd's, has no context yet, which the driver does not make.
+# A thread that has not called CUDA before, such as autograd's, has no context yet, and the driver makes none.
 _thread = threading.local()
 
 
 class Repeated:
-    """A kernel on the device that is current when this is made, to be launched with any arguments.
+    """A kernel on the device current at construction, to be launched with any arguments.
 
     Args:
         variant: the kernel.
-        threads: of a block.
-        layout: of its argument, fields in their order, with all padding: as ``struct.Struct`` takes it.
+        threads: number of threads in a block.
+        layout: layout of its argument, a format for ``struct.Struct`` with all fields in order and all padding.
     """
 
     def __init__(self, variant: Variant, threads: int, layout: str) -> None:
         from cupy.cuda import driver, runtime
 
         packer = struct.Struct("<" + layout)
-        # The driver copies as many bytes as the kernel says; a struct of tensor maps is a multiple of 64.
+        # The driver copies as many bytes as the kernel declares; a struct with tensor maps is a multiple of 64.
         self._memory = bytearray(-(-packer.size // 64) * 64)
         self._pack, self._lock = packer.pack_into, threading.Lock()
         self._view = ctypes.c_char.from_buffer(self._memory)
@@ -42,11 +42,11 @@ class Repeated:
         self._device, self._set_device = torch.cuda.current_device(), runtime.setDevice
 
     def __call__(self, x: int, y: int, *values: Any) -> None:
-        """Launches x times y blocks on torch's current stream."""
+        """Launch x times y blocks on torch's current stream."""
         if getattr(_thread, "device", None) != self._device:
             self._set_device(self._device)
             _thread.device = self._device
         stream = raw_stream(self._device)
-        with self._lock:  # autograd's threads may come at the same time
+        with self._lock:  # autograd's threads may call at the same time
             self._pack(self._memory, 0, *values)
             self._launch(self._function, x, y, 1, self._threads, 1, 1, self._shared, stream, self._address, 0)

@@ -1,4 +1,4 @@
-"""Rows and maps into and out of the work list's order, each in one pass over memory (cuda/rows.cu)."""
+"""Copies of rows and maps into and out of the work list's order, each in one pass over memory (cuda/rows.cu)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _THREADS, _JOIN_THREADS, _FILL_THREADS, _FILL_TILES = 128, 64, 256, 16
 
 
 class GatherArguments(Arguments):
-    """Of gather_kernel."""
+    """Arguments of gather_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("e", "row_order", "keep", "out")), ("pitch", c_longlong),
@@ -30,7 +30,7 @@ class GatherArguments(Arguments):
 
 
 class ScatterArguments(Arguments):
-    """Of scatter_kernel."""
+    """Arguments of scatter_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("total", "norm", "row_order", "out")), ("pitch", c_longlong),
@@ -39,7 +39,7 @@ class ScatterArguments(Arguments):
 
 
 class FillArguments(Arguments):
-    """Of fill_kernel."""
+    """Arguments of fill_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in (
@@ -51,7 +51,7 @@ class FillArguments(Arguments):
 
 
 class JoinArguments(Arguments):
-    """Of join_kernel."""
+    """Arguments of join_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("max", "sum", "target_logits", "targets", "in_use", "lse", "lse_low", "nll")),
@@ -60,13 +60,13 @@ class JoinArguments(Arguments):
 
 
 def rows_variant(gpu: Gpu, name: str, dtype: torch.dtype = torch.bfloat16, half: bool = False) -> Variant:
-    """Of a kernel of rows.cu; ``dtype`` of what is stored, ``half``: the maps are float16."""
+    """Variant of a kernel of rows.cu; ``dtype``: that of the result; ``half``: the maps are float16."""
     given = tuple((key, value) for key, value in (("DTYPE", DTYPES[dtype]), ("MAP_HALF", int(half))) if value)
     return Variant("rows.cu", f"{name}_kernel", given, gpu.architecture, 0)
 
 
 def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.gather_rows`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.gather_rows`."""
     size = e.element_size()
     arguments = GatherArguments(
         e=strided(e), row_order=row_order, keep=keep, out=out, pitch=e.stride(0) * size // ALIGNMENT, N=len(out),
@@ -76,7 +76,7 @@ def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) 
 
 
 def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows`."""
     arguments = ScatterArguments(
         total=strided(total), norm=norm, row_order=row_order, out=out, pitch=total.stride(0), N=len(out), D=out.shape[1]
     )
@@ -84,7 +84,7 @@ def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, out: Ten
 
 
 def joined(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.joined`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.joined`."""
     number, n = splits.max.shape
     lse, lse_low = torch.empty_like(splits.max[0]), torch.empty_like(splits.max[0])
     nll, targets, in_use = torch.empty_like(target_logits), targets.contiguous(), in_use.contiguous()
@@ -97,7 +97,7 @@ def joined(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tenso
 
 
 def fill_maps(spec: Spec, lse: Tensor, lse_low: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.fill_maps`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.fill_maps`."""
     mass, entropy = maps.tile_mass, maps.tile_entropy
     assert mass is not None and spec.threshold is not None
     number, n = mass.shape

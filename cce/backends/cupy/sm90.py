@@ -1,7 +1,7 @@
-"""The kernels for sm_90 and 16-bit operands (cuda/sm90): bulk copies and ``wgmma``, some warps load, others multiply.
+"""The kernels for sm_90 and 16-bit operands (cuda/sm90): bulk copies and ``wgmma``; some warps load, others multiply.
 
-What they are not made for, the portable kernels do: float32, blocks of the filter other than 128 x 128 in the filtered
-backward, its dbias, and rows of ``e`` that were not copied into the work list's order.
+Cases these kernels do not cover run on the portable kernels: float32, blocks of the filter other than 128 x 128 in the
+filtered backward, its dbias, and rows of ``e`` that were not copied into the work list's order.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from cce.backends.gpu.sizes import cdiv, rows_are_copied
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
-BLOCK = 128  # of the filter, both ways
+BLOCK = 128  # of the filter, in rows and columns
 
 
 class StatisticsArguments(Arguments):
-    """Of sm90/statistics.cu."""
+    """Arguments of sm90/statistics.cu."""
 
     _fields_ = (
         ("e_map", TensorMap), ("c_map", TensorMap), ("bias", c_void_p), ("weight", c_void_p),
@@ -43,7 +43,7 @@ class StatisticsArguments(Arguments):
 
 
 class GradientArguments(Arguments):
-    """Of sm90/gradient.cu."""
+    """Arguments of sm90/gradient.cu."""
 
     _fields_ = (
         ("e_map", TensorMap), ("c_map", TensorMap), ("bias", c_void_p), ("weight", c_void_p), ("rows", structs.Rows),
@@ -59,7 +59,7 @@ _TABLES = (
 
 
 class PlanArguments(Arguments):
-    """``Plan`` of sm90/live.cuh."""
+    """Struct ``Plan`` of sm90/live.cuh."""
 
     _fields_ = (
         *((name, c_void_p) for name in _TABLES), *((name, c_int) for name in ("max_items", "T", "B"))
@@ -67,7 +67,7 @@ class PlanArguments(Arguments):
 
 
 class LiveArguments(Arguments):
-    """Of sm90/live.cu."""
+    """Arguments of sm90/live.cu."""
 
     _fields_ = (
         *((name, TensorMap) for name in ("e_map", "c_map", "dz_map")), ("plan", PlanArguments), ("rows", structs.Rows),
@@ -80,7 +80,7 @@ class LiveArguments(Arguments):
 
 
 class Sm90Kernels(PortableKernels):
-    """Tiles of 128 x 256; blocks of threads in pairs, which share what they load of ``c``."""
+    """Kernels with tiles of 128 x 256, whose thread blocks work in pairs that share loads of ``c``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Sm90Kernels(PortableKernels):
         launch = _live_launch(problem, live, counters)
 
         def chunk(number: int) -> None:
-            """All chunks at once, with the first."""
+            """Compute all chunks at once, at the call for the first."""
             if number == 0:
                 launch()
 
@@ -179,14 +179,14 @@ def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
         last_chunk=plan.chunks, phases=1 if live.de is None and live.dc is None else 3,
     )  # fmt: skip
     macros = rows_macros(live.rows) | {"GATHER": gathered}
-    # The multipliers' columns are the bias of an item, or the dead tiles' mass of a product.
+    # The multiplying warps' columns hold the bias of an item, or the dead tiles' mass of a product.
     variant = variant_of("live", 1, live.e.dtype, live.formula, macros, gathered + (live.formula.bias is None))
     return Launch(variant, Gpu.current().processors, THREADS, arguments, (row_of, counters), cooperative=True)
 
 
 def _live_is_served(problem: Problem, spec: Spec) -> bool:
-    """The filtered backward, from metadata alone."""
+    """Whether these kernels serve the filtered backward, from metadata alone."""
     blocks = spec.block_n == BLOCK and spec.block_v == BLOCK
-    pieces = problem.d % 8 == 0  # whole pieces of 16 bytes in the rows of dC
+    pieces = problem.d % 8 == 0  # rows of dC are whole pieces of 16 bytes
     copied = rows_are_copied(problem, spec)
     return is_served(problem.dtype) and blocks and pieces and copied and not problem.grad_bias

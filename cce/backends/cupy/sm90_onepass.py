@@ -1,4 +1,4 @@
-"""Loss and gradients in one pass on sm_90: logits of 16-bit factors by cuda/sm90/store.cu, the rest as everywhere."""
+"""Loss and gradients in one pass on sm_90: logits of 16-bit factors by cuda/sm90/store.cu, the rest as on any GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cce.backends.cupy.tensor_maps import box_bytes
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.sizes import cdiv
 
-#: Arguments of sm90/store.cu: two tensor maps, addresses and a pitch, the formula, sizes.
+#: Layout of the arguments of sm90/store.cu: two tensor maps, addresses and a pitch, the formula, sizes.
 STORE_LAYOUT = "128s128s5q2f3i"
 
 
 class Sm90OnePass(PortableOnePass):
-    """Tiles of 128 x 256; blocks of threads in pairs, which share what they load of ``c``."""
+    """Kernels of one pass with tiles of 128 x 256, whose thread blocks work in pairs that share loads of ``c``."""
 
     def columns(self, dtype: torch.dtype) -> int:
         return TILE_V if is_served(dtype) else super().columns(dtype)

@@ -1,4 +1,4 @@
-"""Tiles of the kernels for sm_90, their variants, and how many blocks of threads a launch has."""
+"""Tiles of the kernels for sm_90, their variants, and the number of thread blocks of a launch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ THREADS = 384
 TILE_N, TILE_V = 128, 256
 STAGES = 4
 _STAGE = 48 * 1024
-_COLUMNS = 8 * TILE_V * 4  # an array of a tile's columns, one copy for each multiplying warp
-_SMALL = 128 + 1024  # barriers, and what aligns the stages
-GROUP = 16  # row blocks at work side by side, which share what they read of c
+_COLUMNS = 8 * TILE_V * 4  # bytes of an array of a tile's columns, one copy for each multiplying warp
+_SMALL = 128 + 1024  # barriers, and padding that aligns the stages
+GROUP = 16  # row blocks at work side by side, which share reads of c
 
 
 def is_served(dtype: torch.dtype) -> bool:
-    """Factors of 16 bits."""
+    """Whether the kernels serve factors of this dtype: those of 16 bits."""
     return dtype in (torch.bfloat16, torch.float16)
 
 
 def cluster_of(rows: int) -> int:
-    """Blocks of threads that share what they load of ``c``: as many as have rows."""
+    """Number of thread blocks that share loads of ``c``: no more than have rows."""
     return 2 if rows > TILE_N else 1
 
 
 def variant_of(
     name: str, cluster: int, dtype: torch.dtype, formula: Formula, macros: dict[str, int], columns: int
 ) -> Variant:
-    """``columns``: arrays of a tile's columns in shared memory beside the bias."""
+    """Variant of a kernel; ``columns``: number of arrays of a tile's columns in shared memory besides the bias."""
     macros = macros | formula_macros(formula) | dtype_macros(dtype, formula)
     given = tuple(sorted((key, int(value)) for key, value in macros.items() if value))
     sizes = (("STAGES", STAGES), ("CLUSTER", cluster), ("GROUP", GROUP // cluster))
@@ -40,5 +40,5 @@ def variant_of(
 
 
 def grid_of(units: int, cluster: int) -> int:
-    """Blocks of threads of a launch whose clusters take units in turn."""
+    """Number of thread blocks of a launch whose clusters take units in turn."""
     return min(Gpu.current().processors // cluster, units) * cluster

@@ -1,4 +1,4 @@
-"""The CUDA sources: real files beside this one, each made into one text with what it includes."""
+"""The CUDA sources: files in the folder ``cuda``, each read as one text with its headers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 @cache
 def source(name: str) -> str:
-    """The text of ``cuda/name``, headers in the place of the first line that includes them.
+    """Text of ``cuda/name``, with each header in place of the first line that includes it.
 
-    A compiler then needs no folder to search, and a cache's key holds all that a kernel is made of. Messages still tell
-    the file and the line.
+    A compiler then needs no folder to search, and a cache's key covers everything a kernel is made from. Messages still
+    name the file and the line.
 
     >>> "quad_max" in source("statistics.cu")
     True

@@ -1,4 +1,4 @@
-"""Tensor maps: what the copy engine of sm_90 has to know of a matrix, made by the driver without CuPy's help."""
+"""Tensor maps, the descriptions of matrices for the copy engine of sm_90, made by the driver without CuPy's help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-#: Numbers of cuda.h: CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion.
+#: Values from cuda.h: CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion.
 _DTYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLE_128B = 3
 _L2_PROMOTION = 3
@@ -16,20 +16,20 @@ _BYTES, _ALIGNMENT = 128, 64
 
 
 class TensorMap(ctypes.Structure):
-    """``TensorMap`` of sm90/ptx.cuh."""
+    """Struct ``TensorMap`` of sm90/ptx.cuh."""
 
     _fields_ = [("opaque", ctypes.c_ubyte * _BYTES)]
 
 
 def boxes(x: Tensor, rows: int) -> TensorMap:
-    """Of a matrix with unit stride along its rows: boxes of 64 columns and so many rows; what lies outside reads as 0.
+    """Tensor map of a matrix with unit stride along its rows, in boxes of 64 columns; elements outside read as 0.
 
     Args:
         x: (any, any) bfloat16 or float16, base and pitch multiples of 16 bytes.
-        rows: of a box, at most 256.
+        rows: rows of a box, at most 256.
 
     Returns:
-        What a kernel takes by value.
+        Struct that a kernel takes by value.
 
     Raises:
         RuntimeError: the driver refuses the matrix.
@@ -38,12 +38,12 @@ def boxes(x: Tensor, rows: int) -> TensorMap:
 
 
 def box_bytes(x: Tensor, rows: int) -> bytes:
-    """The same as its bytes."""
+    """Tensor map of :func:`boxes`, as bytes."""
     (height, width), pitch = x.shape, x.stride(0)
     return _encoded(x.data_ptr(), height, width, pitch * x.element_size(), rows, _DTYPES[x.dtype])
 
 
-@lru_cache(maxsize=1024)  # a training step has the same few matrices again and again
+@lru_cache(maxsize=1024)  # training steps use the same few matrices again and again
 def _encoded(address: int, height: int, width: int, pitch: int, rows: int, dtype: int) -> bytes:
     memory = ctypes.create_string_buffer(_BYTES + _ALIGNMENT)
     to = -(-ctypes.addressof(memory) // _ALIGNMENT) * _ALIGNMENT

@@ -21,12 +21,12 @@ from cce.spec import Spec
 
 _THREADS, _TILES_THREADS = 256, 1024
 _WARPS = _THREADS // 32
-#: Rows that are sorted by comparing all with all; beyond it the library's sort takes less time.
+#: Most rows that are sorted by comparing all with all; beyond this, torch's sort takes less time.
 MOST_RANKED = 2**14
 
 
 class WorkArguments(Arguments):
-    """Of worklist.cu."""
+    """Arguments of worklist.cu."""
 
     _fields_ = (
         ("tile_mass", c_void_p), ("pitch_mass", c_longlong),
@@ -44,7 +44,7 @@ _TABLES = (
 
 
 class PlanArguments(Arguments):
-    """Of plan.cu."""
+    """Arguments of plan.cu."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("live", "before", "chunk_of", *_TABLES)),
@@ -53,19 +53,19 @@ class PlanArguments(Arguments):
 
 
 def work_variant(gpu: Gpu, name: str, half: bool) -> Variant:
-    """Of a kernel of worklist.cu; ``half``: the maps are float16."""
+    """Variant of a kernel of worklist.cu; ``half``: the maps are float16."""
     return Variant("worklist.cu", f"{name}_kernel", (("MAP_HALF", 1),) if half else (), gpu.architecture, 0)
 
 
 def plan_variant(gpu: Gpu, name: str) -> Variant:
-    """Of a kernel of plan.cu."""
+    """Variant of a kernel of plan.cu."""
     return Variant("plan.cu", f"{name}_kernel", (), gpu.architecture, 0)
 
 
 def work_list(
     inputs: Inputs[Tensor], problem: Problem, spec: Spec, rows: Rows, maps: Maps[Tensor], upstream: Upstream[Tensor]
 ) -> Work:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.work_list`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.work_list`."""
     mass, n, device = maps.tile_mass, problem.n, rows.lse.device
     assert mass is not None
     tiles, blocks, by_count = len(mass), row_blocks(problem, spec), spec.row_order == "live" and spec.block_n != 1
@@ -103,7 +103,7 @@ def work_list(
 
 
 def plan(live: Tensor, slots: int, pack: int) -> Plan:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.plan`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.plan`."""
     tiles, blocks = live.shape
     chunks, slots, step, sizes = shapes(tiles, blocks, slots)
     sizes = {**sizes, "before": (tiles + 1, blocks), "chunk_of": (tiles,)}

@@ -186,12 +186,12 @@ class Live:
 
 @dataclass(frozen=True)
 class Window:
-    """A window of the vocabulary, and where its statistics go.
+    """Window of the vocabulary, with the memory for its statistics.
 
     Attributes:
         e: (N, D) aligned.
         c: (C, D) aligned, the rows of ``c`` at places ``first`` to ``first + C``.
-        formula: of the logits; a bias is that of the window.
+        formula: formula of the logits; a bias is that of the window.
         weight: (C,) float32, weights u of these places; only with ``splits.weighted``.
         first: a multiple of the forward's columns. Where it is not 0, each split continues from the contents of the
             split of the same number.
@@ -209,7 +209,7 @@ class Window:
 
 @dataclass(frozen=True)
 class DeadMass:
-    """The sums of dx over the columns of dead tiles, and what they are made from.
+    """Arguments for the sums of dx over the columns of dead tiles.
 
     Attributes:
         rows, maps: in the order of the problem's rows.

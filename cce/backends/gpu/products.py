@@ -9,7 +9,7 @@ from cce.backends.gpu.sizes import least_scratch
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
-#: Rows whose float32 sums are made at once: not fewer, nor such as would begin elsewhere than at 16 bytes.
+#: Least number of rows whose float32 sums are made at once; it keeps their starts aligned to 16 bytes.
 _LEAST_ROWS = 16
 
 
@@ -26,7 +26,7 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, total: Tensor | None = Non
 
 
 def sums_bytes(problem: Problem, spec: Spec) -> int:
-    """Of the scratch memory of the exact backward, bytes for the float32 sums of float16's dC; 0 for other dtypes."""
+    """Bytes of the exact backward's scratch memory for the float32 sums of a float16 dC; 0 for other dtypes."""
     if not problem.grad_c or problem.dtype != torch.float16:
         return 0
     return max(0, min(spec.scratch_bytes // 4, spec.scratch_bytes - least_scratch(problem, spec)))
@@ -59,7 +59,7 @@ def write_product(a: Tensor, b: Tensor, out: Tensor, norm: Tensor | None = None,
 
     Args:
         a: (M, N); b: (N, D); out: (M, D).
-        norm: a tensor of one number.
+        norm: tensor with one element.
         room: bytes that sums may take; those of a few rows they may in any case.
     """
     if norm is not None:
@@ -75,7 +75,7 @@ def write_product(a: Tensor, b: Tensor, out: Tensor, norm: Tensor | None = None,
 
 
 def scaled_product(a: Tensor, b: Tensor, norm: Tensor | None) -> Tensor:
-    """The same in the factors' dtype, at once."""
+    """Write the product in the factors' dtype, at once."""
     if norm is None:
         return narrow_product(a, b)
     out = a.new_empty(len(a), b.shape[1])

@@ -52,7 +52,7 @@ def of_used_rows(
     """Run ``backward`` without the rows that have no target, which takes one question to the GPU.
 
     While a CUDA graph is captured nothing can be asked: such rows are then computed as zeros. The order of the
-        vocabulary makes no difference to an exact backward, so the natural order is used.
+    vocabulary makes no difference to an exact backward, so the natural order is used.
     """
     inputs = replace(inputs, vocab_order=None)
     if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():

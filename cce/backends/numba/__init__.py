@@ -1,4 +1,4 @@
-"""The ``numba`` backend: the kernels in Python, tensor cores and all; see docs/numba-kernel.md."""
+"""The ``numba`` backend: kernels in Python that use the tensor cores (docs/numba-kernel.md)."""
 
 from cce.backends.numba.backend import NumbaBackend
 

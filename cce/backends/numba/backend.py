@@ -1,4 +1,4 @@
-"""The `numba` backend's face to the registry; Numba itself is imported when a kernel is first compiled."""
+"""The `numba` backend as the registry sees it; Numba itself is imported when a kernel is first compiled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cce.backends.numba.launch import simulated
 
 
 class NumbaBackend(KernelBackend):
-    """Every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above.
+    """Backend for every option in bfloat16, float16 and float32, on CUDA GPUs of compute capability 8.0 and above.
 
-    With NUMBA_ENABLE_CUDASIM=1 in the environment its kernels run in Numba's simulator, on tensors of the CPU.
+    With NUMBA_ENABLE_CUDASIM=1 in the environment, its kernels run in Numba's simulator, on CPU tensors.
     """
 
     name = "numba"

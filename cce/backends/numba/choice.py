@@ -1,4 +1,4 @@
-"""Which tiles a problem's kernels have: what changes their speed and nothing else."""
+"""Choice of the tiles of a problem's kernels, which changes their speed and nothing else."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from cce.backends.numba.tile import Tile
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
-#: Of arithmetic, by dtype; of float32 there are two.
+#: Kinds of arithmetic by dtype; float32 has two.
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU, as far as the choice depends on it; with no multiprocessors it is the simulator."""
+    """Properties of a GPU on which the choice depends; no multiprocessors stand for the simulator."""
 
     capability: tuple[int, int]
     programs: int
 
     @property
     def hopper(self) -> bool:
-        """Compute capability 9.0: the only one with the instructions of ``wgmma.py``."""
+        """Whether the compute capability is 9.0, the only one with the instructions of ``wgmma.py``."""
         return self.capability[0] == 9
 
     @property
@@ -40,8 +40,8 @@ class Choice:
     """Tiles of the forward, of dx of a chunk, of dx of live tiles, and of their products with c and with e.
 
     Attributes:
-        pack: vocabulary blocks side by side in a tile of ``live``.
-        programs: blocks of threads that run at the same time.
+        pack: number of vocabulary blocks side by side in a tile of ``live``.
+        programs: number of thread blocks that run at the same time.
     """
 
     forward: Tile
@@ -54,7 +54,7 @@ class Choice:
 
 
 def gpu_of(device: str) -> GPU:
-    """The current GPU, or the simulator for tensors of the CPU."""
+    """The current GPU, or the simulator for CPU tensors."""
     return SIMULATOR if device == "cpu" else _gpu(torch.cuda.current_device())
 
 
@@ -65,7 +65,7 @@ def _gpu(index: int) -> GPU:
 
 
 def choose(problem: Problem, spec: Spec, gpu: GPU, ieee: bool) -> Choice:
-    """The tiles for a resolved spec."""
+    """Choose the tiles for a resolved spec."""
     kind = KINDS.get(problem.dtype) or ("ieee" if ieee else "tf32")
     filtered = spec.filter != "none"
     block_n, block_v = (spec.block_n or 16, spec.block_v or 16) if filtered else (128, 128)
@@ -86,12 +86,12 @@ def _choose(
         de, dc = (_rows(kind, rows, 32, 3) for rows in (block_n, min(block_v, 128)))
         return Choice(small, small, _rows(kind, block_n, pack * block_v, 3), de, dc, pack, 2)
     hopper = gpu.hopper and kind != "ieee"
-    stages = 3 if gpu.capability[0] >= 9 else 2  # two blocks of threads share 164 KiB of memory on sm_80
+    stages = 3 if gpu.capability[0] >= 9 else 2  # two thread blocks share 164 KiB of memory on sm_80
     if hopper:
         wide = Tile(kind, 8, 1, 256, 4, hopper=True)
     else:
         wide = Tile(kind, 8, 1, 256, 2) if widest == 256 else Tile(kind, 4, 2, 128, stages, resident=2)
-    # For epilogues that need registers: fewer columns.
+    # Fewer columns for epilogues that need registers.
     many = Tile(kind, 8, 1, 128, 6, hopper=True) if hopper else wide
     if kind == "ieee" and widest <= 64:
         many = Tile(kind, 4, 2, 64, stages, resident=2)
@@ -106,7 +106,7 @@ def _choose(
 
 
 def _rows(kind: str, rows: int, columns: int, stages: int, most: int = 128) -> Tile:
-    """A tile of so many rows: of 32 a warp, if there are as many and ``most`` columns leave registers for them."""
+    """Tile of so many rows: 32 per warp if there are that many, and registers for them (``most`` columns)."""
     parts = 2 if rows >= 32 and columns <= min(most, 2 * rows) else 1
     warps = rows // (16 * parts)
     return Tile(kind, warps, parts, columns, stages, resident=2 if warps <= 4 and columns <= 128 else 1)

@@ -1,4 +1,4 @@
-"""What stands for the dead tiles, by kernels that read the memory once."""
+"""Compensation for the dead tiles, by kernels that read memory once."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from cce.backends.numba.options import Mass, Means
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
-#: Blocks of threads for every run of rows: the vocabulary blocks are shared out among them.
+#: Thread blocks for every run of rows, which divide the vocabulary blocks among them.
 _STRIPES = 64
 
 
 def mean_rows(spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.mean_rows`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.mean_rows`."""
     kernel = mean_rows_kernel(Means(KINDS.get(c.dtype, "ieee"), spec.block_v or 0, ordered=order is not None))
     words = 4 * pieces_of(c)
     kernel(len(out) * cdiv(words, kernel.threads), c, order, out, len(c), words, 4 * pitch_of(c))
 
 
 def dead_mass(problem: Problem, spec: Spec, mass: DeadMass) -> None:
-    """See :meth:`cce.backends.gpu.kernels.Kernels.dead_mass`."""
+    """Implement :meth:`cce.backends.gpu.kernels.Kernels.dead_mass`."""
     rows, maps, out = mass.rows, mass.maps, mass.out
     p, entropy = maps.tile_mass, maps.tile_entropy if rows.h is not None else None
     assert p is not None

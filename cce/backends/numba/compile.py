@@ -1,4 +1,4 @@
-"""One kernel object for each set of options."""
+"""Kernel objects, one for each set of options."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from cce.backends.numba.options import Gradient, Mass, Means, Product, Statistic
 
 @lru_cache(maxsize=256)
 def statistics_kernel(options: Statistics) -> Kernel:
-    """Statistics of the logits."""
+    """Kernel for statistics of the logits."""
     tile = options.tile
     return Kernel("forward.make_statistics", options, tile.threads, tile.stages * tile.stage_bytes, tile.resident)
 
 
 @lru_cache(maxsize=256)
 def gradient_kernel(options: Gradient) -> Kernel:
-    """dx of a window."""
+    """Kernel for dx of a window."""
     return Kernel("gradient.make_gradient", options, options.tile.threads, options.shared, options.tile.resident)
 
 
 @lru_cache(maxsize=256)
 def live_kernel(options: Gradient) -> Kernel:
-    """dx of live tiles."""
+    """Kernel for dx of live tiles."""
     return Kernel("live.make_live", options, options.tile.threads, options.shared, options.tile.resident)
 
 
 @lru_cache(maxsize=256)
 def sums_kernel(options: Sums) -> Kernel:
-    """dE and dC of live tiles."""
+    """Kernel for dE and dC of live tiles."""
     return Kernel("sums.make_sums", options, options.tile.threads, options.shared, options.resident)
 
 
 @lru_cache(maxsize=256)
 def dbias_kernel(options: Product) -> Kernel:
-    """Of live tiles' column sums."""
+    """Kernel for dbias from live tiles' column sums."""
     return Kernel("sums.make_dbias", options, 32 if simulated() else 128, 0)
 
 
 @lru_cache(maxsize=256)
 def targets_kernel(options: Targets) -> Kernel:
-    """The targets' logits."""
+    """Kernel for the targets' logits."""
     return Kernel("targets.make_targets", options, 32 * options.warps, 0)
 
 
 @lru_cache(maxsize=256)
 def mean_rows_kernel(options: Means) -> Kernel:
-    """Mean rows of ``c``."""
+    """Kernel for the mean rows of ``c``."""
     return Kernel("compensation.make_mean_rows", options, 32 if simulated() else 128, 0)
 
 
 @lru_cache(maxsize=256)
 def dead_mass_kernel(options: Mass) -> Kernel:
-    """The mass of dead tiles."""
+    """Kernel for the mass of dead tiles."""
     return Kernel("compensation.make_dead_mass", options, 32 if simulated() else 256, 0)

@@ -1,7 +1,7 @@
-"""From a kernel in Python to machine code, a cubin, which is kept on disk.
+"""Compilation of a kernel in Python to machine code, a cubin, which is kept on disk.
 
-Numba makes PTX of a kernel and the toolkit's linker a cubin of that. Both take seconds, so cubins are kept in a folder:
-a process that finds all it needs there never imports Numba.
+Numba compiles a kernel to PTX, and the toolkit's linker turns that into a cubin. Both take seconds, so cubins are kept
+in a folder: a process that finds all it needs there never imports Numba.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from cce.files import Cache
 
 VARIABLE = "CCE_NUMBA_CACHE"
 _CACHE = Cache("cubin of the numba backend")
-#: How an argument lies in memory, each in 8 bytes.
+#: Memory formats of arguments, each in 8 bytes.
 _FORMATS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
 _SOURCES = ("cubin.py", "device.py", "intrinsics.py", "matrix.py", "wgmma.py", "tile.py", "options.py", "kernels/*.py")
-#: Numba compiles one kernel at a time, and what is set up for it (warnings, the device) is the whole process's.
+#: Lock: Numba compiles one kernel at a time, and the setup for it (warnings, the device) affects the whole process.
 _COMPILER = Lock()
 
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel for a kind of GPU: the name of its entry, how its arguments lie in memory, and its PTX or cubin."""
+    """A kernel for a kind of GPU: the name of its entry, the memory formats of its arguments, and its PTX or cubin."""
 
     entry: str
     format: str
@@ -41,7 +41,7 @@ class Code:
 
 
 def compiled(kernel: Source, capability: tuple[int, int]) -> Code:
-    """From the folder of cubins, or newly compiled."""
+    """Code of a kernel, from the folder of cubins or newly compiled."""
     path = _path(kernel, capability)
     kept = None if path is None else _CACHE.get(path)
     if kept is not None:
@@ -56,9 +56,9 @@ def compiled(kernel: Source, capability: tuple[int, int]) -> Code:
 
 
 def ptx_of(kernel: Source, capability: tuple[int, int]) -> Code:
-    """Compiles a kernel as far as Numba does it."""
+    """Compile a kernel with Numba, to PTX."""
     with _COMPILER, _no_collection(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy 2.5, about numba-cuda 0.30
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised by NumPy 2.5 in numba-cuda 0.30
         from numba import cuda, types
 
         function = kernel.build()
@@ -77,9 +77,9 @@ def ptx_of(kernel: Source, capability: tuple[int, int]) -> Code:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Most of what Numba makes is kept for good: to look through it for garbage took a tenth of the time.
+    """Context without garbage collection: Numba keeps most objects, and scanning them took a tenth of the time.
 
-    It is the whole process's collector, for seconds.
+    It switches off the collector of the whole process, for seconds.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -92,8 +92,8 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
-    """Functions that a kernel calls are compiled for a device that Numba asks the driver for: here it is told."""
-    from unittest.mock import patch  # takes long to import, and is needed by what compiles only
+    """Context that tells Numba the capability, for which it would ask the driver when compiling device functions."""
+    from unittest.mock import patch  # slow to import, and needed only when compiling
 
     from numba.cuda import dispatcher
 
@@ -102,7 +102,7 @@ def _no_device_needed(capability: tuple[int, int]) -> Iterator[None]:
 
 
 def assemble(ptx: bytes, capability: tuple[int, int]) -> bytes:
-    """The cubin of a program."""
+    """Assemble PTX into a cubin."""
     from cuda import core
 
     arch = f"sm_{capability[0]}{capability[1]}{'a' if capability[0] >= 9 else ''}"
@@ -110,7 +110,7 @@ def assemble(ptx: bytes, capability: tuple[int, int]) -> bytes:
 
 
 def folder() -> Path | None:
-    """``CCE_NUMBA_CACHE``, else the folder ``cce/numba`` of the user's cache; None if it says "off"."""
+    """Folder from ``CCE_NUMBA_CACHE``, else ``cce/numba`` in the user's cache folder; None if the variable is "off"."""
     return folder_of(VARIABLE, "numba")
 
 
@@ -125,7 +125,7 @@ def _path(kernel: Source, capability: tuple[int, int]) -> Path | None:
 
 @cache
 def _sources() -> str:
-    """A digest of all that kernels are made from."""
+    """Digest of everything kernels are made from."""
     here = Path(__file__).parent
     texts = [path.read_bytes() for pattern in _SOURCES for path in sorted(here.glob(pattern))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()

@@ -1,6 +1,6 @@
-"""The words that kernels are written in: Numba's and those of ``intrinsics.py``, or their twins in the simulator.
+"""Functions kernels are written with: Numba's and those of ``intrinsics.py``, or their twins in the simulator.
 
-Which of the two is settled when Numba is imported, by NUMBA_ENABLE_CUDASIM=1 in the environment.
+NUMBA_ENABLE_CUDASIM=1 in the environment decides between the two when Numba is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if SIMULATED:
     from cce.backends.numba.twins import *  # noqa: F403 (every word of either module)
 
     def function(f: Callable[..., Any]) -> Callable[..., Any]:
-        """A function for kernels to call; it does not say ``cuda`` itself."""
+        """Mark a function for kernels to call; it does not use ``cuda`` itself."""
         return f
 else:
     from cce.backends.numba.intrinsics import *  # noqa: F403 (likewise)
@@ -26,13 +26,13 @@ else:
     barrier = cuda.syncthreads
 
     def function(f: Callable[..., Any]) -> Callable[..., Any]:
-        """A function for kernels to call, which becomes part of them."""
+        """Mark a function for kernels to call, which is inlined."""
         return cuda.jit(device=True, forceinline=True)(f)
 
 
-pointer = numba.int64  # to global memory; the type of a kernel's parameter
+pointer = numba.int64  # to global memory; the type of kernel parameters
 
-# float32, all of them: a Python number would make a double of what it meets.
+# All are float32: a Python number would turn the other operand into a double.
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 LOG2E, LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 NEG_INF, LEAST = np.float32(-np.inf), np.float32(-1e30)

@@ -1,7 +1,7 @@
 """Kernels and their launches: compiled once, called through the driver.
 
-In the simulator kernels run as they are. Elsewhere Numba's own launch takes some 50 microseconds for so many arguments,
-the driver's less.
+In the simulator kernels run as they are. Elsewhere Numba's own launch takes about 50 microseconds for so many
+arguments, so the driver is called directly, which takes less.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cce.backends.numba.source import Source
 
 
 def simulated() -> bool:
-    """Kernels run in Numba's simulator, in this process."""
+    """Whether kernels run in Numba's simulator in this process."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
@@ -31,8 +31,8 @@ class Kernel(Source):
     """A kernel to be called with numbers and tensors.
 
     Args:
-        make, options, threads, resident: as :class:`Source` has them.
-        shared: bytes of shared memory of a block.
+        make, options, threads, resident: as for :class:`Source`.
+        shared: bytes of shared memory of a thread block.
     """
 
     def __init__(self, make: str, options: Any, threads: int, shared: int, resident: int = 1) -> None:
@@ -43,31 +43,31 @@ class Kernel(Source):
         self._lock = Lock()
 
     def __call__(self, grid: int, *arguments: Any) -> None:
-        """Launches so many blocks on torch's current stream."""
+        """Launch ``grid`` thread blocks on torch's current stream."""
         if simulated():
             _simulate(self, grid, arguments)
         else:
             self.prepare(grid, *arguments)()
 
     def prepare(self, grid: int, *arguments: Any) -> Callable[..., None]:
-        """A launch to be repeated on the stream that is the current one now; the last argument may be another."""
+        """Prepare a launch to be repeated on the current stream; the last argument may differ each time."""
         if simulated():
             return lambda *last: _simulate(self, grid, [*arguments[: len(arguments) - len(last)], *last])
         return Launch(self, grid, arguments)
 
     def code(self, capability: tuple[int, int]) -> Code:
-        """Compiled by the first thread that asks; the others wait for it."""
+        """Compiled code; the first thread that asks compiles it, and the others wait."""
         with self._lock:
             if capability not in self._codes:
                 self._codes[capability] = compiled(self, capability)
             return self._codes[capability]
 
     def loaded(self, device: int) -> bool:
-        """It is ready to be launched there."""
+        """Whether the kernel is ready to be launched on a device."""
         return device in self._loaded
 
     def function(self, device: int) -> tuple[int, str]:
-        """The driver's handle, and how its arguments lie in memory."""
+        """Handle from the driver, and the memory formats of the arguments."""
         if device not in self._loaded:
             code = self.code(torch.cuda.get_device_capability(device))
             self._loaded[device] = _load(code, self.shared), code.format
@@ -100,9 +100,10 @@ class Launch:
 
 
 def prepare_all(launches: Sequence[tuple[Kernel, int, Sequence[Any]]]) -> list[Callable[..., None]]:
-    """``prepare`` of several kernels, whose grids and arguments are given; they are compiled at the same time.
+    """Prepare several kernels with given grids and arguments, compiling them at the same time.
 
-    Numba's part holds Python's lock, the linker's does not. The last kernel comes first: sums takes the linker longest.
+    Numba's part holds Python's lock, the linker's does not. The last kernel is compiled first, since sums takes the
+    linker longest.
     """
     if not simulated():
         device = torch.cuda.current_device()
@@ -113,7 +114,7 @@ def prepare_all(launches: Sequence[tuple[Kernel, int, Sequence[Any]]]) -> list[C
 
 
 def compile_all(kernels: Sequence[Kernel], capability: tuple[int, int]) -> None:
-    """Each in a thread of its own; what one of them raises is raised here."""
+    """Compile each kernel in a thread of its own; an exception in one of them is raised here."""
     with ThreadPoolExecutor(len(kernels)) as threads:
         list(threads.map(lambda kernel: kernel.code(capability), kernels))
 
@@ -132,7 +133,7 @@ def _driver() -> Any:
 
 
 def _check(result: Any) -> Any:
-    """What a call of the driver returned, but for its error code."""
+    """Return the result of a driver call without its error code, which is checked."""
     if result[0].value:
         raise RuntimeError(f"cce: the CUDA driver returned {result[0]!r} for a kernel of the numba backend")
     return result[1] if len(result) > 1 else None
@@ -148,7 +149,7 @@ def _load(code: Code, shared: int) -> int:
 
 
 def _simulate(kernel: Kernel, grid: int, arguments: Sequence[Any]) -> None:
-    """Runs a kernel in Numba's simulator, on tensors of the CPU."""
+    """Run a kernel in Numba's simulator, on CPU tensors."""
     if grid:
         from cce.backends.numba.twins import EXCHANGE, run
 

@@ -1,4 +1,4 @@
-"""The numba backend's kernels behind the contract of ``cce/backends/gpu/kernels.py``."""
+"""The numba backend's kernels, as the contract of ``cce/backends/gpu/kernels.py`` requires them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cce.spec import Spec
 
 
 class NumbaKernels(Kernels):
-    """Compiled for the options of a call, when it is made."""
+    """Kernels compiled for the options of a call, at the first such call."""
 
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:
         # Kernels count 16 bytes at a time, in 32 bits.
@@ -84,7 +84,7 @@ class NumbaKernels(Kernels):
         blocks = -(-len(e) // tile.rows)
 
         def window(c: Tensor, first: int, dz: Tensor, column_sums: Tensor | None) -> None:
-            # Arguments are packed anew for each window: the kernels take longer than that.
+            # Arguments are packed anew for each window: this takes less time than the kernels.
             columns = slice(first, first + len(c))
             bias, u = (None if x is None else x[columns] for x in (formula.bias, weight))
             kernel(

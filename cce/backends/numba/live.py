@@ -1,4 +1,4 @@
-"""The launches of a filtered backward: dx of a chunk's live tiles, and what is summed from them."""
+"""Launches of a filtered backward: dx of a chunk's live tiles, and their sums dE, dC and dbias."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cce.backends.numba.options import Gradient, Product, Sums
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
-_Launch = tuple[Kernel, int, tuple[Any, ...]]  # blocks of threads, arguments
+_Launch = tuple[Kernel, int, tuple[Any, ...]]  # kernel, number of thread blocks, arguments
 
 
 def launches(problem: Problem, spec: Spec, live: Live, choice: Choice) -> list[Callable[..., None]]:
-    """Of a chunk, whose number is what each is called with."""
+    """Launches of a chunk; each is called with the chunk's number."""
     found = [_dx(problem, spec, live, choice)]
     de = None if live.de is None else _product(spec, live, choice, "de")
     dc = None if live.dc is None else _product(spec, live, choice, "dc")

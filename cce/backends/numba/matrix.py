@@ -1,6 +1,6 @@
 """The matrix unit of sm_80 and later: fragments of the factors from shared memory into registers, and their product.
 
-What a warp does together, so that the twin is one of whole panels: ``kernels/products.py``.
+A warp executes these together, so their twin works on whole panels: ``kernels/products.py``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from cce.backends.numba.intrinsics import I32, I64, U32, ptx
 
 
 def item(context: Any, builder: Any, kind: Any, array: Any, *indices: Any) -> Any:
-    """Where an element of an array in registers is."""
+    """Function for the location of an element of an array in registers."""
     made = context.make_array(kind)(context, builder, array)
     wide = [context.cast(builder, x, types.int64, types.int64) for x in indices]
     return cgutils.get_item_pointer(context, builder, kind, made, wide)
 
 
 def number(n: int) -> Any:
-    """A constant of 64 bits."""
+    """Constant of 64 bits."""
     return ir.Constant(ir.IntType(64), n)
 
 
@@ -31,10 +31,10 @@ def _load_matrices(transposed: str) -> Any:
 
     @intrinsic
     def load_matrices(typing, fragment, row, address):
-        """Four 8 x 8 matrices of 16-bit numbers from shared memory: ``ldmatrix.sync.aligned.m8n8.x4``.
+        """Load four 8 x 8 matrices of 16-bit numbers from shared memory: ``ldmatrix.sync.aligned.m8n8.x4``.
 
-        Lane l has the address of row l % 8 of matrix l // 8, 16 bytes; of matrix i it gets the two numbers 2 (l % 4)
-        and next of row l // 4 as word ``fragment[row, i]``. With ``.trans``, of the matrices' transposes.
+        Lane l has the address of row l % 8 of matrix l // 8, 16 bytes. From row l // 4 of matrix i it gets number 2 (l
+        % 4) and the next, as word ``fragment[row, i]``; with ``.trans``, from the matrices' transposes.
         """
         signature = types.void(fragment, I64, I32)
 
@@ -65,7 +65,7 @@ def _multiply_16(shape: str, kind: str) -> Any:
 
     @intrinsic
     def multiply_16(typing, z, i, j, a, b, row, half):
-        """z += a b of a 16 x 8 piece of a tile: ``mma.sync.aligned`` m16n8k16 (bf16, fp16) or m16n8k8 (tf32).
+        """Compute z += a b for a 16 x 8 piece of a tile: ``mma.sync.aligned`` m16n8k16 (bf16, fp16) or m16n8k8 (tf32).
 
         The thread's piece is z[2 i : 2 i + 2, 2 j : 2 j + 2]; a[i] has four words of the factor's 16 rows and
         b[row, 2 half : 2 half + 2] two of its 8 columns.
@@ -110,6 +110,6 @@ multiply_pieces = {
 
 @intrinsic
 def read_tf32(typing, address):
-    """A float in shared memory, rounded to tf32: ``ld.shared.f32``, ``cvt.rna.tf32.f32``."""
+    """Read a float from shared memory, rounded to tf32: ``ld.shared.f32``, ``cvt.rna.tf32.f32``."""
     body = "{ .reg .f32 x; ld.shared.f32 x, [$1]; cvt.rna.tf32.f32 $0, x; }"
     return ptx(U32(I32), body, "=r,r,~{memory}", effect=True)

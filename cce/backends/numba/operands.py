@@ -1,4 +1,4 @@
-"""How kernels are told of an aligned matrix, in pieces of 16 bytes, and of a row's softmax."""
+"""Kernel arguments for an aligned matrix, in pieces of 16 bytes, and for a row's softmax."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from cce.backends.gpu.arrays import Rows
 
 
 def pieces_of(x: Tensor) -> int:
-    """Of a row."""
+    """Number of 16-byte pieces in a row."""
     return x.shape[1] * x.element_size() // 16
 
 
 def pitch_of(x: Tensor) -> int:
-    """From row to row."""
+    """Pitch from row to row, in 16-byte pieces."""
     return x.stride(0) * x.element_size() // 16 if len(x) > 1 else pieces_of(x)
 
 
 def with_rest(rows: Rows) -> Rows:
-    """What kernels that know ``lse`` alone make the same dx from: a and h times exp(-lse_low), H less lse_low.
+    """Rows with lse_low absorbed, so that ``lse`` alone gives the same dx: a and h times exp(-lse_low), H less lse_low.
 
-    A register and a sum an element are saved. The rest of a rounded M + log s is no larger than log s, which is at most
-    log V: the factor is in range; NaN in a row without a softmax, as lse_low is.
+    This saves a register, and an addition per element. The rounding error of M + log s is no larger than log s, which
+    is at most log V, so the factor is in range; it is NaN in a row without a softmax, as lse_low is.
     """
     factor = rows.lse_low.neg().exp_()
     return replace(

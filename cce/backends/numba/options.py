@@ -1,4 +1,4 @@
-"""What each kernel is compiled for; known without Numba."""
+"""Options each kernel is compiled for, known without importing Numba."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cce.backends.numba.tile import PANEL, PIECE, Tile
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a forward kernel is compiled for."""
+    """Options of a forward kernel."""
 
     tile: Tile
     bias: bool = False
@@ -27,7 +27,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Gradient:
-    """What a kernel for dx is compiled for; ``ordered``, ``sorted`` and the blocks belong to live tiles."""
+    """Options of a kernel for dx; ``ordered``, ``sorted`` and the blocks are for live tiles."""
 
     tile: Tile
     bias: bool = False
@@ -45,13 +45,13 @@ class Gradient:
 
     @property
     def biases(self) -> int:
-        """Where in shared memory the biases of a tile are: behind the panels, and a sum of each warp and column."""
+        """Offset of a tile's biases in shared memory: after the panels, and a sum for each warp and column."""
         tile = self.tile
         return tile.stages * tile.stage_bytes + (4 * tile.warps * tile.columns if self.sums else 0)
 
     @property
     def weights(self) -> int:
-        """Where the weights of its columns are, which make a difference to dx with a softcap only."""
+        """Offset of the weights of a tile's columns, which affect dx with a softcap only."""
         return self.biases + (4 * self.tile.columns if self.bias else 0)
 
     @property
@@ -62,10 +62,10 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Product:
-    """What dE, dC or dbias of live tiles is compiled for.
+    """Options of dE, dC or dbias of live tiles.
 
     Attributes:
-        out: arithmetic whose dtype dC is written in.
+        out: kind of arithmetic whose dtype dC is written in.
     """
 
     tile: Tile
@@ -79,34 +79,34 @@ class Product:
 
     @property
     def stage(self) -> int:
-        """Bytes of a step's panels: of dx as it lies, and of rows of c or e."""
+        """Bytes of a step's panels: those of dx as stored, and those of rows of c or e."""
         tile = self.tile
         return PANEL * (tile.rows + tile.depth * tile.panels(tile.columns))
 
     @property
     def stage_transposed(self) -> int:
-        """Likewise, with dx transposed."""
+        """Bytes of a step's panels with dx transposed."""
         tile = self.tile
         return PANEL * tile.depth * (tile.panels(tile.rows) + tile.panels(tile.columns))
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a kernel for dE and dC is compiled for: both, if their tiles have as many threads; None for the other."""
+    """Options of a kernel for dE and dC: of both if their tiles have equally many threads, else None for one."""
 
     de: Product | None
     dc: Product | None
 
     @property
     def tile(self) -> Tile:
-        """Of one of them."""
+        """Tile of one of the products."""
         product = self.de or self.dc
         assert product is not None
         return product.tile
 
     @property
     def panels(self) -> int:
-        """Bytes of shared memory before the number of the tile that was drawn."""
+        """Offset in shared memory of the drawn tile's number, after the panels."""
         de = 0 if self.de is None else self.de.tile.stages * self.de.stage
         return max(de, 0 if self.dc is None else self.dc.tile.stages * self.dc.stage_transposed)
 
@@ -117,13 +117,13 @@ class Sums:
 
     @property
     def resident(self) -> int:
-        """Blocks of threads on a multiprocessor."""
+        """Number of thread blocks on a multiprocessor."""
         return min(product.tile.resident for product in (self.de, self.dc) if product is not None)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the kernel is compiled for: kinds of numbers are those of ``Tile``."""
+    """Options of the kernel for targets' logits; kinds of arithmetic are those of ``Tile``."""
 
     e: str
     c: str
@@ -135,7 +135,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Means:
-    """What the kernel for mean rows of ``c`` is compiled for."""
+    """Options of the kernel for mean rows of ``c``."""
 
     kind: str
     block_v: int
@@ -144,10 +144,10 @@ class Means:
 
 @dataclass(frozen=True)
 class Mass:
-    """What the kernel for the mass of dead tiles is compiled for.
+    """Options of the kernel for the mass of dead tiles.
 
     Attributes:
-        out: arithmetic whose dtype it is written in. half: the maps are float16.
+        out: kind of arithmetic whose dtype it is written in. half: whether the maps are float16.
     """
 
     out: str

@@ -1,4 +1,4 @@
-"""A kernel as it is written, before it is compiled or run."""
+"""Source of a kernel, before it is compiled or run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Source:
     """A kernel of the folder ``kernels`` with its options.
 
     Args:
-        make: module of the folder, and the function there that makes the Python function of its options; the parameters
-            of that are annotated with their types.
-        options: a frozen dataclass, whose repr says all.
-        threads: number of threads of a block. resident: number of blocks on a multiprocessor.
+        make: module of the folder, and its function that makes a Python function from the options; the parameters of
+            the latter are annotated with their types.
+        options: a frozen dataclass whose repr identifies it.
+        threads: number of threads in a block. resident: number of thread blocks on a multiprocessor.
     """
 
     def __init__(self, make: str, options: Any, threads: int, resident: int) -> None:
@@ -26,7 +26,7 @@ class Source:
         return self.make.split(".")[1].removeprefix("make_")
 
     def build(self) -> Callable[..., None]:
-        """The Python function; this imports Numba."""
+        """Build the Python function; this imports Numba."""
         module, name = self.make.split(".")
         function: Callable[..., None] = getattr(import_module(f"cce.backends.numba.kernels.{module}"), name)(
             self.options

@@ -1,10 +1,10 @@
-"""The shape of a tile of logits and of the threads that compute it; what a kernel is compiled for."""
+"""Shape of a tile of logits and of the threads that compute it, for which a kernel is compiled."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Bytes of a row of a panel, and of a piece of it: what one copy brings.
+#: Bytes of a row of a panel, and of a piece of it, the unit of a copy.
 PANEL, PIECE = 128, 16
 PIECES = PANEL // PIECE
 
@@ -13,16 +13,16 @@ PIECES = PANEL // PIECE
 class Tile:
     """A tile of a matrix product.
 
-    Its factors come in panels: 128 bytes of each row, ``depth`` elements. A warp owns whole rows of the tile, 16 for
-    each of its ``parts``. Of these a thread has rows ``first_row + 8 r`` for r < 2 parts, and of each the columns
-    ``first_column + 8 (k // 2) + k % 2`` for k < columns / 4; first_row is 16 parts warp + lane // 4 and first_column
-    2 (lane % 4). That is how matrix instructions of all architectures spread a result over a warp.
+    Its factors are read in panels: 128 bytes of each row, ``depth`` elements. A warp owns whole rows of the tile, 16
+    for each of its ``parts``. Of these a thread has rows ``first_row + 8 r`` for r < 2 parts, and in each the columns
+    ``first_column + 8 (k // 2) + k % 2`` for k < columns / 4; first_row is 16 parts warp + lane // 4 and first_column 2
+    (lane % 4). Matrix instructions of all architectures spread a result over a warp in this way.
 
     Attributes:
-        kind: of arithmetic: "bf16", "fp16", "tf32" or "ieee".
-        warps, parts, columns: as above. stages: panels of each factor in shared memory.
-        hopper: products are those of Hopper's matrix unit.
-        resident: blocks of threads on a multiprocessor at a time.
+        kind: kind of arithmetic: "bf16", "fp16", "tf32" or "ieee".
+        warps, parts, columns: as above. stages: number of panels of each factor in shared memory.
+        hopper: whether products use Hopper's matrix unit.
+        resident: number of thread blocks on a multiprocessor at a time.
     """
 
     kind: str
@@ -47,17 +47,17 @@ class Tile:
 
     @property
     def depth(self) -> int:
-        """Elements of a row of a panel."""
+        """Number of elements in a row of a panel."""
         return PANEL // self.itemsize
 
     @property
     def ahead(self) -> int:
-        """Panels on their way while one is multiplied. Hopper's unit may still read the one before."""
+        """Number of panels in flight while one is multiplied. Hopper's unit may still read the previous one."""
         return self.stages - (2 if self.hopper else 1)
 
     @property
     def stage_bytes(self) -> int:
-        """A panel of each factor."""
+        """Bytes of a panel of each factor."""
         return PANEL * (self.rows + self.columns)
 
     @property
@@ -69,5 +69,5 @@ class Tile:
         return self.columns // 4
 
     def panels(self, columns: int) -> int:
-        """Panels that so many columns of a matrix take."""
+        """Number of panels that so many columns of a matrix take."""
         return -(-columns // self.depth)

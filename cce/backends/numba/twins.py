@@ -1,9 +1,9 @@
-"""The functions of ``intrinsics.py`` in plain Python, for Numba's simulator: same names, arguments and results.
+"""The functions of ``intrinsics.py`` in plain Python for Numba's simulator: same names, arguments and results.
 
-There each thread of a block is one of Python's, and no two of them are at the same instruction: what a warp does
-together needs a barrier of the block. Shared memory is one array of bytes, an address a place in it; a pointer is a
-:class:`Pointer`. The fragments of a matrix instruction are spread over a warp, so these have no twin of their own:
-``products.py`` has one of the product of two whole panels, in which a thread computes its own elements.
+There each thread of a block is a Python thread, and threads do not run in lockstep: operations of a whole warp need a
+barrier of the block. Shared memory is one array of bytes, and an address an index into it; a pointer is a
+:class:`Pointer`. The fragments of a matrix instruction are spread over a warp, so these instructions have no twins:
+``products.py`` has a twin of the product of two whole panels, in which a thread computes its own elements.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from numba import cuda, uint8
 from torch import Tensor
 
 F32 = np.float32
-#: Behind the panels, what threads hand to each other: a word of 8 bytes each.
+#: Bytes after the panels for values that threads pass to each other, a word of 8 bytes each.
 EXCHANGE = 8
 
 
 class Pointer:
-    """What stands for a pointer: the bytes from there to the end of a tensor's memory."""
+    """Stand-in for a pointer: the bytes from there to the end of a tensor's memory."""
 
     def __init__(self, memory: np.ndarray) -> None:
         self.memory = memory
 
     def view(self, dtype: Any) -> np.ndarray:
-        """The whole numbers of a dtype."""
+        """The memory as an array of a dtype, without an incomplete last element."""
         size = np.dtype(dtype).itemsize
         return self.memory[: len(self.memory) // size * size].view(dtype)
 
@@ -37,7 +37,7 @@ class Pointer:
 
 
 def repeat(body: Any, count: int) -> Any:
-    """The function of a tuple that calls ``body(n, tuple)`` for n < ``count``."""
+    """Make a function of a tuple that calls ``body(n, tuple)`` for n < ``count``."""
 
     def run(state: Any) -> None:
         for n in range(count):
@@ -46,7 +46,7 @@ def repeat(body: Any, count: int) -> Any:
     return run
 
 
-# Arithmetic. A row that does not count may hold anything: no warnings of it.
+# Arithmetic. A row that does not count may hold anything: suppress warnings about it.
 
 
 def exp2(x: Any) -> Any:
@@ -56,7 +56,7 @@ def exp2(x: Any) -> Any:
 
 
 def log2(x: Any) -> Any:
-    """Logarithm to base 2."""
+    """Base-2 logarithm."""
     with np.errstate(all="ignore"):
         return np.log2(F32(x))
 
@@ -73,12 +73,12 @@ def reciprocal(x: Any) -> Any:
 
 
 def maximum(x: Any, y: Any) -> Any:
-    """The larger of two floats, NaN if either is."""
+    """The larger of two floats, NaN if either is NaN."""
     return x if x > y or x != x else y
 
 
 def _round_bf16(x: Any) -> int:
-    """The bits of a float's nearest bfloat16, ties to even; NaN stays NaN."""
+    """Bits of a float's nearest bfloat16, ties to even; NaN stays NaN."""
     bits = int(np.array(x, np.float32).view(np.uint32))
     if bits & 0x7FFFFFFF > 0x7F800000:
         return 0x7FFF
@@ -91,34 +91,34 @@ def _round_fp16(x: Any) -> int:
 
 
 def pack_bf16(low: Any, high: Any) -> int:
-    """Two floats as bfloat16 in one word."""
+    """Round two floats to bfloat16 and pack them in one word."""
     return _round_bf16(low) | _round_bf16(high) << 16
 
 
 def pack_fp16(low: Any, high: Any) -> int:
-    """Two floats as float16 in one word."""
+    """Round two floats to float16 and pack them in one word."""
     return _round_fp16(low) | _round_fp16(high) << 16
 
 
 def widen_bf16(bits: Any) -> Any:
-    """The float of 16 bits of bfloat16."""
+    """Widen the bits of a bfloat16 to a float."""
     return np.array(int(bits) << 16, np.uint32).view(np.float32)[()]
 
 
 def widen_fp16(bits: Any) -> Any:
-    """The float of 16 bits of float16."""
+    """Widen the bits of a float16 to a float."""
     return F32(np.array(bits, np.uint16).view(np.float16))
 
 
 # Other lanes of the warp
 
 
-device = cuda.jit(device=True)  # of what says ``cuda``, which the simulator replaces
+device = cuda.jit(device=True)  # for functions that use ``cuda``, which the simulator replaces
 
 
 @device
 def barrier() -> None:
-    """All threads of the block wait for one another."""
+    """Wait until all threads of the block have arrived."""
     cuda.syncthreads()
 
 
@@ -135,12 +135,12 @@ def _exchange(x: Any, mask: int, dtype: Any) -> Any:
 
 
 def lane_xor(x: Any, mask: int) -> Any:
-    """x of the lane whose number differs in the bits of ``mask``."""
+    """Read x from the lane whose number differs in the bits of ``mask``."""
     return _exchange(x, mask, np.float32)
 
 
 def lane_xor_int(x: Any, mask: int) -> Any:
-    """As ``lane_xor``, of an integer."""
+    """Like ``lane_xor``, for an integer."""
     return _exchange(x, mask, np.int32)
 
 
@@ -148,37 +148,37 @@ def lane_xor_int(x: Any, mask: int) -> Any:
 
 
 def floats(pointer: Pointer) -> np.ndarray:
-    """The float32 numbers at a pointer."""
+    """float32 numbers at a pointer."""
     return pointer.view(np.float32)
 
 
 def ints(pointer: Pointer) -> np.ndarray:
-    """The int32 numbers at a pointer."""
+    """int32 numbers at a pointer."""
     return pointer.view(np.int32)
 
 
 def longs(pointer: Pointer) -> np.ndarray:
-    """The int64 numbers at a pointer."""
+    """int64 numbers at a pointer."""
     return pointer.view(np.int64)
 
 
 def halves(pointer: Pointer) -> np.ndarray:
-    """The 16-bit words at a pointer."""
+    """16-bit words at a pointer."""
     return pointer.view(np.uint16)
 
 
 def flags(pointer: Pointer) -> np.ndarray:
-    """The bytes at a pointer."""
+    """Bytes at a pointer."""
     return pointer.view(np.uint8)
 
 
 def words(pointer: Pointer) -> np.ndarray:
-    """The 32-bit words at a pointer."""
+    """32-bit words at a pointer."""
     return pointer.view(np.uint32)
 
 
 def _inside(pointer: Pointer, place: int) -> np.ndarray:
-    """A 16-byte piece; IndexError where a GPU would touch memory that is not the tensor's."""
+    """Read a 16-byte piece; IndexError where a GPU would access memory outside the tensor."""
     if not 0 <= 16 * place <= len(pointer.memory) - 16:
         raise IndexError(f"piece {place} of {len(pointer.memory)} bytes")
     return pointer.memory[16 * place : 16 * place + 16]
@@ -188,13 +188,13 @@ def _inside(pointer: Pointer, place: int) -> np.ndarray:
 
 
 def shared_address(array: np.ndarray) -> int:
-    """The address of the array that is all of shared memory."""
+    """Address of the array that is all of shared memory."""
     return 0
 
 
 @device
 def copy_16(address: int, pointer: Pointer, place: int, valid: bool) -> None:
-    """Copies a 16-byte piece into shared memory, at once; zeros if not ``valid``."""
+    """Copy a 16-byte piece into shared memory, at once; zeros if not ``valid``."""
     shared = cuda.shared.array(0, uint8)
     shared[address : address + 16] = _inside(pointer, place) if valid else 0
 
@@ -212,30 +212,30 @@ copies_wait = [_copies_wait] * 8
 
 @device
 def read_float(address: int) -> Any:
-    """A float in shared memory."""
+    """Read a float from shared memory."""
     return cuda.shared.array(0, uint8)[address : address + 4].view(np.float32)[0]
 
 
 @device
 def write_float(address: int, x: Any) -> None:
-    """A float into shared memory."""
+    """Write a float to shared memory."""
     cuda.shared.array(0, uint8)[address : address + 4].view(np.float32)[0] = x
 
 
 @device
 def read_int(address: int) -> Any:
-    """An integer in shared memory."""
+    """Read an integer from shared memory."""
     return cuda.shared.array(0, uint8)[address : address + 4].view(np.int32)[0]
 
 
 @device
 def write_int(address: int, x: Any) -> None:
-    """An integer into shared memory."""
+    """Write an integer to shared memory."""
     cuda.shared.array(0, uint8)[address : address + 4].view(np.int32)[0] = x
 
 
 def draw(pointer: Pointer, place: int) -> Any:
-    """The int32 number at a place, which goes up by one for whoever comes next."""
+    """Read the int32 counter at a place and increment it, atomically."""
     numbers = ints(pointer)
     found = numbers[place]
     numbers[place] += 1
@@ -244,7 +244,7 @@ def draw(pointer: Pointer, place: int) -> Any:
 
 @device
 def read_panel(panel: int, rows: int) -> np.ndarray:
-    """The first rows of a panel as (rows, 128) bytes, pieces back at their places (``kernels/tiles.py``, ``spot``)."""
+    """First rows of a panel as (rows, 128) bytes, pieces in their original order (``kernels/tiles.py``, ``spot``)."""
     shared = cuda.shared.array(0, uint8)
     pieces = shared[panel : panel + 128 * rows].reshape(rows, 8, 16)
     order = np.arange(8)[None, :] ^ (np.arange(rows) & 7)[:, None]
@@ -252,7 +252,7 @@ def read_panel(panel: int, rows: int) -> np.ndarray:
 
 
 def pointer_to(x: Any) -> Any:
-    """A tensor's memory from its first element on; other arguments as they are."""
+    """Pointer to a tensor's memory from its first element on; other arguments unchanged."""
     if x is None:
         return Pointer(np.zeros(0, np.uint8))
     if not isinstance(x, Tensor):
@@ -262,7 +262,7 @@ def pointer_to(x: Any) -> Any:
 
 
 def run(kernel: Any, grid: int, threads: int, shared: int, arguments: Any) -> None:
-    """Runs a kernel, one block of threads after the other; what inf and NaN do in it is no fault, as on a GPU."""
+    """Run a kernel, one thread block after the other; as on a GPU, inf and NaN raise no errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         cuda.jit(kernel)[grid, threads, 0, shared](*[pointer_to(x) for x in arguments])

@@ -1,8 +1,8 @@
 """Hopper's matrix unit: four warps multiply 64 rows by up to 256 columns, both factors read from shared memory.
 
-It works while the program goes on, so a product is started, and waited for (PTX: asynchronous warpgroup level
-matrix instructions). sm_90a only; on other architectures, and in the simulator, ``products.py`` does the same with
-``mma.sync``.
+It works asynchronously, so a product is started and later waited for (PTX: asynchronous warpgroup level matrix
+instructions). It exists on sm_90a only; on other architectures, and in the simulator, ``products.py`` does the same
+with ``mma.sync``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from numba.cuda.extending import intrinsic
 from cce.backends.numba.intrinsics import I32, I64, ptx
 from cce.backends.numba.matrix import number
 
-#: Elements of the factors that one instruction takes, and their types. tf32 factors cannot be transposed.
+#: Depth of the factors that one instruction takes, and their types. tf32 factors cannot be transposed.
 KINDS = {"bf16": "k16.f32.bf16.bf16", "fp16": "k16.f32.f16.f16", "tf32": "k8.f32.tf32.tf32"}
-SLICES = 4  # products to a panel: of 32 bytes of each row, or of 16 whole rows where it is transposed
+SLICES = 4  # products per panel: of 32 bytes of each row, or of 16 whole rows if transposed
 
 
 @intrinsic
 def fence_copies(typing):
-    """Lets the matrix unit see what copies have brought into shared memory: ``fence.proxy.async.shared::cta``."""
+    """Make copies in shared memory visible to the matrix unit: ``fence.proxy.async.shared::cta``."""
     return ptx(types.void(), "fence.proxy.async.shared::cta;", "~{memory}", effect=True)
 
 
 @intrinsic
 def panel_descriptor(typing, address):
-    """How the matrix unit is told of a panel: rows of 128 bytes whose 16-byte pieces are swapped as in ``tiles.py``.
+    """Descriptor of a panel for the matrix unit: rows of 128 bytes, 16-byte pieces swizzled as in ``tiles.py``.
 
-    Bits 0-13: address / 16; 16-29, of transposed factors: bytes from a panel of 64 rows to the next, 8192 / 16; 32-45:
+    Bits 0-13: address / 16; 16-29, for transposed factors: bytes from a panel of 64 rows to the next, 8192 / 16; 32-45:
     bytes from 8 rows to the next 8, 1024 / 16; 62-63: the 128-byte swizzle, 1.
     """
 
@@ -45,11 +45,11 @@ def panel_descriptor(typing, address):
 
 
 def start_product(columns: int, kind: str, a_transposed: bool = False, b_transposed: bool = False) -> Any:
-    """The intrinsic for tiles of so many columns and factors of this kind, which lie as in ``products.py``."""
+    """Make the intrinsic for tiles of so many columns and factors of this kind, stored as in ``products.py``."""
     transposes = "" if kind == "tf32" else f", {int(a_transposed)}, {int(b_transposed)}"
     steps = [
         128 if transposed else 2 for transposed in (a_transposed, b_transposed)
-    ]  # in 16 bytes, from slice to slice
+    ]  # from slice to slice, in 16-byte units
     registers = columns // 2
     sums = ", ".join(f"${i}" for i in range(registers))
     lines = ["wgmma.fence.sync.aligned;"]
@@ -64,9 +64,9 @@ def start_product(columns: int, kind: str, a_transposed: bool = False, b_transpo
 
     @intrinsic
     def start(typing, z, a, b):
-        """z += a b^T of a panel of 64 rows and one of ``columns`` rows: four ``wgmma.mma_async`` m64nNk16 (k8).
+        """Start z += a b^T for a panel of 64 rows and one of ``columns`` rows: four ``wgmma.mma_async`` m64nNk16 (k8).
 
-        z may not be touched before a ``finish_products``; a and b are descriptors.
+        z must not be accessed before a ``finish_products``; a and b are descriptors.
         """
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -82,12 +82,12 @@ def start_product(columns: int, kind: str, a_transposed: bool = False, b_transpo
 
 
 def finish_products(columns: int) -> Any:
-    """The intrinsic for tiles of so many columns."""
+    """Make the intrinsic that waits for products, for tiles of so many columns."""
     registers = columns // 2
 
     @intrinsic
     def finish(typing, z):
-        """Waits for all products: ``wgmma.wait_group 0``; z passes through it, so that nobody reads it earlier."""
+        """Wait for all products: ``wgmma.wait_group 0``; z passes through it, so that it is not read earlier."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             body, constraints = "wgmma.wait_group.sync.aligned 0;", _in_place(registers)
@@ -101,19 +101,19 @@ def finish_products(columns: int) -> Any:
 
 @intrinsic
 def finish_but_one(typing):
-    """Waits for all products but the one started last: ``wgmma.wait_group 1``."""
+    """Wait for all products but the one started last: ``wgmma.wait_group 1``."""
     return ptx(types.void(), "wgmma.wait_group.sync.aligned 1;", "~{memory}", effect=True)
 
 
 def _in_place(registers: int) -> str:
-    """Constraints of registers that are read and written."""
+    """Constraints for registers that are read and written."""
     return ",".join(["=f"] * registers + [str(i) for i in range(registers)])
 
 
 def _change_all(
     context: Any, builder: Any, kind: Any, z: Any, registers: int, body: str, constraints: str, more: list[Any]
 ) -> None:
-    """Assembly that changes the whole array z in registers.
+    """Emit assembly that changes the whole array z in registers.
 
     Register 4 j + q belongs to row 8 (q // 2) + lane // 4 and column 8 j + 2 (lane % 4) + q % 2 of the warp's 16 rows.
     """

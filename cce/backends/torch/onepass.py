@@ -26,7 +26,7 @@ def rows_at_once(problem: Problem, spec: Spec) -> int:
     """Number of rows whose logits fit into ``spec.scratch_bytes``, in blocks of equal size; 0 if one pass does not pay.
 
     Measured on CPUs only. One pass needs a dC whose dtype can hold its own sum, and logits without a softcap: the
-        derivative of a softcap would need the logits a second time.
+    derivative of a softcap would need the logits a second time.
     """
     arithmetic = Arithmetic.choose(problem, spec)
     wide = arithmetic.result

@@ -1,4 +1,4 @@
-"""Whatever this package uses of Triton that is not public, so that a new Triton can break one file only."""
+"""All private parts of Triton that this package uses, so that a new Triton can break only one file."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from cce.torch_private import current_device, raw_stream
 
 
 def unspecialized(kernel: Any) -> frozenset[str]:
-    """Names of the arguments that a kernel is not compiled for each value of; the interpreter's kernels tell none."""
+    """Names of the arguments for whose values a kernel is not specialised; empty in the interpreter."""
     return frozenset(param.name for param in getattr(kernel, "params", ()) if param.do_not_specialize)
 
 
 def compiled_versions(kernel: Any) -> list[Any]:
-    """Versions of a kernel that are compiled, on all devices; the interpreter's kernels have none."""
+    """Compiled versions of a kernel, on all devices; none in the interpreter."""
     caches = getattr(kernel, "device_caches", {})
     return [version for cache, *_ in caches.values() for version in cache.values()]
 
 
 def spilled_registers(compiled: Any) -> int:
-    """Registers a thread that a compiled kernel keeps in memory."""
+    """Number of registers per thread that a compiled kernel spills to memory."""
     return getattr(compiled, "n_spills", None) or 0
 
 
 def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """``compiled[grid]``, without what that asks at each launch for the hooks of profilers, unless one is there."""
+    """Return ``compiled[grid]`` without the metadata it prepares for profiler hooks, unless one is set."""
     usual: Callable[..., None] = compiled[grid]
     run, function, metadata = (getattr(compiled, name, None) for name in ("run", "function", "packed_metadata"))
     if run is None or function is None or metadata is None:
@@ -49,12 +49,12 @@ def launcher(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 
 
 def _calls_something(hook: Any) -> bool:
-    """A chain of hooks, which is no None even where it is empty; or a hook or None, in other releases."""
+    """Whether a hook does anything: a chain of hooks, possibly empty; in other releases, a hook or None."""
     return bool(hook.calls) if isinstance(hook, triton.knobs.HookChain) else hook is not None
 
 
 def correct_bfloat16() -> None:
-    """Correct bfloat16 in Triton's interpreter, which multiplies its bits as integers and truncates where it rounds.
+    """Correct bfloat16 in Triton's interpreter, which multiplies its bits as integers and truncates.
 
     Products widen bfloat16 factors, and conversions from float32 round to nearest even. Seen in Triton 3.6.0 and 3.9.0.
     """
@@ -73,7 +73,7 @@ def correct_bfloat16() -> None:
         return cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
-    # Conversions go through this one too, and were bound to the function they replace.
+    # Conversions also go through this function, and were bound to the one it replaces.
     builder.create_fp_trunc = lambda self, src, dst_type: self.cast_impl(src, dst_type)
 
 

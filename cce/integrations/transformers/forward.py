@@ -1,4 +1,4 @@
-"""A patched forward: the function, how it is bound to a model, and what a pickle keeps of it."""
+"""A patched forward: the function, its binding to a model, and its state in a pickle."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from cce.integrations.transformers.step import train, warn_of_logits
 from cce.integrations.transformers.targets import Target, check_version, name_of
 from cce.integrations.transformers.watch import MARK, Watch, watch_instance
 
-#: What patch may set in a class; in an instance, the first two.
+#: Attributes that patch may set in a class; in an instance, the first two.
 PLACES = (MARK, "forward", "__reduce_ex__", "__setattr__")
 
 
 class _Forward:
-    # No docstring: help(model.forward) shows that of the model's forward.
-    # A MethodType in all but two things. The model is held by a weak reference: a model that holds a method of itself
-    # is freed by the garbage collector alone, some time after `del model`. And pickle keeps the patch: of a method it
-    # keeps a name, which in the copy is the class's forward.
+    # No docstring: help(model.forward) shows the one of the model's forward.
+    # Like a MethodType, with two differences. The model is held by a weak reference: a model that holds a method of
+    # itself is freed only by the garbage collector, some time after `del model`. And pickle keeps the patch: of a
+    # method it keeps only a name, which in the copy would be the class's forward.
     __slots__ = ("__doc__", "__func__", "__weakref__", "_model", "watch")
 
     def __init__(self, function: Callable[..., Any], model: nn.Module, watch: Watch) -> None:
@@ -38,7 +38,7 @@ class _Forward:
         model = self._model()
         if model is None:
             raise ReferenceError(
-                "model: the patched model of this forward is no longer there, expected one that somebody keeps; "
+                "model: the patched model of this forward no longer exists, expected one that is still referenced; "
                 "unpatch a shallow copy (copy.copy) and patch it anew"
             )
         return model
@@ -49,7 +49,7 @@ class _Forward:
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __getattr__(self, name: str) -> Any:
-        """The function's: __name__, __qualname__."""
+        """Attributes of the function: __name__, __qualname__."""
         return getattr(self.__func__, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -61,23 +61,23 @@ class _Forward:
 
 
 def bind(model: nn.Module, options: dict[str, Any], watch: Watch) -> _Forward:
-    """Patch an instance, with the forward it has now behind the patched one."""
+    """Patch an instance; the patched forward calls its current one."""
     own = vars(model)
     before = {"forward": own["forward"]} if "forward" in own else {}
     forward = _Forward(wrap(model, before, options), model, watch)
-    # MARK first: of a method that somebody has made of the function (accelerate's unwrap_model does) a pickle keeps
-    # the name, and in the copy that must be found to be the patched forward.
+    # Set MARK first: if the function has been made a method (as by accelerate's unwrap_model), a pickle keeps its name,
+    # and the copy must be able to find the patched forward by it.
     own.pop("forward", None)
     own.update({MARK: forward, "forward": forward})
     return forward
 
 
 def restored(model: nn.Module, options: dict[str, Any], before: dict[str, Any], watch: Watch) -> _Forward:
-    """The forward of a copy that pickle or deepcopy is making, which has nothing but its class so far.
+    """Forward of a copy that pickle or deepcopy is making, of which only the class is set so far.
 
     Raises:
-        ValueError: what the class is here cannot be patched.
-        ImportError: nor can models of this transformers.
+        ValueError: the class, as it is in this process, cannot be patched. ImportError: models of the installed
+            transformers cannot be patched.
     """
     check_version()
     vars(model).update(before)
@@ -86,7 +86,7 @@ def restored(model: nn.Module, options: dict[str, Any], before: dict[str, Any], 
 
 
 def restored_of_class(make: Callable[..., nn.Module], args: Any, options: dict[str, Any]) -> nn.Module:
-    """The start of a copy of a patched class's instance: where the class is not patched, the copy is."""
+    """Begin a copy of a patched class's instance: if the class is not patched there, the copy is."""
     model = make(*args)
     if patch_of(type(model).forward) is None:
         restored(model, options, {}, Watch())
@@ -94,17 +94,17 @@ def restored_of_class(make: Callable[..., nn.Module], args: Any, options: dict[s
 
 
 def patch_class(target: type[nn.Module], options: dict[str, Any]) -> None:
-    """Patch a class: its forward, what pickle makes of its instances, and what setting their attributes does.
+    """Patch a class: its forward, the pickling of its instances, and the setting of their attributes.
 
-    Another process has not patched the class, so copies there are patched themselves. A forward that is put over the
-    patched one is seen when it is set in an instance; of one that is set in the class, the next ``train()`` tells.
+    Another process may not have patched the class, so copies there are patched themselves. A forward that replaces the
+    patched one in an instance is noticed when it is set; one that replaces it in the class, at the next ``train()``.
     """
     before = {name: vars(target)[name] for name in PLACES if name in vars(target)}
     function, reduce_ex, set_attribute = wrap(target, before, options), target.__reduce_ex__, target.__setattr__
 
     def reduced(self: nn.Module, protocol: Any) -> Any:
         found = reduce_ex(self, protocol)
-        if isinstance(found, str) or type(self).forward is not function:  # a subclass with a forward of its own
+        if isinstance(found, str) or type(self).forward is not function:  # a subclass with its own forward
             return found
         return restored_of_class, (*found[:2], options), *found[2:]
 
@@ -119,7 +119,7 @@ def patch_class(target: type[nn.Module], options: dict[str, Any]) -> None:
 
 
 def restore(target: Target, patched: Patch) -> None:
-    """Put back what the class or the instance had; an attribute that is gone already stays so."""
+    """Restore the attributes of the class or the instance; an attribute that is already gone stays so."""
     patched.active = not isinstance(target, type)
     for name in PLACES:
         if name not in vars(target):
@@ -128,12 +128,12 @@ def restore(target: Target, patched: Patch) -> None:
             delattr(target, name)
         elif isinstance(target, type):
             setattr(target, name, patched.before[name])
-        else:  # past nn.Module.__setattr__, which is for parameters and modules
+        else:  # bypass nn.Module.__setattr__, which is for parameters and modules
             vars(target)[name] = patched.before[name]
 
 
 def patch_of(forward: Any) -> Patch | None:
-    """What is behind ``forward`` if it is a patched one itself, not a wrapper that has copied its attributes."""
+    """Patch of ``forward`` if it is itself patched, rather than a wrapper that has copied its attributes."""
     function = getattr(forward, "__func__", forward)
     written_here = getattr(function, "__globals__", None) is globals()
     found: Patch | None = getattr(function, MARK, None) if written_here else None
@@ -141,7 +141,7 @@ def patch_of(forward: Any) -> Patch | None:
 
 
 def wrap(target: Target, before: dict[str, Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """A forward with the name, the documentation and the signature of ``target``'s: Trainer reads the latter."""
+    """Make a forward with the name, documentation and signature of ``target``'s: Trainer reads the signature."""
     forward: Callable[..., Any] = target.forward
     signature = inspect.signature(forward)
     check_forward(name_of(target), forward)
@@ -163,7 +163,7 @@ def wrap(target: Target, before: dict[str, Any], options: dict[str, Any]) -> Cal
 
     for name in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(wrapper, name, getattr(forward, name, getattr(wrapper, name)))
-    # Not functools.wraps: accelerate's unwrap_model follows __wrapped__ to the end, and would unpatch the model.
+    # Not functools.wraps: accelerate's unwrap_model follows __wrapped__ to the end and would unpatch the model.
     parameters = [p for p in signature.parameters.values() if p.name != "self"]
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     wrapper.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]
@@ -172,7 +172,7 @@ def wrap(target: Target, before: dict[str, Any], options: dict[str, Any]) -> Cal
 
 
 def _unbound(target: Target, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` as a function of the model and its arguments."""
+    """Turn ``forward`` into a function of the model and its arguments."""
     if isinstance(target, type):
         return forward
     if getattr(forward, "__self__", None) is target:

@@ -1,6 +1,6 @@
-"""A model's output head: which module it is, whether it can be followed, and its call without the logits.
+"""A model's output head: finding it, checking that it is supported, and calling it without the logits.
 
-The head's own forward runs, whatever wraps it. While it does, ``F.linear`` with a weight of V rows returns a stand-in
+The head's own forward runs, whatever wraps it. Meanwhile, ``F.linear`` with a weight of V rows returns a stand-in
 instead of a product. So LoRA on the head needs no code here: PEFT's layer adds the stand-in of ``x w^T`` to that of
 ``dropout(x) a^T b^T``, for any number of active adapters, and adds nothing where they are merged or switched off.
 """
@@ -24,10 +24,10 @@ from cce.torch_private import fake_tensor_type
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """The module that makes the logits.
+    """Find the module that makes the logits.
 
     Raises:
-        ValueError: there is none, or it is no linear layer with a weight of plain numbers; the message says which.
+        ValueError: there is none, or it is not a linear layer with a weight of plain numbers; the message says which.
     """
     owner = type(model).__name__
     getter = getattr(model, "get_output_embeddings", None)
@@ -43,7 +43,7 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def unsupported(head: nn.Module) -> str | None:
-    """Why the products of ``head`` cannot be followed; None if they can."""
+    """Reason why the products of ``head`` cannot be followed; None if they can."""
     linear = innermost(head)
     if not isinstance(linear, nn.Linear):
         return f"has no torch.nn.Linear at its core but a {type(linear).__name__}, expected a linear head"
@@ -58,7 +58,7 @@ def unsupported(head: nn.Module) -> str | None:
 
 
 def innermost(head: nn.Module) -> nn.Module:
-    """The layer inside PEFT's."""
+    """Layer inside PEFT's wrappers."""
     return list(_layers(head))[-1]
 
 
@@ -66,15 +66,15 @@ def _layers(head: nn.Module) -> Iterator[nn.Module]:
     layer: nn.Module | None = head
     while layer is not None:
         yield layer
-        # LoraLayer; ModulesToSaveWrapper, whose copy in training has the shape of the original.
+        # LoraLayer, or ModulesToSaveWrapper, whose copy in training has the shape of the original.
         layer = layer._modules.get("base_layer") or layer._modules.get("original_module")
 
 
 @contextmanager
 def without_logits(head: nn.Module, call: Call) -> Iterator[None]:
-    """Within it, ``head`` returns :class:`Logits`.
+    """Context in which ``head`` returns :class:`Logits`.
 
-    Its attribute ``forward`` is replaced, not hooked: a DataParallel replica shares its hooks with all others.
+    The head's attribute ``forward`` is replaced, not hooked: a DataParallel replica shares its hooks with all others.
     """
     had, own = "forward" in head.__dict__, head.__dict__.get("forward")
     # An object, not a function: torch.compile compiles the model anew for each new function.
@@ -89,13 +89,13 @@ def without_logits(head: nn.Module, call: Call) -> Iterator[None]:
 
 
 def is_replaced(head: nn.Module) -> bool:
-    """Whether ``head`` is inside :func:`without_logits` already."""
+    """Whether ``head`` is already inside :func:`without_logits`."""
     return isinstance(head.__dict__.get("forward"), _Forward)
 
 
 @dataclass
 class _Forward:
-    """The forward of a head during a call of its model."""
+    """Forward of a head during a call of its model."""
 
     forward: Callable[..., Any]
     linear: nn.Module
@@ -108,13 +108,13 @@ class _Forward:
         if not isinstance(found, Logits):
             raise ValueError(
                 f"model: the output head of {self.call.owner} returned {type(found).__name__}, expected a product by "
-                "torch.nn.functional.linear with a weight of one row a vocabulary entry"
+                "torch.nn.functional.linear with a weight of one row per vocabulary entry"
             )
         return found
 
 
 class _Products(TorchFunctionMode):
-    """Products with a weight of V rows become stand-ins; everything else is computed."""
+    """Mode in which products with a weight of V rows become stand-ins, and everything else is computed."""
 
     def __init__(self, linear: nn.Module, call: Call) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class _Products(TorchFunctionMode):
     def product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Logits | None:
         if weight.ndim != 2 or weight.shape[0] != self.rows or isinstance(input, Logits):
             return None
-        if type(weight) not in (Tensor, nn.Parameter, fake_tensor_type()):  # the last is a tensor of shapes alone
+        if type(weight) not in (Tensor, nn.Parameter, fake_tensor_type()):  # the last has shapes only
             kind = f"{type(weight).__module__}.{type(weight).__name__}"
             raise ValueError(
                 f"model: the head's weight of {self.call.owner} is a {kind} (sharded or quantised?), "

@@ -1,9 +1,9 @@
-"""A stand-in for a model's logits: a tensor without elements that knows which product they would be.
+"""A stand-in for a model's logits: a tensor without elements that knows the product they would be.
 
-Between its head and its loss a model scales its logits, caps them, casts them and changes their shape. Each of these
+Between head and loss, a model scales its logits, caps them, casts them and changes their shape. Each of these
 operations reaches ``Logits.__torch_function__``, where a rule turns it into another stand-in: nothing is computed
 before ``cross_entropy``, which becomes ``cce.loss`` of the same hidden states, classifier, scale and softcap. An
-operation without a rule needs the elements; it raises an error that names the model and the operation.
+operation without a rule would need the elements; it raises an error that names the model and the operation.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Call:
     """One forward of a patched model.
 
     Attributes:
-        owner: the model's class name, for messages.
-        options: of ``cce.loss``, as given to ``patch``.
-        losses: how many losses were computed from stand-ins.
+        owner: class name of the model, for messages.
+        options: options of ``cce.loss``, as given to ``patch``.
+        losses: number of losses computed from stand-ins.
     """
 
     owner: str
@@ -66,7 +66,7 @@ class Logits(Tensor):
                 return func(*args, **kwargs)
         found = RULES[name](*args, **kwargs) if name in RULES else NotImplemented
         if found is NotImplemented:
-            # Not a TypeError: Python's operators would turn it into one of their own.
+            # Not a TypeError, which Python's operators would replace by their own.
             raise ValueError(_refusal(name, args, kwargs))
         return found
 
@@ -75,7 +75,7 @@ class Logits(Tensor):
         raise ValueError(_refusal(str(func), args, kwargs or {}))
 
     def like(self, product: Product, dtype: torch.dtype | None = None) -> Logits:
-        """What another product stands for, in the same call."""
+        """Stand-in for another product in the same call."""
         return Logits(product, dtype or self.dtype, self.call)
 
 
@@ -98,7 +98,7 @@ def _brief(x: Any) -> str:
     return f"tensor {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
 
 
-#: Answered by the empty tensor itself.
+#: Functions answered by the empty tensor itself.
 METADATA = frozenset(
     [
         *("shape", "dtype", "device", "layout", "ndim", "size", "dim", "numel", "nelement", "__len__", "get_device"),
@@ -109,7 +109,7 @@ METADATA = frozenset(
 
 
 def _mul(x: Any, factor: Any) -> Any:
-    """By a number, or by a tensor of one element: a learned scale."""
+    """Multiply by a number, or by a tensor with one element: a learned scale."""
     if not isinstance(x, Logits):
         x, factor = factor, x
     if isinstance(factor, Real):
@@ -133,7 +133,7 @@ def _tanh(x: Logits) -> Any:
 
 
 def _add(x: Any, other: Any, *, alpha: float = 1) -> Any:
-    """A second product, as LoRA heads have, or a bias."""
+    """Add a second product, as LoRA heads do, or a bias."""
     if not isinstance(x, Logits):
         x, other = other, x
     if x.product.cap is not None or alpha != 1 or not isinstance(other, Tensor):
@@ -149,12 +149,12 @@ def _add(x: Any, other: Any, *, alpha: float = 1) -> Any:
 
 
 def _cast_to(dtype: torch.dtype) -> Callable[[Logits], Logits]:
-    """The product keeps its dtypes: ``cce.loss`` sums in float32 anyway. Only the loss will be of this dtype."""
+    """Make a cast of the loss alone: the product keeps its dtypes, as ``cce.loss`` sums in float32 anyway."""
     return lambda x: x.like(x.product, dtype)
 
 
 def _to(x: Logits, *args: Any, **kwargs: Any) -> Any:
-    """The forms of ``Tensor.to`` that leave the device."""
+    """Apply ``Tensor.to`` in the forms that keep the device."""
     wanted = {**{("dtype" if isinstance(arg, torch.dtype) else "device"): arg for arg in args[:2]}, **kwargs}
     for key in ("non_blocking", "copy", "memory_format"):
         wanted.pop(key, None)
@@ -176,7 +176,7 @@ def _same(x: Logits, **_: Any) -> Logits:
 
 
 def _reshape(x: Logits, *shape: Any) -> Any:
-    """Only if the vocabulary stays the last dimension: then it is a reshape of the rows of ``e``."""
+    """Reshape the rows of ``e``; possible only if the vocabulary stays the last dimension."""
     sizes = tuple(shape[0]) if shape and isinstance(shape[0], (tuple, list)) else shape
     if not sizes or not all(isinstance(size, (int, torch.SymInt)) for size in sizes):
         return NotImplemented
@@ -197,7 +197,7 @@ def _flatten(x: Logits, start_dim: int = 0, end_dim: int = -1) -> Any:
 
 
 def _getitem(x: Logits, index: Any) -> Any:
-    """Slices; that of the last dimension leaves out entries of the vocabulary."""
+    """Take slices; one in the last dimension leaves out entries of the vocabulary."""
     parts = list(index) if isinstance(index, tuple) else [index]
     if not all(isinstance(part, slice) or part is Ellipsis for part in parts) or parts.count(Ellipsis) > 1:
         return NotImplemented
@@ -217,7 +217,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """``cce.loss`` of what ``x`` stands for, with the options of the patch."""
+    """Compute ``cce.loss`` of the product ``x`` stands for, with the options of the patch."""
     old_style = size_average is not None or reduce is not None
     if not isinstance(x, Logits) or x.ndim != 2 or old_style or target.is_floating_point():
         return NotImplemented
@@ -232,17 +232,17 @@ def _cross_entropy(
             options[name] = value
     x.call.losses += 1
     device = x.device.type
-    # Not every device has it: meta has not.
+    # Not every device has it: meta does not.
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    # What it casts was cast when the head was called.
+    # Operands to be cast were cast when the head was called.
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         found = x.product.loss(target, ignore_index=ignore_index, reduction=reduction, **options)
-    # As F.cross_entropy's, which autocast computes in float32.
+    # Like the result of F.cross_entropy, which autocast computes in float32.
     return found.to(torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype)
 
 
 def _check_present(x: Logits) -> None:
-    """A sharding library may have taken the gathered weight back when the head's call was over."""
+    """Check that a sharding library has not released the gathered weight after the head's call."""
     c = x.product.c
     if c.shape[0] != x.shape[-1] or (c.numel() and not c.untyped_storage().nbytes()):
         raise ValueError(

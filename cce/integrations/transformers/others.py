@@ -1,4 +1,4 @@
-"""Other libraries that put a forward or a loss of their own where a patched model has cce's: how they are noticed."""
+"""Detection of other libraries that put their own forward or loss where a patched model has cce's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-#: What to do about a library whose forward computes the loss itself, by its package's name.
+#: Remedy for a library whose forward computes the loss itself, by its package's name.
 REMEDIES = {
     "liger_kernel": (
         "apply Liger with fused_linear_cross_entropy=False and cross_entropy=False (Trainer: liger_kernel_config=), "
-        "which leaves the loss to cce, or do without patch"
+        "which leaves the loss to cce, or do not use patch"
     ),
     "trl": (
-        "TRL computes the loss in a way of its own, which patch has no part in: train with transformers.Trainer, or "
+        "TRL computes the loss in its own way, without patch: train with transformers.Trainer, or "
         "give TRL a model that is not patched"
     ),
     "cut_cross_entropy": "use one of the two",
@@ -23,41 +23,41 @@ REMEDIES = {
 
 
 def chain(forward: Any) -> Iterator[Any]:
-    """``forward`` and the functions inside it, as far as they tell: what a method is of, what a wrapper wraps."""
+    """Yield ``forward`` and the functions inside it, as far as known: a method's function, a wrapper's wrapped one."""
     while forward is not None:
         yield forward
         forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
 
 
 def origin(function: Any) -> str:
-    """The module a function was written in; ``__module__`` is copied by ``functools.wraps``."""
+    """Module a function was written in, as ``functools.wraps`` copies ``__module__``."""
     written: dict[str, Any] = getattr(getattr(function, "__func__", function), "__globals__", {})
     return str(written.get("__name__") or getattr(function, "__module__", None) or type(function).__module__)
 
 
 def described(function: Any) -> str:
-    """A function's name with the module it was written in, for messages."""
+    """Name of a function with the module it was written in, for messages."""
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     name = getattr(code, "co_name", None) or getattr(function, "__qualname__", None) or type(function).__name__
     return f"{origin(function)}.{name}"
 
 
 def foreign(forward: Any) -> Any:
-    """The function of a library out of :data:`REMEDIES` that ``forward`` is, or wraps; None if there is none."""
+    """Function of a library in :data:`REMEDIES` that ``forward`` is or wraps; None if there is none."""
     return next((f for f in chain(forward) if _library(f) in REMEDIES), None)
 
 
 def remedy(forward: Any, otherwise: str) -> str:
-    """The remedy for a library's forward; ``otherwise`` if the library is not known."""
+    """Remedy for a library's forward; ``otherwise`` if the library is not known."""
     found = foreign(forward)
     return otherwise if found is None else REMEDIES[_library(found)]
 
 
 def check_forward(owner: str, forward: Any) -> None:
-    """Refuse a forward that computes its loss without its head's logits: there is nothing cce could take over.
+    """Refuse a forward that computes its loss without the head's logits, which leaves cce nothing to take over.
 
     Raises:
-        ValueError: it is such a library's.
+        ValueError: the forward belongs to such a library.
     """
     found = foreign(forward)
     if found is not None:
@@ -68,7 +68,7 @@ def check_forward(owner: str, forward: Any) -> None:
 
 
 def check_loss() -> None:
-    """Refuse a ``torch.nn.functional.cross_entropy`` that does not ask its arguments, as torch's does.
+    """Refuse a ``torch.nn.functional.cross_entropy`` that does not dispatch on its arguments, as torch's does.
 
     Raises:
         ValueError: a library has replaced it.
@@ -77,7 +77,7 @@ def check_loss() -> None:
     if _library(found) in REMEDIES:
         raise ValueError(
             f"torch.nn.functional.cross_entropy: it is {described(found)}, expected torch's own, which a patched model "
-            f"computes its loss by; {REMEDIES[_library(found)]}"
+            f"calls for its loss; {REMEDIES[_library(found)]}"
         )
 
 

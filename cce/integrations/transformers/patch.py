@@ -1,4 +1,4 @@
-"""``patch`` and ``unpatch``: a model's forward, around which the loss is computed without the logits."""
+"""``patch`` and ``unpatch``: a model's forward that computes its loss without the logits."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ Model = TypeVar("Model")
 
 
 def patch(model: Model, **options: Any) -> Model:
-    """Lets a causal language model of transformers, or a class of them, train without its logits in memory.
+    """Patch a causal language model of transformers, or a class of them, to train without its logits in memory.
 
     In training, with labels, the loss is :func:`cce.loss` of the last hidden states and the head's weight; the
     output's ``logits`` are None. Evaluation, ``torch.no_grad()``, generation and calls without labels run the
     unchanged code.
 
     Args:
-        model: a ``PreTrainedModel``, such a model inside PEFT's or DistributedDataParallel's, or a model class, whose
-            instances are then all patched, those that exist too.
-        **options: of :func:`cce.loss`: ``backend``, ``spec``, ``label_smoothing``, ``z_loss``, ``weight``.
+        model: a ``PreTrainedModel``, such a model inside PEFT's or DistributedDataParallel's wrapper, or a model class,
+        all of whose instances are then patched, including existing ones. **options: options of :func:`cce.loss`:
+            ``backend``, ``spec``, ``label_smoothing``, ``z_loss``, ``weight``.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: not a model of transformers, or a bad option.
-        ValueError: the model cannot be patched, or is already; the message says what is missing. What a model does
-            with its logits is seen in the first training step, which raises then.
+        TypeError: ``model`` is not a model of transformers, or an option is bad.
+        ValueError: the model cannot be patched, or already is; the message says what is missing. Unsupported operations
+            on the logits only show in the first training step, which then raises.
         ImportError: transformers is not installed, or older than 5.
 
     Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, ICLR 2025, section 4.
@@ -56,16 +56,16 @@ def patch(model: Model, **options: Any) -> Model:
 
 
 def unpatch(model: Model) -> Model:
-    """Undoes :func:`patch`; the class or the instance is exactly what it was before.
+    """Undo :func:`patch`; the class or the instance is then exactly what it was before.
 
     Args:
-        model: what was given to ``patch``.
+        model: the argument given to ``patch``.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: not a model of transformers.
+        TypeError: ``model`` is not a model of transformers.
         ValueError: it is not patched, or another library has wrapped the patched forward since.
 
     >>> import torch
@@ -88,7 +88,7 @@ def unpatch(model: Model) -> Model:
 
 
 def _check_in_place(target: Target, patched: Any) -> None:
-    """Nothing else may lie over the patched forward: it would stay, or be lost."""
+    """Check that nothing else has replaced or wrapped the patched forward: it would stay, or be lost."""
     found = vars(target).get("forward")
     if found is None or patch_of(found) is getattr(patched, MARK):
         return
@@ -97,7 +97,7 @@ def _check_in_place(target: Target, patched: Any) -> None:
             f"model: the forward of {name_of(target)} was wrapped after patch, expected the patched one; undo that "
             "first (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
-    remedy = "set that back" if isinstance(target, type) else "undo that first; `del model.forward` leaves the class's"
+    remedy = "set that back" if isinstance(target, type) else "undo that first: `del model.forward` restores it"
     raise ValueError(
         f"model: the forward of {name_of(target)} was replaced after patch, by {described(found)}, expected the "
         f"patched one; {remedy}"

@@ -1,4 +1,4 @@
-"""What logits are before they are computed: a product, its scale and its softcap, and how they become a loss."""
+"""Logits before they are computed: a product with its scale and softcap, and the loss they become."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cce.functional import loss
 
 @dataclass(frozen=True)
 class Product:
-    """``z = scale * (e c^T + bias)``, or ``cap * tanh`` of it.
+    """Product ``z = scale * (e c^T + bias)``, or ``cap * tanh`` of it.
 
     Attributes:
         e: (..., D).
         c: (V, D).
         bias: (V,) or None.
-        scale: what the product is multiplied with, before tanh.
-        cap: what tanh is multiplied with; None without tanh.
+        scale: factor of the product, before tanh.
+        cap: factor of tanh; None without tanh.
     """
 
     e: Tensor
@@ -39,19 +39,20 @@ class Product:
         return replace(self, cap=self.cap * factor)
 
     def times_tensor(self, factor: Tensor) -> Product:
-        """By a learned scale, without tanh: it goes into ``e``, through which it gets its gradient."""
+        """Multiply by a learned scale, without tanh: ``e`` is multiplied, through which it gets its gradient."""
         return replace(self, e=self.e * factor, bias=None if self.bias is None else self.bias * factor)
 
     def plus_bias(self, bias: Tensor) -> Product:
-        """Before tanh."""
+        """Add a bias, before tanh."""
         bias = bias / self.scale
         return replace(self, bias=bias if self.bias is None else self.bias + bias)
 
     def plus(self, other: Product) -> Product:
-        """Before tanh: ``x w^T + h b^T`` is ``[x, h] [w, b]^T``.
+        """Add another product, before tanh: ``x w^T + h b^T`` is ``[x, h] [w, b]^T``.
 
-        So a LoRA head is exact without a merged weight, also if ``h`` went through dropout. The dtype is that of the
-        wider part, for LoRA the frozen weight: a float32 adapter must not make a float32 copy of a bf16 vocabulary.
+        So a LoRA head is exact without a merged weight, even if ``h`` went through dropout. The dtype is that of the
+        part with more columns, for LoRA the frozen weight: a float32 adapter must not cause a float32 copy of a bf16
+        vocabulary.
         """
         parts = (self, other)
         dtype = max(parts, key=lambda part: part.c.shape[1]).c.dtype
@@ -61,11 +62,11 @@ class Product:
         return Product(torch.cat(e, dim=-1), torch.cat([part.c.to(dtype) for part in parts], dim=1), bias)
 
     def entries(self, of: slice) -> Product:
-        """Part of the vocabulary."""
+        """Restrict the product to a part of the vocabulary."""
         return replace(self, c=self.c[of], bias=None if self.bias is None else self.bias[of])
 
     def loss(self, targets: Tensor, **options: Any) -> Tensor:
-        """:func:`cce.loss` of the logits; ``options`` are its own, but for scale and softcap."""
+        """Compute :func:`cce.loss` of the logits; ``options`` are its options except scale and softcap."""
         # cap * tanh(scale * u) is softcap * tanh(logit_scale * u / softcap).
         scale = self.scale if self.cap is None else self.scale * self.cap
         return loss(self.e, self.c, targets, self.bias, softcap=self.cap, logit_scale=scale, **options)

@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass
 class Patch:
-    """What is behind a patched forward.
+    """State of a patched forward.
 
     Attributes:
-        original: the forward it calls, a function whose first argument is the model.
-        before: what the class (the instance) had of its own in the places of the patch; unpatch puts it back.
-        options: of ``cce.loss``.
-        warned: what was warned of, or looked for, once.
-        active: False after unpatch, for those who kept the forward of a class.
+        original: forward it calls, a function whose first argument is the model.
+        before: attributes of the class (the instance) that the patch replaced; unpatch restores them.
+        options: options of ``cce.loss``.
+        warned: names of warnings already given, and of checks already made.
+        active: False after unpatch, for code that kept the forward of a class.
     """
 
     original: Callable[..., Any]

@@ -16,9 +16,9 @@ from cce.integrations.transformers.state import Patch
 
 @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # torch says no type of it
 def train(model: nn.Module, patched: Patch, args: Any, kwargs: Any) -> Any:
-    """The forward without logits; torch.compile passes it by and compiles what it calls, up to the head."""
+    """Run the forward without logits; torch.compile skips this function and compiles those it calls, up to the head."""
     head = find_head(model)
-    if is_replaced(head):  # by a patched forward whose super().forward this is
+    if is_replaced(head):  # by a patched forward that called this one as super().forward
         return patched.original(model, *args, **kwargs)
     check_loss()
     _warn_of_trl(patched, type(model).__name__)
@@ -29,7 +29,7 @@ def train(model: nn.Module, patched: Patch, args: Any, kwargs: Any) -> Any:
 
 
 def warn_of_logits(patched: Patch, owner: str) -> None:
-    """Once, of a training step without labels."""
+    """Warn once about a training step without labels."""
     if "labels" in patched.warned:
         return
     patched.warned.add("labels")
@@ -46,7 +46,7 @@ def warn_of_logits(patched: Patch, owner: str) -> None:
 
 
 def _warn_of_trl(patched: Patch, owner: str) -> None:
-    """Before its trainers (SFTTrainer before TRL 1.9) fail for the logits they ask for, with ``None has no ...``."""
+    """Warn before TRL's trainers (SFTTrainer before TRL 1.9) fail on missing logits with ``None has no ...``."""
     if "trl" in patched.warned:
         return
     patched.warned.add("trl")
@@ -59,7 +59,7 @@ def _warn_of_trl(patched: Patch, owner: str) -> None:
 
 
 def _finished(output: Any, call: Call) -> Any:
-    """``output`` with None where the stand-in was."""
+    """Replace the stand-in in ``output`` by None."""
     if not call.losses:
         raise ValueError(
             f"model: {call.owner} got labels but computed no loss from its head's logits by "
@@ -67,5 +67,5 @@ def _finished(output: Any, call: Call) -> Any:
         )
     if isinstance(output, tuple):
         return tuple(None if isinstance(x, Logits) else x for x in output)
-    # A new one: a ModelOutput's items and attributes are set when it is made.
+    # Make a new one: a ModelOutput's items and attributes are set when it is made.
     return type(output)(**{key: None if isinstance(x, Logits) else x for key, x in output.items()})

@@ -1,4 +1,4 @@
-"""What can be patched: the model behind ``patch``'s argument, and the options that go with it."""
+"""Arguments of ``patch``: the model to be patched, and the options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Target: TypeAlias = nn.Module | type[nn.Module]
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Names and values of ``patch``'s options, but for the length of ``weight``."""
+    """Check the names and values of ``patch``'s options, except the length of ``weight``."""
     for name, value in options.items():
         if name not in OPTIONS:
             raise TypeError(f"{name}: got {value!r}, expected an option out of {OPTIONS}")
@@ -39,13 +39,13 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def check_weight(weight: Any, head: nn.Module | None) -> None:
-    """Class weights: (V,) if the head is known; of a class the first training step tells."""
+    """Check class weights: (V,) if the head is known; for a class, the first training step checks them."""
     known: Any = None if head is None else head.weight
     checks.check_class_weight(weight, None if known is None else int(known.shape[0]))
 
 
 def find_target(model: Any) -> Target:
-    """The class, or the transformers model inside PEFT's and DistributedDataParallel's."""
+    """Find the class, or the transformers model inside PEFT's and DistributedDataParallel's wrappers."""
     base = _pretrained_model()
     found: Any = model
     while isinstance(found, nn.Module) and not isinstance(found, base):
@@ -64,21 +64,21 @@ def find_target(model: Any) -> Target:
 
 
 def name_of(target: Target) -> str:
-    """The class's name, for messages."""
+    """Name of the class, for messages."""
     return target.__name__ if isinstance(target, type) else type(target).__name__
 
 
 def check_version() -> None:
-    """Of transformers.
+    """Check the version of transformers.
 
     Raises:
-        ImportError: it is not installed, or older than 5.
+        ImportError: transformers is not installed, or older than 5.
     """
     _pretrained_model()
 
 
 def _pretrained_model() -> type[nn.Module]:
-    """transformers' base class; imported when the first model comes, which has imported it already."""
+    """Base class of transformers' models, imported with the first model, which has imported it already."""
     try:
         import transformers
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A watch over a patched model, for a forward that somebody puts in place of the patched one and that has the loss."""
+"""A watch over a patched model, for another forward that replaces the patched one and computes the loss."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 from cce.integrations.transformers.others import chain, described, foreign, on_stack, remedy
 
-#: The attribute of a patched function, class or model that holds what ``unpatch`` needs.
+#: Attribute of a patched function, class or model that holds the state ``unpatch`` needs.
 MARK = "_cce_patch"
 
 
 class Watch:
-    """A hook of a patched model's backbone, which runs however the loss is computed.
+    """A hook on a patched model's backbone, which runs however the loss is computed.
 
-    Of the model itself it would be passed by: PEFT calls a model's forward, not the model.
+    A hook on the model itself would be skipped: PEFT calls a model's forward, not the model.
 
     Attributes:
         model: a weak reference; None in a copy of the backbone alone.
-        handle: removes the hook.
-        warned: once is enough.
+        handle: handle that removes the hook.
+        warned: whether the warning was given; once is enough.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Watch:
         self.warned = False
 
     def attach(self, model: nn.Module) -> None:
-        """From now on; ``model`` is patched."""
+        """Start watching ``model``, which is patched."""
         backbone = getattr(model, "base_model", model)
         self.model, self.handle = weakref.ref(model), backbone.register_forward_pre_hook(self)
 
@@ -52,32 +52,32 @@ class Watch:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch says no type of it
     def look(self, model: nn.Module) -> None:
         """Warn, unless a wrapper has called the patched forward."""
-        patched: Any = getattr(model, MARK, None)  # the class's, of its instances
-        # A wrapper that names the patched forward calls it, but for TRL's. (Compiled code may have no frame of it.)
+        patched: Any = getattr(model, MARK, None)  # instances have that of their class
+        # A wrapper that refers to the patched forward calls it, except TRL's. (Compiled code may have no frame of it.)
         told = is_inside(patched, model.forward) and not foreign(model.forward)
         if patched is None or told or on_stack(f"{__package__}.forward", f"{__package__}.step"):
             return
         self.warned = True
         warnings.warn(
-            f"{type(model).__name__} is patched by cce, but {described(model.forward)} was put in place of its forward "
-            f"after that: cce does not compute its loss, and the options of patch ({getattr(patched, MARK).options}) "
-            f"have no effect; {remedy(model.forward, 'patch the model after that, or do without patch')}",
+            f"{type(model).__name__} is patched by cce, but {described(model.forward)} replaced its forward "
+            f"afterwards: cce does not compute its loss, and the options of patch ({getattr(patched, MARK).options}) "
+            f"have no effect; {remedy(model.forward, 'patch the model after that, or do not use patch')}",
             stacklevel=2,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the model: whoever copies the backbone alone does not want it. A copied model's forward knows it."""
+        """State without the model, which a copy of the backbone must not hold; a copied model's forward sets it."""
         return {**vars(self), "model": None}
 
 
 def is_inside(patched: Any, forward: Callable[..., Any]) -> bool:
-    """Whether the function of a patched forward is what ``forward`` is, or wraps."""
+    """Whether ``forward`` is, or wraps, the function of a patched forward."""
     function = getattr(patched, "__func__", patched)
     return any(f is function for f in chain(forward))
 
 
 def watch_instance(model: nn.Module) -> None:
-    """Of a patched class, with a forward that is not the class's."""
+    """Watch an instance of a patched class whose forward is not the class's."""
     backbone = getattr(model, "base_model", model)
     if not any(isinstance(hook, Watch) for hook in backbone._forward_pre_hooks.values()):
         Watch().attach(model)

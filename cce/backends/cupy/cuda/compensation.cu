@@ -1,4 +1,4 @@
-// What stands for the dead tiles (docs/algorithm.md, step 5): their mass, and the mean row of each vocabulary block.
+// Compensation for the dead tiles (docs/algorithm.md, step 5): their mass, and the mean row of each vocabulary block.
 //
 // MAP_HALF: the maps are float16, else float32.
 #include "gradient.cuh"

@@ -26,7 +26,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 // exp(x - y), in which a multiply-add must not take the place of the difference.
 __device__ __forceinline__ float exp_of(float x, float y) { return exp2_of(__fmul_rn(__fsub_rn(x, y), LOG2E)); }
 
-// What a sum about the maximum m is multiplied by to be one about ``base``, not below it: at most 1, so that a sum of 0
+// Factor that turns a sum relative to the maximum m into one relative to ``base`` >= m: at most 1, so that a sum of 0
 // stays one where the row's maximum is inf, and its base 0.
 __device__ __forceinline__ float rebased(float m, float base) {
     return exp2_of(__fmul_rn(fminf(__fsub_rn(m, base), 0.0f), LOG2E));
@@ -93,8 +93,8 @@ __device__ __forceinline__ void cap(float (&z)[J][4], const float* bias, const F
     }
 }
 
-// Of the JB accumulators from j0, columns from ``columns`` on become ``value``. Only a ragged last tile needs it, after the
-// softcap, which would undo it.
+// Set columns from ``columns`` on to ``value``, in the JB accumulators from j0. Only a ragged last tile needs it, after
+// the softcap, which would undo it.
 template <int J, int JB = J>
 __device__ __forceinline__ void mask(float (&z)[J][4], int columns, float value, int j0 = 0) {
 #pragma unroll
@@ -106,7 +106,7 @@ __device__ __forceinline__ void mask(float (&z)[J][4], int columns, float value,
     }
 }
 
-// Of the four lanes that share a row: the same bits in each.
+// Reductions over the four lanes that share a row: the same bits in each.
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));

@@ -9,7 +9,7 @@ struct Rows {
     int K;
 };
 
-// What the epilogue needs of a row; read before the product, which hides the wait.
+// Values of a row for the epilogue, read before the product, which hides the wait.
 struct RowValues {
     float lse, low, a, h, centre, g, s;
     int target, row;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void subtract_at(float (&dz)[J][4], int j0, int x, in
 
 // z becomes dx = softcap'(z) (p (a + h ((lse - z) + (lse_low - H))) - sum_k g_k [j = target_k] + s u_j), with
 // p = exp((z - lse) - lse_low): NaN where lse is not finite, since lse_low is NaN then.
-// Of the JB accumulators from j0, columns that follow one another from ``place`` in the vocabulary, and of row x.
+// Applies to the JB accumulators from j0, whose columns are consecutive from ``place`` in the vocabulary, and to row x.
 // ``weight``: u of these columns, in shared memory.
 template <int J, int JB>
 __device__ __forceinline__ void gradient_of_row(
@@ -80,7 +80,7 @@ __device__ __forceinline__ void gradient_of_row(
 #pragma unroll
         for (int j = 0; j < JB; ++j) {
 #pragma unroll
-            // 0 of a masked entry, whose ratio is -inf.
+            // 0 for a masked entry, whose ratio is -inf.
             for (int y = 0; y < 2; ++y) z[j0 + j][2 * x + y] *= fmaxf(1 - ratio[j][y] * ratio[j][y], 0.0f);
         }
     }

@@ -14,7 +14,7 @@ struct MultiplyArguments {
     long long x_count, y_count;
 };
 
-// A thread takes 16 bytes at a time, and what is left at the end one by one.
+// A thread takes 16 bytes at a time, and the rest at the end one element at a time.
 template <int TYPE>
 __device__ __forceinline__ void multiply_one(char* x, long long count, float by) {
     constexpr int EACH = TYPE == FLOAT32 ? 4 : 8;

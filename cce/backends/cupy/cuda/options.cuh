@@ -1,4 +1,4 @@
-// What a module is compiled for: every name is a macro, set with -D by module.py, 0 where it is not given.
+// Options of a module: every name is a macro, set with -D by module.py, 0 where it is not given.
 //
 // Conventions of all kernels (docs/algorithm.md has the algorithm, cce/reference/tiled.py its plain text):
 // - sizes N V D T, blocks BLOCK_N BLOCK_V; TILE_N TILE_V: what one product covers; a window's columns are V here.

@@ -1,4 +1,4 @@
-// A row's log-sum-exp as a pair of numbers, lse + lse_low, and what is subtracted from it.
+// A row's log-sum-exp as a pair of numbers, lse + lse_low, and the losses of its targets.
 //
 // Only differences of logits count, and a row's logits may share an offset at which float32 holds few digits of them.
 #pragma once
@@ -16,8 +16,9 @@ __device__ __forceinline__ Pair pair_of(float m, float log_s) {
     return {lse, isfinite(lse) ? low : NOT_A_NUMBER};
 }
 
-// Of a row with the maximum m and the sum s about it: its pair, and nll_k = lse - target_logits_k of its K targets, 0 for
-// none. A target's logit comes from another kernel, and may exceed the log-sum-exp by its rounding: no nll is negative.
+// Totals of a row from its maximum m and the sum s relative to it: the pair, and nll_k = lse - target_logits_k of its K
+// targets, 0 for none. A target's logit comes from another kernel, and its rounding may make it exceed the log-sum-exp:
+// no nll may be negative.
 __device__ __forceinline__ Pair join_targets(
     float m, float s, const float* target_logits, const long long* targets, long long K, float* nll) {
     const float log_s = logf(s);

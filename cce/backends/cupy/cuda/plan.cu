@@ -18,7 +18,7 @@ __device__ __forceinline__ int sum_of_warp(int x) {
     return x;
 }
 
-// What the lanes before this one have.
+// Sum over the lanes before this one.
 __device__ __forceinline__ int sum_before(int x) {
     const int lane = threadIdx.x % 32;
     int sum = x;
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(256) chunks_kernel(const __grid_con
     p.chunk_of[t] = earlier / p.step;
 }
 
-// What the rest needs of 32 row blocks, at vocabulary block t of a chunk of blocks t0 to t1: a lane has one of them.
+// State of 32 row blocks, one per lane, at vocabulary block t of a chunk of blocks t0 to t1.
 struct Share {
     int first, all, here, on, rank;
 

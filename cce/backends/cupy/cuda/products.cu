@@ -87,7 +87,7 @@ __device__ __forceinline__ void add_to_de(const ProductsArguments& p, int b, int
     fill(acc, 0.0f);
     each([](float& value, float& sum) { value = sum; });
 
-    // Rows of c of the next step: read ahead, so that nobody waits for them.
+    // Read the rows of c for the next step ahead, so that nothing waits for them.
     int entries[Rows::EACH], tile = tiles[0];
     const auto look = [&](int step) {
 #pragma unroll
@@ -201,7 +201,7 @@ __device__ __forceinline__ void write_dc(const ProductsArguments& p, int t, int 
     }
 }
 
-// Both products of a chunk: tiles of dE, then of dC, which keep busy who has found none of dE left.
+// Both products of a chunk: tiles of dE, then of dC, which keep blocks busy once no tile of dE is left.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) products_kernel(const __grid_constant__ ProductsArguments p) {
     const int t0 = p.chunk_start[p.chunk], tiles = p.chunk_start[p.chunk + 1] - t0;
     if (tiles == 0) return;

@@ -14,7 +14,7 @@ struct GatherArguments {
     int N, pieces;
 };
 
-// out_i = the row at place i of the order; zeros where no gradient is wanted: what is there may be NaN.
+// out_i = the row at place i of the order; zeros where no gradient is needed: such a row may be NaN.
 extern "C" __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ GatherArguments p) {
     const int i = blockIdx.x;
     const long long row = p.row_order[i];

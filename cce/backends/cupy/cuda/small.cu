@@ -3,7 +3,7 @@
 // Arguments are numbers of 8 bytes, in the order in which onepass.py gives them.
 #include "pair.cuh"
 
-// What the targets are given as.
+// Type of the given targets.
 #ifndef TARGET_BYTES
 #define TARGET_BYTES 8
 #endif
@@ -29,7 +29,7 @@ typedef unsigned_integer integer;
 typedef signed_integer integer;
 #endif
 
-// Of the CUDA runtime, as assert() calls it.
+// Function of the CUDA runtime, as assert() calls it.
 extern "C" __device__ void __assertfail(
     const char* what, const char* file, unsigned line, const char* function, size_t size);
 

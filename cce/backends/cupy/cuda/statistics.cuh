@@ -22,7 +22,7 @@ struct Tiles {
     float *max, *log_sum, *entropy;
 };
 
-// What the split begins with: nothing, or with ``carry`` what it has found in earlier windows. ``where``: split * N + row.
+// Initial state of the split: empty, or with ``carry`` its results from earlier windows. ``where``: split * N + row.
 __device__ __forceinline__ RowStatistics begin(const Splits& splits, long long where, bool carry) {
     RowStatistics row = {NEG_INF, 0, 0, 0, 0};
     if (!carry) return row;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void add_tile(
     const Tiles& tiles) {
     const bool is_ragged = columns < 8 * J;
     if constexpr (WEIGHTED) {
-        if (is_ragged) mask(z, columns, 0.0f);  // what is behind the last column may be inf, and 0 times it NaN
+        if (is_ragged) mask(z, columns, 0.0f);  // columns after the last may be inf, and 0 times that is NaN
         add_weighted(z, rows, weight);
     }
     if (is_ragged) mask(z, columns, NEG_INF);
@@ -148,7 +148,8 @@ __device__ __forceinline__ void join(RowStatistics& row) {
     if constexpr (WEIGHTED) row.weighted = quad_sum(row.weighted);
 }
 
-// Store: one number a row and split. Here the sum about 0 has told an infinite maximum from NaN; that about inf is NaN.
+// Store: one number per row and split. Here the sum relative to 0 has distinguished an infinite maximum from NaN;
+// relative to inf it is NaN.
 __device__ __forceinline__ void store(const RowStatistics& row, const Splits& splits, long long where) {
     splits.max[where] = maximum_of(row.m, row.s);
     splits.sum[where] = row.m == INF ? NOT_A_NUMBER : row.s;

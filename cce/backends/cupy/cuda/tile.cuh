@@ -21,7 +21,7 @@ constexpr int COLUMNS = TILE_V / WARPS_V, J = COLUMNS / 8;
 constexpr int E_BYTES = along_bytes(TILE_N), C_BYTES = along_bytes(TILE_V), STAGE_BYTES = E_BYTES + C_BYTES;
 static_assert(TILE_N % 16 == 0 && WARPS % WARPS_N == 0 && COLUMNS % 16 == 0, "whole accumulators for eight warps");
 
-// What a tile needs beside its operands, behind the stages: bias and weight of its columns, where there are any.
+// Memory of a tile besides its operands, after the stages: bias and weight of its columns, if any.
 constexpr int BIAS_BYTES = BIAS ? TILE_V * 4 : 0, WEIGHT_BYTES = WEIGHTED ? TILE_V * 4 : 0;
 extern __shared__ __align__(128) char shared[];
 __device__ __forceinline__ float* tile_bias() { return reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES); }

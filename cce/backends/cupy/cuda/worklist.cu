@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(256) hits_kernel(const __grid_const
             hits |= static_cast<unsigned>(everywhere || is_hit(of_map(p.tile_mass, (t0 + j) * p.pitch_mass + i))) << j;
         }
     }
-    // A row nobody sends a gradient to (a masked token, say) has nothing to compute.
+    // A row that receives no gradient (a masked token, say) has nothing to compute.
     bool keep = a != 0 || h != 0;
     for (long long k = static_cast<long long>(i) * p.K; k < (i + 1ll) * p.K; ++k) {
         if (p.g[k] == 0) continue;

@@ -1,4 +1,4 @@
-"""What stands for the dead tiles: the mean rows of ``c``, and their mass (docs/algorithm.md, step 5)."""
+"""Compensation for the dead tiles: the mean rows of ``c``, and their mass (docs/algorithm.md, step 5)."""
 
 import numpy as np
 from numba import cuda, float32, int32, int64
@@ -8,11 +8,11 @@ from cce.backends.numba.device import LN2, ONE, ZERO, divide, flags, floats, hal
 from cce.backends.numba.kernels.epilogue import make_store
 
 LEAST_LOG = np.float32(-1e4)
-AT_ONCE = 8  # rows whose loads a thread has on their way
+AT_ONCE = 8  # rows whose loads a thread has in flight
 
 
 def make_mean_rows(options):
-    """The kernel for the mean of the rows of ``c`` of each vocabulary block, into [T, D]."""
+    """Make the kernel for the mean of the rows of ``c`` of each vocabulary block, into [T, D]."""
     BLOCK_V, ORDERED, KIND = options.block_v, options.ordered, options.kind
     WIDE = KIND in ("tf32", "ieee")  # a word is one number, not two
     widen = device.widen_bf16 if KIND == "bf16" else device.widen_fp16
@@ -48,14 +48,14 @@ def make_mean_rows(options):
 
 
 def make_dead_mass(options):
-    """The kernel for the sums of dx over the columns of dead tiles, [blocks, N], rows in the work list's order."""
+    """Make the kernel for the sums of dx over the columns of dead tiles, [blocks, N], rows in the work list's order."""
     BLOCK_N, BLOCK_V, HALF = options.block_n, options.block_v, options.half
     ENTROPY, SOFTCAP = options.entropy, options.softcap
     store, _ = make_store(options.out)
 
     @device.function
     def number(x, place):
-        """An element of a map."""
+        """Read an element of a map."""
         if HALF:
             return device.widen_fp16(halves(x)[place])
         return floats(x)[place]
@@ -65,7 +65,7 @@ def make_dead_mass(options):
         a: pointer, h: pointer, out: pointer, N: int32, V: int32, blocks: int32, first: int32, count: int32,
         mass_pitch: int64, entropy_pitch: int64, softcap: float32,
     ):  # fmt: skip
-        # A thread owns a row, and of the vocabulary blocks every ``step``-th.
+        # A thread owns a row, and every ``step``-th vocabulary block.
         parts = (N + cuda.blockDim.x - 1) // cuda.blockDim.x
         place = np.int64(cuda.blockIdx.x % parts * cuda.blockDim.x + cuda.threadIdx.x)
         step = cuda.gridDim.x // parts
@@ -78,7 +78,7 @@ def make_dead_mass(options):
                 row_lse = floats(lse)[row]
             for nth in range(cuda.blockIdx.x // parts, count, step):
                 t = np.int64(first) + nth
-                p = max(number(tile_mass, t * mass_pitch + row), ZERO)  # of tiles hit it is negative
+                p = max(number(tile_mass, t * mass_pitch + row), ZERO)  # negative for tiles hit
                 weight = row_a
                 if ENTROPY or SOFTCAP:
                     log_p = max(log2(p) * LN2, LEAST_LOG)

@@ -1,4 +1,4 @@
-"""dC = dx^T e of live tiles, and what stands for the dead ones (docs/algorithm.md, steps 4 and 5)."""
+"""dC = dx^T e of live tiles, and the compensation for the dead ones (docs/algorithm.md, steps 4 and 5)."""
 
 import numpy as np
 from numba import float32
@@ -10,7 +10,7 @@ from cce.backends.numba.tile import PANEL, PIECES
 
 
 def make_dc(options):
-    """The function for a tile of dc [V, D]: the sum over live row blocks of dx^T e, and what stands for dead ones."""
+    """Make the function for a tile of dc [V, D]: sum of dx^T e over live row blocks, and compensation for dead ones."""
     tile = options.tile
     ROWS, TILE_D, R, K, DEPTH, STAGES, STAGE = (
         tile.rows, tile.columns, tile.thread_rows, tile.thread_columns, tile.depth, tile.stages,
@@ -31,7 +31,7 @@ def make_dc(options):
         stage, step, steps, dz, e, row_order, keep, block_list, slot_list, at, dx_rows, e_rows, N, e_pitch, v_piece,
         d_piece, pieces, thread,
     ):  # fmt: skip
-        """dx and the rows of e of a step, if there is one; one group of copies in any case."""
+        """Start the copies of dx and the rows of e of a step, if there is one; always form one group of copies."""
         if step < steps:
             b, slot = ints(block_list)[at + step // STEPS], ints(slot_list)[at + step // STEPS]
             for n in range(copies):

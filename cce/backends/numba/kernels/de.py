@@ -8,7 +8,7 @@ from cce.backends.numba.tile import PANEL, PIECES
 
 
 def make_de(options):
-    """The function for a tile of de [N, D], rows in the work list's order: += the sum of dx c over the live tiles."""
+    """Make the function that adds the sum of dx c over live tiles to a tile of de [N, D], rows in work list order."""
     tile = options.tile
     TILE_D, R, K, DEPTH, STAGES, STAGE = (
         tile.columns, tile.thread_rows, tile.thread_columns, tile.depth, tile.stages, options.stage
@@ -25,9 +25,9 @@ def make_de(options):
     def load(
         stage, step, steps, dz, c, order, tile_list, at, slot, dx_rows, c_rows, V, c_pitch, d_piece, pieces, thread
     ):
-        """dx and the rows of c of a step, if there is one; one group of copies in any case.
+        """Start the copies of dx and the rows of c of a step, if there is one; always form one group of copies.
 
-        Places beyond the vocabulary have a dx, as if they were its last entry: their rows are zeros.
+        Places beyond the vocabulary have a dx as if they were its last entry, so their rows are read as zeros.
         """
         if step < steps:
             t, part = ints(tile_list)[at + step // STEPS], step % STEPS * DEPTH
@@ -50,7 +50,7 @@ def make_de(options):
         z, dx_rows, c_rows, item, shared, dz, c, order, tile_list, block_slot, block_tiles, block_first, total,
         N, V, D, T, blocks, pieces, c_pitch, chunk, thread,
     ):  # fmt: skip
-        # Output tile: row block b, longest first: the work list puts the rows with most hits last; columns from d0.
+        # Output tile: row block b, longest first: the work list puts the rows with the most hits last; columns from d0.
         tiles_d = (D + TILE_D - 1) // TILE_D
         b, nth_d = blocks - 1 - item // tiles_d, item % tiles_d
         where = np.int64(chunk) * blocks + b

@@ -1,4 +1,4 @@
-"""The gradient of a row's logits, in place of their products, and its sums over rows (docs/algorithm.md, step 4)."""
+"""The gradient of a row's logits, which replaces their products, and its sums over rows (docs/algorithm.md, step 4)."""
 
 import numpy as np
 
@@ -21,15 +21,15 @@ from cce.backends.numba.kernels.epilogue import tanh
 
 
 def make_dx(options, width):
-    """The function that turns a row of logits into the gradient of e c^T; its columns come in blocks of ``width``."""
+    """Make the function that turns a row of logits into the gradient of e c^T; its columns form blocks of ``width``."""
     K, WIDTH, BLOCKS = options.tile.thread_columns, width // 4, options.tile.columns // width
     BIAS, SOFTCAP, SCALE, ENTROPY = options.bias, options.softcap, options.scale, options.entropy
     WEIGHTED, ONE_TARGET = options.weighted and options.softcap, options.one_target
-    PART = min(8, WIDTH)  # columns written out as a loop of their own
+    PART = min(8, WIDTH)  # columns unrolled in a loop of their own
 
     @function
     def columns(part, state):
-        """dx of some columns of a row."""
+        """Compute dx of some columns of a row."""
         z, r, start, weight_at, gs, row_values, scale, softcap = state
         row_lse, row_a, row_h, centre, row_s, row_g, target, near, counts = row_values
         b = part * PART // WIDTH
@@ -42,7 +42,7 @@ def make_dx(options, width):
                 x = x * scale
             if ENTROPY:  # p is 0 where z = -inf
                 x = max(x, LEAST)
-            x = x - row_lse  # first: both may be large
+            x = x - row_lse  # subtracted first: both may be large
             d = exp2(x * LOG2E)
             if ENTROPY:
                 d = d * (row_a + row_h * (centre - x))
@@ -65,13 +65,13 @@ def make_dx(options, width):
 
     @function
     def dx(z, r, row, counts, starts, weight_at, gs, given):
-        """scale softcap'(z) (p (a + h (lse - z - H)) - sum_k g_k [j = target_k] + s u_j), in place of e c^T + bias.
+        """Replace e c^T + bias by scale softcap'(z) (p (a + h (lse - z - H)) - sum_k g_k [j = target_k] + s u_j).
 
-        p = exp(z - lse), and the rest of lse is in a, h and H (``operands.with_rest``): NaN in a row without a softmax.
-        0 where the row does not count.
-        ``starts``: the place of this thread's first column in each block; ``weight_at``: where in shared memory the
-        weight of its first column is; gs: room for a number of each of its columns. ``given``: a, g, h and s have been
-        multiplied by the scale.
+        Here p = exp(z - lse), and lse_low is contained in a, h and H (``operands.with_rest``): NaN in a row without a
+        softmax. dx is 0 where the row does not count. ``starts``: place of this thread's first column in each block;
+        ``weight_at``: address in shared memory of the
+            weight of its first column; gs: array with a number for each of its columns. ``given``: a, g, h and s have
+            been multiplied by the scale.
         """
         lse, entropy, a, g, h, s, targets, targets_a_row, scale, softcap = given
         row_lse, row_a = floats(lse)[row], floats(a)[row]
@@ -89,7 +89,7 @@ def make_dx(options, width):
 
     @function
     def put_targets(row, starts, gs, g, targets, targets_a_row):
-        """gs: of each of this thread's columns the sum of g_k whose target it is; False where that is 0 for all."""
+        """Sum, for each of this thread's columns, the g_k with this target into gs; return False if all are 0."""
         near = False
         for q in range(targets_a_row):
             target = ints(targets)[row * targets_a_row + q]
@@ -107,7 +107,7 @@ def make_dx(options, width):
 
 
 def make_add_biases(tile):
-    """The function that adds the biases of a tile's columns, which lie in shared memory, to the products."""
+    """Make the function that adds the biases of a tile's columns, which lie in shared memory, to the products."""
     R, K = tile.thread_rows, tile.thread_columns
 
     @function
@@ -121,12 +121,12 @@ def make_add_biases(tile):
 
 
 def make_column_sums(tile):
-    """The functions that sum dx over the rows of a tile: into shared memory, and joined from there."""
+    """Make the functions that sum dx over the rows of a tile: into shared memory, and joined from there."""
     R, K, COLUMNS, WARPS = tile.thread_rows, tile.thread_columns, tile.columns, tile.warps
 
     @function
     def put(z, place, thread):
-        """Sums over the rows of each warp; all rows are there that do not count, with zeros."""
+        """Store the sums over the rows of each warp; rows that do not count are included as zeros."""
         lane = thread & 31
         at = place + 4 * (COLUMNS * (thread >> 5) + 2 * (lane & 3))
         for k in range(K):
@@ -141,7 +141,7 @@ def make_column_sums(tile):
 
     @function
     def join(place, column):
-        """The sum of a column, after ``put``."""
+        """Return the sum of a column, after ``put``."""
         total = read_float(place + 4 * column)
         for warp in range(1, WARPS):
             total = total + read_float(place + 4 * (COLUMNS * warp + column))

@@ -1,4 +1,4 @@
-"""What several epilogues have in common: a logit from a product, sums over the lanes that share a row, rounding."""
+"""Shared parts of the epilogues: a logit from a product, sums over the lanes that share a row, rounding."""
 
 from functools import cache
 
@@ -29,30 +29,30 @@ SMALL = np.float32(0.55**2)
 
 @function
 def finite(m):
-    """A maximum to subtract: that of masked entries is -inf, and -inf + inf would be NaN."""
+    """Replace -inf, the maximum of masked entries, so that it can be subtracted: -inf + inf would be NaN."""
     return ZERO if m == NEG_INF else m
 
 
 @function
 def quad_max(x):
-    """The largest x of the four lanes that have elements of the same row; NaN if one is."""
+    """The largest x of the four lanes that have elements of the same row; NaN if one is NaN."""
     x = maximum(x, lane_xor(x, 1))
     return maximum(x, lane_xor(x, 2))
 
 
 @function
 def quad_sum(x):
-    """The sum of x over those four lanes; all get the same bits."""
+    """Sum of x over the four lanes that have elements of the same row; all get the same bits."""
     x = x + lane_xor(x, 1)
     return x + lane_xor(x, 2)
 
 
 @function
 def tanh(y):
-    """tanh y and its derivative, each to a few units in its last place, so that a small logit loses nothing."""
+    """tanh y and its derivative, each to a few units in the last place, so that a small logit loses no accuracy."""
     power = exp2(abs(y) * (-TWO * LOG2E))
     u = reciprocal(ONE + power)
-    far = (ONE - power) * u  # of |y|
+    far = (ONE - power) * u  # tanh |y|
     square = y * y
     near = y + y * (square * (T0 + square * (T1 + square * (T2 + square * T3))))
     if square < SMALL:
@@ -64,12 +64,12 @@ def tanh(y):
 
 @cache
 def make_cap(bias, scale, softcap):
-    """The function that makes a logit of a product and a bias; three flags say what it does."""
+    """Make the function that turns a product and a bias into a logit; three flags select its steps."""
     BIAS, SCALE, SOFTCAP = bias, scale, softcap
 
     @function
     def cap(x, bias, scale, softcap):
-        """softcap tanh(scale (x + bias) / softcap), or scale (x + bias); -inf where the bias is."""
+        """Return softcap tanh(scale (x + bias) / softcap), or scale (x + bias); -inf where the bias is."""
         if BIAS:
             x = x + bias
         if SOFTCAP:
@@ -85,9 +85,9 @@ def make_cap(bias, scale, softcap):
 
 @cache
 def make_store(kind):
-    """``store(matrix, place, x)`` and ``store_pair(matrix, place, x, y)`` in the dtype of a kind of arithmetic.
+    """Make ``store(matrix, place, x)`` and ``store_pair(matrix, place, x, y)`` for the dtype of a kind of arithmetic.
 
-    Places count elements; that of a pair is even, and its two go out as one word.
+    Places count elements; a pair has an even place, and is stored as one word.
     """
     if kind in ("tf32", "ieee"):
 

@@ -1,8 +1,8 @@
-"""Forward: statistics of every row over a stretch of the vocabulary; the logits stay in registers.
+"""The forward: statistics of every row over a stretch of the vocabulary; the logits stay in registers.
 
-Steps 1 and 2 of docs/algorithm.md. A block of threads owns ROWS rows and one of SPLITS stretches of the vocabulary,
-and walks along it. Each thread keeps a maximum and sums of its own columns; only at the end are those of a row joined,
-in an order that is always the same. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter.
+Steps 1 and 2 of docs/algorithm.md. A thread block owns ROWS rows and one of SPLITS stretches of the vocabulary, and
+walks along it. Each thread keeps a maximum and sums of its own columns; those of a row are joined only at the end,
+always in the same order. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ from cce.backends.numba.kernels.tiles import make_logit_tile
 
 @function
 def unit_of(pid, blocks, splits, group):
-    """Row block and split of a block of threads: ``group`` row blocks run side by side, and share what they read."""
+    """Row block and split of a thread block: ``group`` row blocks run side by side, and share reads."""
     first = pid // (group * splits) * group
     size = min(blocks - first, group)
     inside = pid - first * splits
@@ -41,10 +41,10 @@ def unit_of(pid, blocks, splits, group):
 
 @function
 def add_block(z, r, k0, width, shift, entropy):
-    """sum exp(z - shift) of some columns of a row, and the sum of exp(z - shift) (shift - z)."""
+    """Sums of exp(z - shift) and of exp(z - shift) (shift - z) over some columns of a row."""
     s, gap = ZERO, ZERO
     for k in range(k0, k0 + width):
-        p = exp2((z[r, k] - shift) * LOG2E)  # a difference first: both may be large
+        p = exp2((z[r, k] - shift) * LOG2E)  # subtract first: both may be large
         s += p
         if entropy and p > ZERO:
             gap += p * (shift - z[r, k])
@@ -52,7 +52,7 @@ def add_block(z, r, k0, width, shift, entropy):
 
 
 def make_statistics(options):
-    """The kernel for these options."""
+    """Make the kernel for these options."""
     tile = options.tile
     ROWS, TILE_V, R, K = tile.rows, tile.columns, tile.thread_rows, tile.thread_columns
     BIAS, ONLINE, ENTROPY, WEIGHTED = options.bias, options.online, options.entropy, options.weighted
@@ -63,12 +63,12 @@ def make_statistics(options):
     GAPS = options.entropy or options.tile_entropy
     PART_ROWS, STEP = 16 * tile.parts, tile.threads // 8
     cap = make_cap(options.bias, options.scale, options.softcap)
-    PART = min(4, K)  # columns written out as a loop of their own
+    PART = min(4, K)  # columns unrolled in a loop of their own
     begin, product, e_copies, c_copies = make_logit_tile(tile)
 
     @function
     def cap_columns(part, state):
-        """Logits of some columns, in place of their products."""
+        """Replace the products of some columns by their logits."""
         z, bias, place, V, scale, softcap = state
         for k in range(part * PART, (part + 1) * PART):
             b = ZERO
@@ -101,13 +101,13 @@ def make_statistics(options):
         s = cuda.local.array(R, float32)
         gap = cuda.local.array(R, float32)
         weighted = cuda.local.array(R, float32)
-        top = cuda.local.array(R, float32)  # the logit at ``best``, a place; m is that of all four lanes with MAPS
+        top = cuda.local.array(R, float32)  # the logit at place ``best``; with MAPS, m is that of all four lanes
         best = cuda.local.array(R, int32)
         for r in range(R):
             m[r], s[r], gap[r], weighted[r], top[r], best[r] = NEG_INF, ZERO, ZERO, ZERO, NEG_INF, 0
             row = row0 + 8 * r
             kept = np.int64(split) * N + row
-            if first_tile > 0 and row < N:  # goes on with what the split holds: its sums, one of the four lanes
+            if first_tile > 0 and row < N:  # continue from the split's contents: its sums, in one of the four lanes
                 m[r] = floats(split_max)[kept]
                 if column0 == 0:
                     s[r] = floats(split_sum)[kept]
@@ -118,7 +118,7 @@ def make_statistics(options):
                     if PREDICTION:
                         top[r], best[r] = m[r], ints(split_best)[kept]
 
-        # Where the rows begin of which this thread copies pieces; one beyond the last is read as the last.
+        # Starts of the rows of which this thread copies pieces; a row beyond the last is read as the last.
         e_rows = cuda.local.array(e_copies, int32)
         c_rows = cuda.local.array(c_copies, int32)
         for n in range(e_copies):
@@ -134,7 +134,7 @@ def make_statistics(options):
                 for k in range(K):
                     z[r, k] = ZERO
             product(z, shared, e, c, e_rows, c_rows, pieces, thread)
-            if t + 1 < last:  # the first panels of the next tile come while this one's logits are looked at
+            if t + 1 < last:  # the first panels of the next tile arrive during this one's epilogue
                 for n in range(c_copies):
                     c_rows[n] = min((t + 1) * TILE_V + (thread >> 3) + n * STEP, V - 1) * c_pitch
                 begin(shared, e, c, e_rows, c_rows, pieces, thread)
@@ -162,7 +162,8 @@ def make_statistics(options):
                     if MAPS:
                         block_m = quad_max(block_m)
                     new_m = maximum(m[r], block_m)
-                    # Of a masked block the row's own: exp(0 - m) may be inf, and times its sum, 0, NaN.
+                    # For a masked block use the row's own maximum: exp(0 - m) may be inf, and times the sum, 0, would
+                    # be NaN.
                     shift = finite(new_m) if ONLINE or block_m == NEG_INF else block_m
                     block_s, block_gap = add_block(z, r, k0, WIDTH, shift, GAPS)
                     if MAPS:
@@ -195,7 +196,7 @@ def make_statistics(options):
                         for r in range(R):
                             weighted[r] += z[r, k] * u
 
-        # Store: one number a row and split, joined over the four lanes that have columns of the row.
+        # Store: one number per row and split, joined over the four lanes that have columns of the row.
         for r in range(R):
             row = row0 + 8 * r
             kept = np.int64(split) * N + row

@@ -1,6 +1,6 @@
 """The gradient of the logits of a chunk of the vocabulary, all rows, into scratch memory (docs/algorithm.md, step 4).
 
-A tile is recomputed as the forward does it.
+A tile is recomputed as in the forward.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ from cce.backends.numba.kernels.tiles import make_logit_tile
 
 @function
 def chunk_tile(number, blocks, tiles, group):
-    """Row block and tile of the chunk: ``group`` row blocks side by side, row block fastest."""
+    """Row block and tile of a thread block in the chunk: ``group`` row blocks side by side, row block fastest."""
     first = number // (group * tiles) * group
     size = min(blocks - first, group)
     inside = number - first * tiles
@@ -31,7 +31,7 @@ def chunk_tile(number, blocks, tiles, group):
 
 
 def make_gradient(options):
-    """The kernel for dx of all rows and a window of the vocabulary."""
+    """Make the kernel for dx of all rows and a window of the vocabulary."""
     tile = options.tile
     ROWS, TILE_V, R, K, THREADS = tile.rows, tile.columns, tile.thread_rows, tile.thread_columns, tile.threads
     BIAS, WEIGHTED, SUMS, GROUP = options.bias, options.weighted and options.softcap, options.sums, options.group
@@ -44,7 +44,7 @@ def make_gradient(options):
 
     @function
     def finish_row(r, state):
-        """dx of a row in place of its products; 0 of one that is not there."""
+        """Replace a row's products by dx; 0 for a row beyond the last."""
         z, row0, N, starts, weight_at, gs, given = state
         counts = not SUMS or row0 + 8 * r < N
         dx(z, r, min(row0 + 8 * r, N - 1), counts, starts, weight_at, gs, given)

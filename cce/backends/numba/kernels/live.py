@@ -1,6 +1,6 @@
 """The gradient of the logits of a work list's live tiles, into scratch memory (docs/algorithm.md, step 4).
 
-A tile is recomputed as the forward does it; its columns may be of several vocabulary blocks.
+A tile is recomputed as in the forward; its columns may belong to several vocabulary blocks.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ from cce.backends.numba.kernels.tiles import make_logit_tile
 
 
 def make_live(options):
-    """The kernel for dx of live tiles: TILE_V / BLOCK_V of a row block at a time, into [BLOCK_N, BLOCK_V] slots."""
+    """Make the kernel for dx of live tiles: TILE_V / BLOCK_V of a row block at a time, in [BLOCK_N, BLOCK_V] slots."""
     tile = options.tile
     TILE_V, R, K, THREADS = tile.columns, tile.thread_rows, tile.thread_columns, tile.threads
     BLOCK_N, BLOCK_V, BLOCKS = options.block_n, options.block_v, tile.columns // options.block_v
@@ -40,7 +40,7 @@ def make_live(options):
 
     @function
     def entry_of(place, order, V):
-        """The vocabulary entry at a place; one beyond the last is read as the last, and nobody reads its dx."""
+        """Vocabulary entry at a place; a place beyond the last is read as the last, and its dx is never read."""
         place = np.int32(min(place, V - 1))
         return np.int32(longs(order)[place]) if ORDERED else place
 
@@ -49,7 +49,7 @@ def make_live(options):
         item, e_rows, c_rows, blocks_at, item_block, item_first, item_tiles, tile_list, row_order, order,
         N, V, T, e_pitch, c_pitch, thread,
     ):  # fmt: skip
-        """Where the rows of e and of c begin that an item reads, and the vocabulary blocks at its columns."""
+        """Starts of the rows of e and c that an item reads, and the vocabulary blocks at its columns."""
         b, at, last = ints(item_block)[item], ints(item_first)[item], ints(item_tiles)[item] - 1
         for n in range(BLOCKS):
             blocks_at[n] = ints(tile_list)[np.int64(b) * T + at + min(n, last)]
@@ -67,7 +67,7 @@ def make_live(options):
 
     @function
     def finish_row(r, state):
-        """dx of a row in place of its products, 0 where nothing is wanted."""
+        """Replace a row's products by dx, or by 0 where the row needs no gradient."""
         z, row0, N, starts, gs, given, row_order, keep = state
         row = longs(row_order)[min(row0 + 8 * r, N - 1)]
         counts = row0 + 8 * r < N and flags(keep)[row] != 0

@@ -1,7 +1,7 @@
 """The product of two panels in shared memory, added to a tile in registers, with the instructions of sm_80.
 
-A factor lies as the product reads it, ``[rows, depth]``, or *transposed*: as rows of ``depth`` numbers of one step of
-the sum each, in as many panels as its rows take.
+A factor is stored as the product reads it, ``[rows, depth]``, or *transposed*: each stored row holds ``depth`` numbers
+of one step of the sum, in as many panels as the factor's rows take.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from cce.backends.numba.tile import PANEL, PIECE
 
 
 def make_multiply(tile, a_transposed, b_transposed):
-    """``multiply(z, a, b, thread)``: z += a b^T for panels at the addresses a and b."""
+    """Make ``multiply(z, a, b, thread)``: z += a b^T for panels at the addresses a and b."""
     if SIMULATED:
         return twin(tile, a_transposed, b_transposed)
     if tile.kind == "ieee":
@@ -24,7 +24,7 @@ def make_multiply(tile, a_transposed, b_transposed):
 
 
 def make_16(tile, a_transposed, b_transposed):
-    """bfloat16 and float16: fragments come as four 8 x 8 matrices each, transposed on the way where need be."""
+    """Product of bfloat16 or float16: fragments are loaded as four 8 x 8 matrices, transposed on the way if need be."""
     from cce.backends.numba import matrix
 
     PARTS, PAIRS, ROWS = tile.parts, tile.columns // 16, 16 * tile.parts
@@ -61,7 +61,7 @@ def make_16(tile, a_transposed, b_transposed):
 
 
 def make_address(tile, transposed):
-    """The address of a factor's 4-byte element: its row, and the step of the sum."""
+    """Make the function for the address of a factor's 4-byte element, from its row and the step of the sum."""
     HEIGHT = PANEL * tile.depth
 
     @function
@@ -76,7 +76,7 @@ def make_address(tile, transposed):
 
 
 def make_tf32(tile, a_transposed, b_transposed):
-    """float32 factors rounded to tf32, 8 steps of the sum at a time."""
+    """Product of float32 factors rounded to tf32, 8 steps of the sum at a time."""
     from cce.backends.numba import matrix
 
     PARTS, PAIRS, ROWS = tile.parts, tile.columns // 16, 16 * tile.parts
@@ -105,7 +105,7 @@ def make_tf32(tile, a_transposed, b_transposed):
 
 
 def make_scalar(tile, a_transposed, b_transposed):
-    """float32 factors as they are: no matrix unit has these products."""
+    """Product of float32 factors without rounding, for which there is no matrix unit."""
     R, K, ROWS, DEPTH = tile.thread_rows, tile.thread_columns, 16 * tile.parts, tile.depth
     at_a, at_b = make_address(tile, a_transposed), make_address(tile, b_transposed)
 
@@ -113,7 +113,7 @@ def make_scalar(tile, a_transposed, b_transposed):
     def multiply(z, a_panel, b_panel, thread):
         row, column = ROWS * (thread >> 5) + ((thread & 31) >> 2), 2 * (thread & 3)
         x = cuda.local.array(R, float32)
-        end = DEPTH + (thread >> 30)  # a number the compiler does not know: it would unroll the loop
+        end = DEPTH + (thread >> 30)  # a number unknown to the compiler, which would otherwise unroll the loop
         for step in range(end):
             for r in range(R):
                 x[r] = read_float(at_a(a_panel, row + 8 * r, step))
@@ -126,12 +126,12 @@ def make_scalar(tile, a_transposed, b_transposed):
 
 
 def twin(tile, a_transposed, b_transposed):
-    """The product of two panels in plain Python: each thread computes the elements that are its own."""
+    """Product of two panels in plain Python: each thread computes its own elements."""
     R, K, ROWS, COLUMNS = tile.thread_rows, tile.thread_columns, tile.rows, tile.columns
     PARTS, DEPTH = tile.parts, tile.depth
 
     def factor(panel, rows, transposed):
-        """[rows, depth] float32."""
+        """Factor of a panel as [rows, depth] float32."""
         if transposed:
             panels = [device.read_panel(panel + i * PANEL * DEPTH, DEPTH) for i in range(-(-rows // DEPTH))]
             return numbers(np.concatenate(panels, 1), tile.kind).T[:rows]
@@ -141,14 +141,14 @@ def twin(tile, a_transposed, b_transposed):
         row, column = 16 * PARTS * (thread >> 5) + ((thread & 31) >> 2), 2 * (thread & 3)
         a = factor(a_panel, ROWS, a_transposed)[row + 8 * np.arange(R)]
         b = factor(b_panel, COLUMNS, b_transposed)[[column + 8 * (k // 2) + k % 2 for k in range(K)]]
-        with np.errstate(all="ignore"):  # a row that does not count may hold anything
+        with np.errstate(all="ignore"):  # a row not in use may hold anything
             z += a @ b.T
 
     return multiply
 
 
 def numbers(panel, kind):
-    """Bytes as the numbers they are, in float32; tf32 factors keep all their bits here."""
+    """Interpret bytes as numbers, in float32; tf32 factors keep all their bits here."""
     if kind == "bf16":
         return (panel.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return panel.view(np.float16 if kind == "fp16" else np.float32).astype(np.float32)

@@ -1,8 +1,8 @@
 """Block-sparse products of the live tiles: dE += dx c, dC = dx^T e and dbias (docs/algorithm.md, step 4).
 
-The order in which a sum runs is that of the work list, so the bits are the same every run: a tile of a result is one
-block of threads', whichever draws it. A step of a sum is ``depth`` places or rows, a panel's width; of a narrower tile
-the rest is zeros.
+Sums run in the order of the work list, so the bits are the same every run: one thread block, whichever draws it,
+computes a tile of a result. A step of a sum is ``depth`` places or rows, a panel's width; a narrower tile is padded
+with zeros.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ from cce.backends.numba.kernels.de import make_de
 
 @function
 def unwanted(*arguments):
-    """In place of what there is no gradient for."""
+    """Stand in for the function of a gradient that is not wanted."""
     return
 
 
@@ -36,7 +36,7 @@ UNWANTED = unwanted, ((1, 1), 1, 1)
 
 
 def make_sums(options):
-    """The kernel for dE and dC of a chunk: blocks of threads draw tiles of either, the long ones of dE first."""
+    """Make the kernel for dE and dC of a chunk: thread blocks draw tiles of either, the long ones of dE first."""
     DE, DC, DRAWN = options.de is not None, options.dc is not None, options.panels
     de, (DE_Z, DE_DX, DE_C) = make_de(options.de) if DE else UNWANTED
     dc, (DC_Z, DC_DX, DC_E) = make_dc(options.dc) if DC else UNWANTED
@@ -67,7 +67,7 @@ def make_sums(options):
                 write_int(shared + DRAWN, draw(drawn, np.int64(chunk)))
             barrier()
             item = read_int(shared + DRAWN)
-            barrier()  # all have read it, and are done with the panels of the tile before
+            barrier()  # all have read it, and are done with the previous tile's panels
             if item < first:
                 de(de_z, de_dx, c_rows, item, shared, dz, c, order, tile_list, block_slot, block_tiles, block_first,
                    total, N, V, D, T, blocks, pieces, c_pitch, chunk, thread)  # fmt: skip
@@ -79,7 +79,7 @@ def make_sums(options):
 
 
 def make_dbias(options):
-    """The kernel for dbias [V] of a chunk: column sums of live tiles, in the order of row blocks, and dead mass."""
+    """Make the kernel for dbias [V] of a chunk: live tiles' column sums, in the order of row blocks, and dead mass."""
     BLOCK_V, ORDERED, COMPENSATE, NORM = options.block_v, options.ordered, options.compensate, options.norm
 
     def dbias(

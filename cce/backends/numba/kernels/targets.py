@@ -1,4 +1,4 @@
-"""The targets' logits: a dot product each, by one warp."""
+"""The targets' logits: one dot product each, by one warp."""
 
 from functools import cache
 
@@ -12,7 +12,7 @@ from cce.backends.numba.kernels.epilogue import make_cap
 
 @cache
 def make_element(kind):
-    """The function that reads an element of a matrix."""
+    """Make the function that reads an element of a matrix."""
     if kind == "ieee":
 
         @function
@@ -30,7 +30,7 @@ def make_element(kind):
 
 
 def make_targets(options):
-    """The kernel for z[i, targets[i, k]], 0 where there is none; e and c have any strides."""
+    """Make the kernel for z[i, targets[i, k]], 0 without a target; e and c have any strides."""
     WARPS, BIAS = options.warps, options.bias
     e_element, c_element = make_element(options.e), make_element(options.c)
     cap = make_cap(options.bias, options.scale, options.softcap)

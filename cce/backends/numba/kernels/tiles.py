@@ -1,6 +1,6 @@
 """A tile of a matrix product: panels from global into shared memory, and from there into the matrix unit.
 
-Sizes, blocks and steps are named as in the kernels of the other backends; ``Tile`` says what a thread holds.
+Sizes, blocks and steps are named as in the kernels of the other backends; ``Tile`` describes a thread's elements.
 """
 
 from functools import cache
@@ -12,19 +12,19 @@ from cce.backends.numba.tile import PANEL, PIECE, PIECES
 
 @function
 def spot(panel, row, piece):
-    """The address of 16 bytes of a panel: pieces of a row are swapped, so that those of 8 rows lie in all banks."""
+    """Address of 16 bytes of a panel: pieces of a row are swizzled, so that those of 8 rows lie in all banks."""
     return panel + PANEL * row + PIECE * (piece ^ (row & 7))
 
 
 @cache
 def make_load_panel(rows, threads):
-    """The function that starts the copies of a panel of so many rows."""
+    """Make the function that starts the copies of a panel of so many rows."""
     step = threads // PIECES
     copies = rows // step
 
     @function
     def load_panel(panel, matrix, row_starts, piece0, pieces, thread):
-        """One piece of each of ``copies`` rows; row_starts[n]: where in the matrix the row begins, -1: all zeros."""
+        """Start copying one piece of each of ``copies`` rows; row_starts[n]: start of the row, -1: zeros."""
         row, piece = thread >> 3, thread & 7
         inside = piece0 + piece < pieces
         for n in range(copies):
@@ -36,11 +36,12 @@ def make_load_panel(rows, threads):
 
 @cache
 def make_step(tile, b_offset, a_transposed=False, b_transposed=False):
-    """A step of a pipeline: z += a b^T for the panels of a stage, a's first and b's ``b_offset`` bytes behind it.
+    """Make a step of a pipeline: z += a b^T for the panels of a stage, b's ``b_offset`` bytes after a's.
 
-    Returns four functions. ``arrived()``: the stage's copies are there, everybody's. ``start(z, stage, thread)``, then
-    copies may be started, ``ahead`` stages on, then ``multiply(z, stage, thread)``: this is the product with
-    ``mma.sync``; Hopper's unit is started by the other, and works on alone. ``finish(z)``: z is complete.
+    Return four functions. ``arrived()`` waits for the stage's copies, of all threads. After ``start(z, stage,
+    thread)``, copies may be started, ``ahead`` stages on; then comes ``multiply(z, stage, thread)``. With ``mma.sync``
+    the product is in ``multiply``; Hopper's unit is started by ``start``, and works asynchronously. ``finish(z)``
+    completes z.
     """
     wait = copies_wait[tile.ahead - 1]
     if tile.hopper and not SIMULATED:
@@ -50,7 +51,7 @@ def make_step(tile, b_offset, a_transposed=False, b_transposed=False):
     @function
     def arrived():
         wait()
-        barrier()  # all are done with the stage before, too
+        barrier()  # all are done with the previous stage, too
 
     @function
     def start(z, stage, thread):
@@ -68,12 +69,12 @@ def make_step(tile, b_offset, a_transposed=False, b_transposed=False):
 
 
 def make_hopper_step(tile, wait, b_offset, a_transposed, b_transposed):
-    """``make_step`` with the matrix unit that reads shared memory itself."""
+    """Variant of ``make_step`` for the matrix unit that reads shared memory itself."""
     from cce.backends.numba import wgmma
 
     fence_copies, panel_descriptor, finish_but_one = wgmma.fence_copies, wgmma.panel_descriptor, wgmma.finish_but_one
     start_product = wgmma.start_product(tile.columns, tile.kind, a_transposed, b_transposed)
-    # Four warps work together, on 64 rows; transposed, these are a panel of their own.
+    # Four warps work together on 64 rows; transposed, these form a panel of their own.
     QUARTER = PANEL * (tile.depth if a_transposed else 64)
 
     @function
@@ -88,14 +89,14 @@ def make_hopper_step(tile, wait, b_offset, a_transposed, b_transposed):
 
     @function
     def multiply(z, stage, thread):
-        finish_but_one()  # once all have passed the next ``arrived``, copies may take the place of the stage before
+        finish_but_one()  # once all pass the next ``arrived``, copies may overwrite the previous stage
 
     return arrived, start, multiply, wgmma.finish_products(tile.columns)
 
 
 @cache
 def make_logit_tile(tile):
-    """``begin`` and ``product`` for rows of e and of c; how many copies of each of them a thread makes."""
+    """Make ``begin`` and ``product`` for rows of e and of c; also return the copies of each that a thread makes."""
     load_e, e_copies = make_load_panel(tile.rows, tile.threads)
     load_c, c_copies = make_load_panel(tile.columns, tile.threads)
     STAGES, AHEAD, STAGE, E_BYTES = tile.stages, tile.ahead, tile.stage_bytes, PANEL * tile.rows
@@ -103,7 +104,7 @@ def make_logit_tile(tile):
 
     @function
     def load(stage, step, e, c, e_rows, c_rows, pieces, thread):
-        """Panel number ``step`` of both factors, if there is one; one group of copies in any case."""
+        """Start the copies of panel ``step`` of both factors, if there is one; always form one group of copies."""
         if step * PIECES < pieces:
             load_e(stage, e, e_rows, step * PIECES, pieces, thread)
             load_c(stage + E_BYTES, c, c_rows, step * PIECES, pieces, thread)
@@ -111,13 +112,13 @@ def make_logit_tile(tile):
 
     @function
     def begin(shared, e, c, e_rows, c_rows, pieces, thread):
-        """Starts the copies of the first panels. Nobody may still be reading others."""
+        """Start the copies of the first panels. No thread may still be reading others."""
         for step in range(AHEAD):
             load(shared + step * STAGE, step, e, c, e_rows, c_rows, pieces, thread)
 
     @function
     def product(z, shared, e, c, e_rows, c_rows, pieces, thread):
-        """z += e c^T, after ``begin``; in the end all panels are free."""
+        """Compute z += e c^T, after ``begin``; at the end all panels are free."""
         now, later = 0, AHEAD
         for step in range((pieces + PIECES - 1) // PIECES):
             arrived()

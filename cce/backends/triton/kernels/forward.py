@@ -3,7 +3,7 @@
 Steps 1 and 2 of docs/algorithm.md. A program owns BLOCK_N rows and one of SPLITS stretches of the vocabulary and walks
 along it, carrying each row's maximum and sum; ``reduce_kernel`` joins the splits in ascending order, so the bits are
 the same every run. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter. A vocabulary with
-    its own order is processed in windows: copies of the rows of c that are consecutive in it.
+its own order is processed in windows: copies of the rows of c that are consecutive in it.
 """
 
 import triton
@@ -259,7 +259,7 @@ def mass_kernel(
     """Fill the backward's map: exp((m - lse) + (log_sum - lse_low)), negated where the filter keeps the tile.
 
     It keeps a tile unless its quantity is at most the threshold: the largest softmax value for "element", the mass
-        itself for "tile". The map is NaN in all blocks of a row that has no softmax, and so are the row's gradients.
+    itself for "tile". The map is NaN in all blocks of a row that has no softmax, and so are the row's gradients.
     """
     tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]

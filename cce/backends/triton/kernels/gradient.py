@@ -143,8 +143,8 @@ def store_slots(
 ):  # fmt: skip
     """Store dx of WIDTH / BLOCK_V tiles, ``count`` of them real, in their slots, and the entries of their columns.
 
-    dx is 0 in rows that do not count, whatever their logits are. DZ_TMA: store one tile; a tile that is not real goes
-        to the slot after the last, ``spare``, which is never read.
+    dx is 0 in rows that do not count, whatever their logits are.
+    DZ_TMA: store one tile; a tile that is not real goes to the slot after the last, ``spare``, which is never read.
     """
     SLOT: tl.constexpr = BLOCK_N * BLOCK_V
     column = tl.arange(0, WIDTH)
@@ -187,8 +187,8 @@ def sparse_kernel(
     """Compute dx of a chunk's live tiles, TILE_V / BLOCK_V of a row block at a time, in slots of [BLOCK_N, BLOCK_V].
 
     SORTED: ``e`` holds the rows in the order of the work list, with zeros for those that need no gradient; else in
-        their own order. ``keep`` marks the rows that need one: in the others e may be NaN, and a logit far above the
-        value given as log-sum-exp.
+    their own order. ``keep`` marks the rows that need one: in the others e may be NaN, and a logit far above the value
+    given as log-sum-exp.
     C_TMA: one or two tiles, read as boxes of c; else any number, their rows of c gathered in the vocabulary's order.
     """
     total = tl.load(items + chunk)

@@ -1,8 +1,8 @@
 """Block-sparse products of the live tiles: dE += dx c and dC = dx^T e (docs/algorithm.md, step 4).
 
 Sums run in the order of the work list, so the bits are the same every run: a chunk adds one number to an element of dE,
-    and chunks follow one another. ``products_kernel`` takes its next output tile from a counter, since the sums of its
-    tiles differ in length.
+and chunks follow one another. ``products_kernel`` takes its next output tile from a counter, since the sums of its
+tiles differ in length.
 """
 
 import triton

@@ -126,8 +126,8 @@ def store_as_held(where, values, mask):
     """Store float32 or int32 values from the threads that hold them, even if several hold the same value.
 
     tl.store would first redistribute the numbers over the threads, through shared memory and with barriers: per tile of
-        the product, that costs more than the few bytes are worth; and it writes all copies of a number to one shared
-        location, which a race detector reports.
+    the product, that costs more than the few bytes are worth; and it writes all copies of a number to one shared
+    location, which a race detector reports.
     """
     if INTERPRETED:
         tl.store(where, values, mask=mask)

@@ -1,7 +1,7 @@
 """The work list on the device (docs/algorithm.md, step 3): the live tiles, and the plan of the chunks.
 
 The host reads nothing of it: the number of live tiles, the number of chunks they fill and where each chunk begins stay
-    in device memory, and the kernels loop over what they find there. ``plan.py`` describes the arrays.
+in device memory, and the kernels loop over what they find there. ``plan.py`` describes the arrays.
 """
 
 import triton

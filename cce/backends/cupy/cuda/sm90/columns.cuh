@@ -18,7 +18,7 @@ struct Columns {
 
     /// The warp's TILE_V numbers, for all its lanes.
     __device__ __forceinline__ void put(float* shared) const {
-        __syncwarp();  // nobody reads the last tile's any more
+        __syncwarp();  // no lane still reads the last tile's
 #pragma unroll
         for (int i = 0; i < TILE_V / 32; ++i) shared[32 * i + threadIdx.x % 32] = values[i];
         __syncwarp();

@@ -16,7 +16,7 @@ struct Arguments {
     int N, V, D, first;
 };
 
-/// Of 8 JB columns from accumulator j0 on the sums over the warp's 16 rows, into shared memory.
+/// Writes the sums over the warp's 16 rows of 8 JB columns, from accumulator j0 on, to shared memory.
 template <int JB>
 __device__ __forceinline__ void sum_columns(const float (&dx)[32][4], int j0, float* sums) {
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ __forceinline__ void compute(const Arguments& x) {
             gradient_of_block<32, PART>(
                 z, j, x.first + column0 + 8 * j, values, inside, x.rows, weight + 8 * j, x.formula);
             if constexpr (DBIAS) {
-                if (j == 0) warpgroup_sync(half);  // nobody reads the last tile's sums any more
+                if (j == 0) warpgroup_sync(half);  // no warp still reads the last tile's sums
                 sum_columns<PART>(z, j, warp_columns(BIAS + WEIGHTED));
             }
             if (room >= TILE_V)
@@ -108,5 +108,5 @@ gradient_sm90(const __grid_constant__ Arguments x) {
         more_registers<CONSUMER_REGISTERS>();
         compute(x);
     }
-    cluster_sync();  // nobody leaves while another block may still write to its memory
+    cluster_sync();  // no block exits while another may still write to its memory
 }

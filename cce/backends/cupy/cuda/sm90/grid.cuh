@@ -12,7 +12,7 @@ __device__ __forceinline__ void grid_arrive(u32* count) {
     if (threadIdx.x == WARPGROUP) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
-/// By who loads: until all blocks have come.
+/// Called by the loading threads: waits until all blocks have arrived.
 __device__ __forceinline__ void grid_wait(const u32* count) {
     u32 seen;
     do {

@@ -35,7 +35,7 @@ constexpr int COLUMNS_AT_ONCE = 3;  // of the products' tiles
 constexpr int SLOT = BLOCK_N * BLOCK_V;
 static_assert(BLOCK_N == TILE_N && 2 * BLOCK_V == TILE_V, "two tiles of the filter make one of the product");
 
-/// Of a chunk: tiles of dE and of dC, 256 columns wide, numbered one after the other.
+/// Tiles of dE and of dC of a chunk, 256 columns wide, numbered consecutively.
 struct Products {
     int first, tiles_d, of_e, all;
 
@@ -85,7 +85,8 @@ struct Sum {
     }
 };
 
-/// What an item of the plan is: one or two live tiles of a row block; two looks, of which the second needs the first.
+/// Item of the plan: one or two live tiles of a row block; it takes two reads, the second of which depends on the
+/// first.
 struct Item {
     int block, slot, count, first, tile[2];
 

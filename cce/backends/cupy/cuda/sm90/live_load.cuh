@@ -3,13 +3,13 @@
 
 #include "live.cuh"
 
-/// What loads: one thread, or, where rows of c are gathered, all of its warpgroup.
+/// The loading side: one thread, or, where rows of c are gathered, its whole warpgroup.
 struct Loader {
     const Arguments& x;
     Pipeline pipe;
     Ring ring;
     int thread = threadIdx.x;
-    int2 work = {0, 0};  // the tile at hand and how many live tiles its sum has: told with every stage
+    int2 work = {0, 0};  // the current tile and its number of live tiles: sent with every stage
     u32 turn = 0;
 
     /// One stage: boxes of a and of b, each at a column and a row of its matrix.
@@ -54,10 +54,10 @@ struct Loader {
         ring.next();
     }
 
-    /// The number of the tile that thread 0 has drawn, for all who load.
+    /// The number of the tile that thread 0 has drawn, for all loading threads.
     __device__ __forceinline__ int share(int drawn) {
         if constexpr (!GATHER) return drawn;
-        const u32 word = pipe.message(STAGES) + 4 * turn;  // two in turn: nobody writes one that is still read
+        const u32 word = pipe.message(STAGES) + 4 * turn;  // two in turn: none is overwritten while still read
         turn ^= 1;
         if (thread == 0) store_shared(word, drawn);
         asm volatile("bar.sync 5, 128;" ::: "memory");
@@ -152,7 +152,7 @@ struct Loader {
         for (;;) {
             const int nth = share(drawn);
             if (nth >= all.all) break;
-            if (draws) drawn = atomicAdd(next, 1);  // asked for now: nobody waits for it then
+            if (draws) drawn = atomicAdd(next, 1);  // requested early, so that nothing waits for it
             const Product p(x, all, nth);
             const Sum sum(x, p, chunk);
             work = make_int2(nth, sum.count);
@@ -175,7 +175,7 @@ struct Loader {
         int next = __ldg(tiles);
         for (int i = 0; i < sum.count; ++i) {
             const int tile = next;
-            next = __ldg(tiles + min(i + 1, sum.count - 1));  // asked for now: nobody waits for it then
+            next = __ldg(tiles + min(i + 1, sum.count - 1));  // requested early, so that nothing waits for it
             for (int k = 0; k < BLOCK_V; k += DEPTH) {
                 stage(
                     x.dz_map, x.c_map, [&](int j) { return make_int2(k, (sum.slot + i) * BLOCK_N + 64 * j); },
@@ -197,7 +197,7 @@ struct Loader {
         const u32 bytes = d < x.D ? 16 : 0;
         for (int i = 0; i < sum.count; ++i) {
             const u32 starts = next;
-            next = piece_at(next_tile * BLOCK_V + mine);  // asked for now: nobody waits for it then
+            next = piece_at(next_tile * BLOCK_V + mine);  // requested early, so that nothing waits for it
             next_tile = __ldg(tiles + min(i + 2, last));
             for (int k = 0; k < BLOCK_V; k += DEPTH) {
                 gathered_stage(

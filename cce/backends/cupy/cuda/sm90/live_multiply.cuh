@@ -1,4 +1,4 @@
-// A filtered backward's multiplying side: products of what comes in, and what is made of their sums.
+// The multiplying side of a filtered backward: products of the loaded stages, and the epilogues of their sums.
 #pragma once
 
 #include "live.cuh"
@@ -35,7 +35,7 @@ struct Multiplier {
             float* const bias = warp_columns(0);
             if constexpr (BIAS) biases.put(bias);
             cap(z, bias, x.formula);
-            // Epilogue, and store. What is behind the last entry may be anything: it becomes 0.
+            // Epilogue, and store. Columns after the last entry may hold anything: they become 0.
             const int last = item.tile[1] * BLOCK_V;
             const int columns = last + BLOCK_V > x.V ? x.V - last : BLOCK_V;
             element* to[2];
@@ -105,7 +105,7 @@ struct Multiplier {
         ring.next();
     }
 
-    /// de += sum, in float32, by the memory: nobody waits for what is there. One block of threads adds to an element in
+    /// de += sum, in float32, added in memory, so that nothing waits for a read. One thread block adds to an element in
     /// a chunk, and the chunks follow one another: the order of the additions is always the same.
     __device__ __forceinline__ void add_to_de(const float (&sum)[32][4], const Product& p) const {
 #pragma unroll

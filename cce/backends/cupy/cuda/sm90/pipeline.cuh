@@ -55,7 +55,8 @@ struct Pipeline {
     __device__ __forceinline__ u32 b(u32 stage) const { return a(stage) + A_BYTES; }
     __device__ __forceinline__ u32 full(u32 stage) const { return base + STAGES * STAGE_BYTES + 8 * stage; }
     __device__ __forceinline__ u32 empty(u32 stage) const { return full(stage) + 8 * STAGES; }
-    /// What who loads tells who multiplies with a stage: two numbers. Behind those two more, for those who load.
+    /// Message of the loading to the multiplying side with a stage: two numbers. After them two more, for the loading
+    /// side.
     __device__ __forceinline__ u32 message(u32 stage) const { return full(2 * STAGES) + 8 * stage; }
     __device__ __forceinline__ u32 rest() const { return full(0) + 128; }
 
@@ -81,7 +82,7 @@ struct Pipeline {
     /// By a warp of the multipliers: the message that comes with the stage, when it is there.
     __device__ __forceinline__ int2 read_message(const Ring& ring) const {
         barrier_wait(full(ring.stage), ring.parity);
-        // By the lane that gives the stage back: nobody else may still read when the next message is written.
+        // Read by the lane that returns the stage: no other may still read when the next message is written.
         int2 found = {0, 0};
         if (threadIdx.x % 32 == 0) found = load_shared_two(message(ring.stage));
         return make_int2(__shfl_sync(~0u, found.x, 0), __shfl_sync(~0u, found.y, 0));

@@ -9,7 +9,7 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
 
-/// What cuTensorMapEncodeTiled writes; a kernel takes it by value.
+/// Result of cuTensorMapEncodeTiled; a kernel takes it by value.
 struct alignas(64) TensorMap {
     char opaque[128];
 };
@@ -119,7 +119,7 @@ __device__ __forceinline__ void cluster_sync() {
     }
 }
 
-/// What ordinary instructions have written comes before what the copy engine and the matrix unit read.
+/// Orders writes of ordinary instructions before reads of the copy engine and the matrix unit.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void fence_async_proxy_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -151,7 +151,7 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, int x, in
         : "memory");
 }
 
-/// The same, to the same address of every block of the cluster in ``mask``, each of whose barriers is told.
+/// The same, to the same address in every block of the cluster in ``mask``, each of whose barriers is signalled.
 __device__ __forceinline__ void load_box(u32 to, const TensorMap& map, int x, int y, u32 barrier, u16 mask) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"

@@ -103,5 +103,5 @@ statistics_sm90(const __grid_constant__ Arguments x) {
         more_registers<CONSUMER_REGISTERS>();
         compute(x);
     }
-    cluster_sync();  // nobody leaves while another block may still write to its memory
+    cluster_sync();  // no block exits while another may still write to its memory
 }

@@ -28,7 +28,7 @@ __device__ __forceinline__ u64 descriptor(u32 address, u32 panel = 16) {
     return SWIZZLE_128 | EIGHT_ROWS | (u64(panel >> 4) << 16) | u64((address & 0x3FFFF) >> 4);
 }
 
-/// What to add to a descriptor to go on by STEP_K in k.
+/// Increment of a descriptor that advances it by STEP_K in k.
 template <bool ACROSS>
 constexpr u64 NEXT_K = (ACROSS ? 2 * 1024 : STEP_K * 2) >> 4;
 
