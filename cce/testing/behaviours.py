@@ -1,4 +1,4 @@
-"""What users of a PyTorch loss rely on, checked through ``cce.loss`` and ``cce.terms`` on any backend.
+"""Behaviours that users of a PyTorch loss rely on, checked through ``cce.loss`` and ``cce.terms`` on any backend.
 
 Each function takes a backend's name and a device and raises AssertionError with what went wrong.
 """
@@ -126,7 +126,7 @@ def ignored_rows_under_a_filter(backend: str, device: str) -> None:
 
 
 def all_rows_ignored(backend: str, device: str) -> None:
-    """As PyTorch: the sum is 0, the mean NaN, the gradients 0."""
+    """The sum over ignored rows is 0, the mean NaN, and the gradients are 0, as in PyTorch."""
     e, c, t = _data(device)
     t.fill_(-100)
     loss = cce.loss(e, c, t, reduction="sum", backend=backend)

@@ -29,7 +29,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 @dataclass
 class Result:
-    """What one case gave.
+    """Result of one case.
 
     Attributes:
         case: its name.
@@ -70,7 +70,7 @@ class Oracle:
 
     @property
     def rounding_of_offset(self) -> float:
-        """What rounding may take from the (N,) log-sum-exps because of the offset alone."""
+        """Largest rounding error of the (N,) log-sum-exps due to the offset alone."""
         unit = 2.0**-53 if self.problem.dtype == torch.float64 else 2.0**-24
         return math.sqrt(self.problem.n) * unit * abs(self.case.offset * self.case.logit_scale)
 
@@ -189,7 +189,7 @@ def _compare(
 
 
 def _check_one_pass(result: Result, oracle: Oracle, backend: Backend) -> None:
-    """Where the backend computes gradients along with the loss: for a = sum_k g_k, as a sum of losses has it."""
+    """Check gradients computed along with the loss, if the backend does so, for a = sum_k g_k."""
     steps = backend.one_pass(oracle.problem, oracle.spec)
     if steps is None:
         return

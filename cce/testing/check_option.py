@@ -39,7 +39,7 @@ def check_option(option: Option, backend: str, device: str) -> None:
 
 
 def run_option(option: Option, data: dict[str, Tensor], backend: str, spec: cce.Spec) -> dict[str, Tensor]:
-    """What the call returns: "loss", or the outputs by name."""
+    """Run the call, and return its results by name: "loss", or the outputs."""
 
     def call(e: Tensor, c: Tensor, targets: Tensor, **tensors: Tensor) -> dict[str, Tensor]:
         options = {**option.call, **tensors, "backend": backend, "spec": spec}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 def dense(call: Mapping[str, Any], data: Mapping[str, Tensor], outputs: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """What ``cce.loss`` returns, as "loss"; or the ``outputs`` of ``cce.terms``.
+    """Dense results of ``cce.loss``, as "loss", or the ``outputs`` of ``cce.terms``.
 
     Args:
         call: options of either, but for backend and spec.

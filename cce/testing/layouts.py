@@ -188,7 +188,7 @@ def _names(option: Option) -> list[str]:
 
 
 def _failure(placed: Placed, names: tuple[str, ...], backend: str, device: str) -> str:
-    """What is wrong with the call whose tensors ``names`` (all, if none) are in the layout, or ""."""
+    """Failure of the call whose tensors ``names`` (default: all) are in the layout, or ""."""
     option, chosen = CALLS[placed.call], names or tuple(_names(CALLS[placed.call]))
     data = make_data(option, device)
     layouts = {name: placed.layout if name in chosen else torch.clone for name in _names(option)}

@@ -1,4 +1,4 @@
-"""Where NaN and infinities stand: calls with numbers that are none among their values, against the definition.
+"""Places of NaN and infinities in the results of calls with such values, against the definition.
 
 A NaN that spreads further than in the definition costs a whole step, one that does not arrive hides a mistake.
 """

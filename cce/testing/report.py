@@ -46,7 +46,7 @@ _LONG = frozenset(
 
 @dataclass
 class Report:
-    """What :func:`check_backend` found.
+    """Result of :func:`check_backend`.
 
     Attributes:
         backend, device: what was checked, and where.
@@ -168,7 +168,7 @@ def _result(case: Case, name: str, device: str) -> Result:
 
 
 def _failure(check: Callable[[str, str], Any], name: str, device: str) -> str:
-    """What is wrong, or ""."""
+    """Failure of a check, or ""."""
     try:
         check(name, device)
     except AssertionError as error:

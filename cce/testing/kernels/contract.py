@@ -84,14 +84,14 @@ class Bench(Lists):
 
     @property
     def tolerance(self) -> float:
-        """Of sums in float32, as a relative norm."""
+        """Tolerance of sums in float32, as a relative norm."""
         if self.dtype == torch.float32 and not self.case.ieee and self.device != "cpu":
             return 2.0**-9
         return {"large": 2e-4, "masked low": 1e-3}.get(self.case.bias, 5e-5)
 
     @property
     def rounded(self) -> float:
-        """Of what is made from rounded dx, or rounded itself."""
+        """Tolerance of results computed from rounded dx, or rounded themselves."""
         return max(self.tolerance, {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}.get(self.dtype, 0.0))
 
     # Each method below calls the one of the same name, and returns what is wrong.
@@ -177,7 +177,7 @@ class Bench(Lists):
         return [] if gap <= 10 * self.tolerance else [f"best: a logit {gap:.2g} from the largest"]
 
     def _rows(self, z: Tensor) -> tuple[Rows, Tensor]:
-        """What dx is made from, on the device; rows that want a gradient (N,)."""
+        """Values that dx is computed from, on the device; and the mask (N,) of rows that need a gradient."""
         case = self.case
         known = torch.where(self.counts[:, None], z, 0.0)
         rows = random_rows(self.problem, known, self.rng, "entropy" in case.outputs, "weighted_logit" in case.outputs)

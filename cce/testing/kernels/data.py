@@ -1,4 +1,4 @@
-"""What a case of the contract reads, at random."""
+"""Random inputs of a case of the contract."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from cce.testing.kernels.results import Results, compare
 
 
 class Lists:
-    """Of a case, drawn: see ``contract.Bench``. Each method returns what is wrong with the kernels' of that name."""
+    """Checks of the lists of a random case (see ``contract.Bench``). A method returns the faults of its kernel."""
 
     kernels: Kernels
     plain: PlainKernels

@@ -133,7 +133,7 @@ class Bench:
         return faults + [f"{name}: other bits" for name, (x, _) in mine.items() if not _same(x, again[name][0])]
 
     def _all(self, kernels: OnePassKernels, results: Results) -> dict[str, tuple[Tensor, float]]:
-        """What every method wrote, and the relative error that it may have."""
+        """Results of every method, with their allowed relative errors."""
         case, (n, v, k), new = self.case, (self.case.n, self.case.v, self.case.k), results.new
         given = torch.where(self.targets < 0, 100 if v > 100 else -1 % 127, self.targets)
         ignore = 100 if v > 100 else -1 % 127

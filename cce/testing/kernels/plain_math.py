@@ -34,7 +34,7 @@ def logits_of_targets(e: Tensor, c: Tensor, targets: Tensor, formula: Formula) -
 
 
 def largest(z: Tensor) -> Tensor:
-    """Of each row, as float32 has it: that is what sums are about."""
+    """Largest logit of each row, in float32, to which sums are relative."""
     return z.amax(1).float().double()
 
 

@@ -43,7 +43,7 @@ def make_plan(live: Tensor, slots: int, pack: int) -> Plan:
 def _chunk(
     found: dict[str, Tensor], on: list[list[bool]], lists: list[list[int]], k: int, t0: int, t1: int, pack: int
 ) -> None:
-    """What the plan says of chunk k, the vocabulary blocks t0 to t1."""
+    """Write the plan of chunk k, the vocabulary blocks t0 to t1."""
     slot_of: dict[tuple[int, int], int] = {}
     for b, mine in enumerate(lists):
         here = [t for t in mine if t0 <= t < t1]
@@ -116,7 +116,7 @@ def random_rows(problem: Problem, z: Tensor, rng: torch.Generator, entropy: bool
 
 
 def random_maps(problem: Problem, spec: Spec, device: str, rng: torch.Generator) -> Maps[Tensor]:
-    """Of masses in (0, 1), some of them hit, some of them 0; their rows are longer than N, with NaN behind."""
+    """Maps of masses in (0, 1), some of them hit, some of them 0; their rows are longer than N, and end with NaN."""
     n = problem.n
     shape, dtype = (spec.tiles(problem.v), n + 3), problem.map_dtype(spec)
     mass = torch.rand(shape, generator=rng).pow(4)

@@ -1,4 +1,4 @@
-"""What kernels read and write, with guards around it, and how results are compared."""
+"""Memory that kernels read and write, with guards around it, and the comparison of results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POISON = -7_777_777  # of integers; NaN of others
 
 @dataclass
 class Results:
-    """What a kernel writes: views of larger memory."""
+    """Results that a kernel writes, as views of larger memory."""
 
     device: str
     whole: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def operand(x: Tensor) -> Tensor:
 
 
 def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> list[str]:
-    """What is wrong, if the relative norm of the difference exceeds the tolerance."""
+    """Faults of a result: the relative norm of its difference exceeds the tolerance."""
     found, expected = found.double().cpu(), expected.double().cpu()
     odd = ~torch.isfinite(expected)
     differ = (found != expected) & ~(found.isnan() & expected.isnan()) & odd
