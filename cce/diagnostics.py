@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cce import registry
@@ -14,12 +13,14 @@ from cce.backends.resolve import resolve
 from cce.backends.shared.rows import used_rows
 from cce.backends.shared.worklist import live_fraction as fraction_of
 from cce.distributed.vocab_parallel import operands
-from cce.errors import BackendUnavailable
-from cce.frontend import checks, operators
-from cce.frontend.decision import described
-from cce.frontend.flatten import arrange, flatten
-from cce.functional import LOSS_DEFAULTS, LOSS_OPTIONS
+from cce.errors import BackendUnavailable, describe
+from cce.frontend import checks, operators, tracing
+from cce.frontend.decision import decide, described
+from cce.frontend.flatten import arrange
+from cce.frontend.targets import prepare
+from cce.functional import LOSS_DEFAULTS, LOSS_OPTIONS, asked
 from cce.spec import Spec
+from cce.torch_private import fake_tensor_type
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def explain(
     whole = c
     e, c, bias, targets, split = operands(e, c, bias, targets, given["vocab_parallel"])
     shared = {name: given[name] for name in ("ignore_index", "shift", "softcap", "logit_scale", "backend")}
-    outputs = ("weighted_logit",) if given["label_smoothing"] else ()
+    outputs = ("weighted_logit",) if asked(given["label_smoothing"]) else ()
     flat = arrange(e, c, targets, bias, given["target_weight"], spec, outputs, shared, part=split is not None)
     checks.check_loss_options(
         **{name: given[name] for name in ("reduction", "label_smoothing", "z_loss", "weight", "token_weight")},
@@ -124,14 +125,15 @@ def live_fraction(
         TypeError, ValueError, BackendUnavailable: as :func:`cce.loss`.
     """
     options = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale, "backend": backend}
-    with torch.enable_grad():  # a filter is for a backward
-        flat = flatten(
-            _leaf(e), _leaf(c), targets, bias, spec=spec, signature={}, **{**_WITHOUT, **options}
-        )  # fmt: skip
-    call = flat.call
-    if call is None or call.spec.filter == "none":
+    flat = arrange(e, c, targets, bias, None, spec, (), {"shift": 0, **options})
+    if flat.e.is_meta or isinstance(flat.e, fake_tensor_type()) or tracing.active():
+        raise TypeError(f"e: got {describe(e)}, expected a tensor whose values can be looked at")
+    request = flat.request._replace(grads="e,c")  # a filter is for a backward
+    call = decide(flat.e, flat.c, flat.bias, flat.targets, request.key)
+    if call.spec.filter == "none":
         return 1.0
-    found = operators.forward_of(call, flat.e, flat.c, flat.bias, flat.targets, None, flat.order)
+    rows, _ = prepare(flat.targets, flat.v, ignore_index, call.backend)
+    found = operators.forward_of(call, flat.e, flat.c, flat.bias, rows, None, flat.order)
     if found is None:
         return 1.0
     used = used_rows(found.inputs)
@@ -140,14 +142,3 @@ def live_fraction(
         return 1.0
     work = call.backend.work_list(found.inputs, found.problem, call.spec, found.maps, Upstream(g, g[:, None]))
     return fraction_of(work, replace(found.problem, n=count), call.spec)
-
-
-#: Options of the front end that :func:`live_fraction` has not.
-_WITHOUT: dict[str, Any] = {"shift": 0, "target_weight": None, "vocab_parallel": None}
-
-
-def _leaf(x: Any) -> Any:
-    """The tensor, cut off from what it was computed by, whose gradient is wanted."""
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return x.detach().requires_grad_()
-    return x

@@ -188,21 +188,12 @@ def loss(
             "weight": weight is not None,
             "token_weight": token_weight is not None,
         },
-        outputs=("weighted_logit",) if _asked(label_smoothing) else (),
-        plain_mean=plain and reduction == "mean" and not _asked(z_loss),
+        outputs=("weighted_logit",) if asked(label_smoothing) else (),
+        plain_mean=plain and reduction == "mean" and not asked(z_loss),
         known=known,
+        check=partial(_check_options, reduction, label_smoothing, z_loss, weight, token_weight),
     )
     if known is None:
-        checks.check_loss_options(
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            weight=weight,
-            token_weight=token_weight,
-            v=flat.v,
-            lead=flat.shape,
-            device=flat.e.device,
-        )
         decision.remember(kind, flat.call)
     coefficients = _class_weighted(flat, weight)
     of_tokens = None if token_weight is None else _token_weights(flat, token_weight)
@@ -227,7 +218,29 @@ def loss(
     return per_token.sum() if total is None else per_token.sum() / total()
 
 
-def _asked(number: float) -> bool:
+def _check_options(
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    flat: Flat,
+    v: int | None,
+) -> None:
+    """Check the options that :func:`terms` does not have, for a vocabulary of ``v`` entries."""
+    checks.check_loss_options(
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        weight=weight,
+        token_weight=token_weight,
+        v=v,
+        lead=flat.shape,
+        device=flat.e.device,
+    )
+
+
+def asked(number: float) -> bool:
     """Whether an option is other than 0; a value of a wrong type counts as one, and is refused later."""
     return not isinstance(number, (int, float)) or number != 0
 

@@ -158,3 +158,13 @@ def test_export_without_gradients() -> None:
                 program(*arguments).backward()
         else:
             assert_near(run(program, program, *arguments), run(head, head, *arguments))
+
+
+def test_another_number_of_targets() -> None:
+    """K becomes a symbol, beside sizes that are constants."""
+    rng = torch.Generator().manual_seed(0)
+    e, c = torch.randn(6, 4, generator=rng), torch.randn(9, 4, generator=rng)
+    step = torch.compile(lambda y, w: cce.loss(e, c, y, target_weight=w), fullgraph=True, backend="eager")
+    for k in (3, 4, 5):
+        y, w = torch.randint(9, (6, k), generator=rng), torch.rand(6, k, generator=rng)
+        torch.testing.assert_close(step(y, w), cce.loss(e, c, y, target_weight=w))

@@ -205,8 +205,9 @@ def test_one_decision_a_step(backend: Counting, monkeypatch: pytest.MonkeyPatch,
         assert counted.count == dict.fromkeys(counted.count, expected)
 
 
-def test_the_backward_keeps_the_forwards_backend() -> None:
-    """Though another is registered, or none, under its name in between."""
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_the_backward_keeps_the_forwards_backend(forgotten: bool) -> None:
+    """Though another is registered, or none, under its name in between; and though many kinds of calls come between."""
     made: list[str] = []
 
     class Mine(TorchBackend):
@@ -218,8 +219,35 @@ def test_the_backward_keeps_the_forwards_backend() -> None:
     call = leaves(backend="mine", softcap=3.0)
     loss = cce.loss(**call)
     cce.unregister_backend("mine")
+    if forgotten:
+        decision._calls.clear()
     loss.backward()
     assert made == ["mine"]
+
+
+def test_options_are_checked_before_a_backend_is_chosen() -> None:
+    with pytest.raises(ValueError, match=r"^reduction: got 'sums'"):
+        cce.loss(**leaves(reduction="sums", backend="torch", spec=cce.Spec(scratch_bytes=1)))
+
+
+def test_one_pass_is_not_asked_about_no_rows_or_float16() -> None:
+    asked: list[Problem] = []
+
+    class Careful(TorchBackend):
+        def one_pass(self, problem: Problem, spec: cce.Spec) -> Any:
+            asked.append(problem)
+            return super().one_pass(problem, spec)
+
+    cce.register_backend("careful", Careful)
+    try:
+        e, c = torch.randn(3, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+        cce.loss(e[:0], c, torch.zeros(0, dtype=torch.int64), backend="careful")
+        cce.loss(e.half(), c.half(), torch.zeros(3, dtype=torch.int64), backend="careful")
+        assert not asked
+        cce.loss(e, c, torch.zeros(3, dtype=torch.int64), backend="careful")
+        assert asked
+    finally:
+        cce.unregister_backend("careful")
 
 
 def test_another_backend_of_the_name(backend: Counting) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import cce
 from cce.backends.problem import Inputs, Problem, Upstream
@@ -219,3 +220,41 @@ def test_live_fraction_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = cce.live_fraction(*arguments, spec=spec)
     assert found == cce.live_fraction(inputs.e.bfloat16(), inputs.c.bfloat16(), inputs.targets[:, 0], spec=spec) < 1
+
+
+class Marked(torch.Tensor):
+    """A tensor of another class."""
+
+
+@pytest.mark.parametrize("kind", ["a subclass", "watched", "inference", "no gradients"])
+def test_live_fraction_of_tensors_with_values(kind: str) -> None:
+    """However they were made, and whoever looks on."""
+    rng = torch.Generator().manual_seed(0)
+    c, y = torch.randn(2000, 16, generator=rng), torch.randint(20, (64,), generator=rng)
+    e, spec = 3 * c[y], cce.Spec(filter="element", block_v=32, vocab_order="natural")
+    expected = cce.live_fraction(e, c, y, spec=spec)
+    assert 0 < expected < 1
+    if kind == "a subclass":
+        found = cce.live_fraction(e.as_subclass(Marked), c, y, spec=spec)
+    elif kind == "watched":
+        with FlopCounterMode(display=False):
+            found = cce.live_fraction(e, c, y, spec=spec)
+    elif kind == "inference":
+        with torch.inference_mode():
+            e = e.clone()
+        found = cce.live_fraction(e, c, y, spec=spec)
+    else:
+        with torch.no_grad():
+            found = cce.live_fraction(e, c, y, spec=spec)
+    assert found == expected
+
+
+def test_live_fraction_needs_values() -> None:
+    e, c, y = torch.ones(3, 4, device="meta"), torch.ones(5, 4, device="meta"), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^e: got .*, expected a tensor whose values can be looked at"):
+        cce.live_fraction(e, c, y.to("meta"), spec=cce.Spec(filter="element"))
+
+
+def test_explain_names_an_option_of_a_wrong_type(arguments: dict[str, Tensor]) -> None:
+    with pytest.raises(TypeError, match=r"^label_smoothing: got "):
+        cce.explain(**arguments, label_smoothing=torch.zeros(2))

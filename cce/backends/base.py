@@ -65,7 +65,11 @@ class Backend(ABC):
     device = "cpu"
 
     def unavailable(self, device: str) -> list[str]:
-        """All reasons why nothing can run on this device type here: a missing package or missing hardware."""
+        """All reasons why nothing can run on this device type here: a missing package or missing hardware.
+
+        Reasons are asked for once for each kind of call, these and those of :meth:`unsupported`: they must not change
+        while the process lives.
+        """
         return []
 
     @abstractmethod

@@ -32,8 +32,9 @@ def resolve(spec: Spec, problem: Problem, whole: int | None = None) -> Spec:
         whole: size of the whole vocabulary where ``c`` holds a part of it; it determines the default threshold.
     """
     whole = problem.v if whole is None else whole
-    # Under torch.compile, sizes may be symbols, which no cache can tell apart.
-    if isinstance(whole, int) and isinstance(problem.n, int):
+    # Under torch.compile numbers may be symbols, which cannot be keys of a cache.
+    sizes = (whole, problem.n, problem.v, problem.d, problem.k)
+    if all(isinstance(x, int) for x in sizes) and isinstance(problem.logit_scale, (int, float)):
         found = _kept(spec.key, problem, whole)
     else:
         found = _resolved(Spec.from_key(spec.key), problem, whole)

@@ -189,21 +189,20 @@ def described(
 
 def _decided(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, request: Request) -> Call:
     problem, spec, part = described(e, c, bias, targets, request)
-    name = registry.choose_name(request.backend, problem, spec)
-    backend = registry.load(name)
-    key = request._replace(backend=name, spec=spec.key, decided=registry.generation).key
-    results, one_pass = Results.of(problem, spec, e.device), _one_pass(backend, problem, spec, part)
-    return Call(key, problem, spec, backend, part, results, one_pass, registry.generation)
+    name, backend, generation = request.backend, None, registry.generation
+    if request.decided is not None:  # a call that was forgotten: its backend is what the name stood for then
+        generation = request.decided
+        backend = _chosen.get((name, generation))
+    if backend is None:
+        name = registry.choose_name(name, problem, spec)
+        backend = _chosen[name, generation] = registry.load(name)
+    key = request._replace(backend=name, spec=spec.key, decided=generation).key
+    one_pass = backend.one_pass(problem, spec) if part is None and registry.asks_one_pass(problem) else None
+    return Call(key, problem, spec, backend, part, Results.of(problem, spec, e.device), one_pass, generation)
 
 
-def _one_pass(backend: Backend, problem: Problem, spec: Spec, part: Part | None) -> OnePass | None:
-    if part is not None or problem.outputs or not problem.needs_grad or problem.n == 0:
-        return None
-    # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.
-    if torch.float16 in (problem.e_dtype, problem.c_dtype):
-        return None
-    return backend.one_pass(problem, spec)
-
+#: Backends that calls were decided for, by name and ``registry.generation``: one for each registration.
+_chosen: dict[tuple[str, int], Backend] = {}
 
 Kind = tuple[Any, ...]
 _known: dict[Kind, Call] = {}
@@ -251,6 +250,6 @@ def remember(kind: Kind | None, call: Call | None) -> None:
 
 
 def _keep(table: dict[tuple[Any, ...], Call], kind: tuple[Any, ...], call: Call) -> None:
-    if len(table) >= _MOST:
-        table.clear()
+    while len(table) >= _MOST:
+        table.pop(next(iter(table)), None)  # the oldest; another thread may have been faster
     table[kind] = call

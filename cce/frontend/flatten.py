@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -72,6 +72,7 @@ def flatten(
     outputs: tuple[str, ...] = (),
     plain_mean: bool = False,
     known: Call | None = None,
+    check: Callable[[Flat, int | None], None] | None = None,
 ) -> Flat:
     """Check the arguments, make one row a token of them, and decide how the call runs.
 
@@ -79,6 +80,8 @@ def flatten(
         signature: what else must be the same on all processes of a split vocabulary, numbers and strings by name.
         outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
         plain_mean: the weights of a mean may be wanted, no tensor being one of them.
+        check: looks at the options that :func:`cce.terms` does not have; it is given the number of entries of the whole
+            vocabulary, or None while it is not known.
         known: what an earlier call of this kind was decided to be; all but the targets' values is good then.
     """
     if known is not None:
@@ -93,6 +96,8 @@ def flatten(
     e, c, bias, targets, split = operands(e, c, bias, targets, vocab_parallel)
     try:
         flat = arrange(e, c, targets, bias, target_weight, spec, outputs, options, part=split is not None)
+        if check is not None:
+            check(flat, flat.v if split is None else None)
         if not tracing.traced(flat.e) and not tracing.active():
             # Of a split vocabulary too: a backend that cannot run it is to be told before the processes agree.
             call = decision.decide(flat.e, flat.c, flat.bias, flat.targets, flat.request.key)
@@ -102,6 +107,8 @@ def flatten(
         raise
     if split is not None:
         flat = _split(flat, split, {**options, "target_weight": target_weight is not None, **signature})
+        if check is not None:
+            check(flat, flat.v)
     return _prepared(flat, ignore_index, target_weight, plain_mean)
 
 

@@ -15,6 +15,8 @@ from cce.backends.triton.call import gpu_of
 from cce.backends.triton.launch import Device, Launch, shipped
 from cce.backends.triton.tunecache import key_of
 from cce.diagnostics import explain
+from cce.distributed.vocab_parallel import operands
+from cce.errors import describe
 from cce.frontend import checks
 from cce.frontend.flatten import Flat, flatten
 from cce.frontend.mean_logit import mean_logit_order
@@ -59,7 +61,8 @@ def prepare(
     flat = _flat(e, c, targets, bias, spec, outputs, options)
     if timer is None and flat.e.device.type != "cuda":
         raise ValueError(f"e: got device {flat.e.device}, expected a CUDA device: Triton's interpreter cannot be timed")
-    assert flat.call is not None
+    if flat.call is None:
+        raise TypeError(f"e: got {describe(e)}, expected a plain tensor with values, outside of tracing and transforms")
     problem, resolved = flat.call.problem, flat.call.spec
     inputs = _inputs(flat, resolved)
     used = int((inputs.targets >= 0).any(1).sum())
@@ -88,6 +91,8 @@ def _flat(
     if len(outputs):
         checks.check_outputs(outputs)
     explain(e, c, targets, bias, backend="triton", spec=spec, **options)  # checks all options
+    if operands(e, c, bias, targets, options.get("vocab_parallel")).split is not None:
+        raise ValueError("vocab_parallel: got a split vocabulary, expected None: tune one process's part as a whole")
     smoothed = ("weighted_logit",) if options.get("label_smoothing") else ()
     extra = tuple(name for name in EXTRA_OUTPUTS if name in (*outputs, *smoothed))
     given = {**SHARED_DEFAULTS, "target_weight": None, **options, "backend": "triton", "spec": spec}

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 import cce
+from cce.tuning import autotune
 
 OPTIONS = {"softcap": 5.0, "label_smoothing": 0.1}
 
@@ -57,6 +58,24 @@ def explained(group: dist.ProcessGroup) -> tuple[float, int]:
 def test_explained(workers: Workers) -> None:
     """A DTensor knows how large the whole vocabulary is, whose threshold the loss has."""
     assert workers.run(explained, ranks=2) == [(12 / 400_000, 200_000)] * 2
+
+
+def of_a_part(group: dist.ProcessGroup) -> list[str]:
+    """The errors of what looks at one process alone."""
+    mesh, found = DeviceMesh.from_group(group, "cpu"), []
+    c = distribute_tensor(torch.zeros(8, 4), mesh, [Shard(0)])
+    with pytest.raises(TypeError) as error:
+        cce.live_fraction(torch.zeros(3, 4), c, torch.zeros(3, dtype=torch.int64), spec=cce.Spec(filter="element"))
+    found.append(str(error.value))
+    with pytest.raises(ValueError, match="vocab_parallel") as refusal:
+        autotune(torch.zeros(3, 4), c, torch.zeros(3, dtype=torch.int64), timer=lambda trial: 1.0)
+    return [*found, str(refusal.value)]
+
+
+def test_a_part_is_not_taken_for_the_whole(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fraction, tuned in workers.run(of_a_part, ranks=2):
+        assert fraction.startswith("c: got a DTensor")
+        assert tuned.startswith("vocab_parallel: got a split vocabulary, expected None")
 
 
 def unreduced(group: dist.ProcessGroup) -> tuple[list[float], str]:
