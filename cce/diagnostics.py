@@ -74,6 +74,7 @@ def explain(
     Raises:
         TypeError, ValueError: as :func:`cce.loss`, or an option it does not have.
 
+    >>> import torch
     >>> print(explain(torch.randn(8, 4), torch.randn(10, 4), torch.zeros(8, dtype=torch.long)).backend)
     torch
     """
@@ -130,9 +131,9 @@ def live_fraction(
         raise TypeError(f"e: got {describe(e)}, expected a tensor whose values can be looked at")
     request = flat.request._replace(grads="e,c")  # a filter is for a backward
     call = decide(flat.e, flat.c, flat.bias, flat.targets, request.key)
+    rows, _ = prepare(flat.targets, flat.v, ignore_index, call.backend)
     if call.spec.filter == "none":
         return 1.0
-    rows, _ = prepare(flat.targets, flat.v, ignore_index, call.backend)
     found = operators.forward_of(call, flat.e, flat.c, flat.bias, rows, None, flat.order)
     if found is None:
         return 1.0

@@ -1,19 +1,16 @@
 """How deep a step is: calls and files of this package from ``cce.loss`` to the first launch of a kernel.
 
-    python tests/triton/depth.py
+    TRITON_INTERPRET=1 python tests/triton/depth.py
 
 Runs one filtered step of the ``triton`` backend in Triton's interpreter, the second of its kind. Kernels do not count.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
