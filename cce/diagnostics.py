@@ -12,7 +12,7 @@ from cce.backends.problem import Problem, Upstream
 from cce.backends.resolve import resolve
 from cce.backends.shared.rows import used_rows
 from cce.backends.shared.worklist import live_fraction as fraction_of
-from cce.distributed.vocab_parallel import operands
+from cce.distributed.operands import operands
 from cce.errors import BackendUnavailable, describe
 from cce.frontend import checks, operators, tracing
 from cce.frontend.decision import decide, described

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cce.backends.shared.weighted_logit import finest_dtype
-from cce.frontend import checks, decision
-from cce.frontend import reduction as reductions
+from cce.frontend import checks, decision, weights
 from cce.frontend.apply import Rows, run
-from cce.frontend.flatten import Flat, flatten, shifted, unflatten
+from cce.frontend.flatten import Flat, flatten, unflatten
 from cce.frontend.one_pass import total_loss
 from cce.frontend.tracing import eager_if_transformed
 from cce.spec import Spec
@@ -191,21 +189,28 @@ def loss(
         outputs=("weighted_logit",) if asked(label_smoothing) else (),
         plain_mean=plain and reduction == "mean" and not asked(z_loss),
         known=known,
-        check=partial(_check_options, reduction, label_smoothing, z_loss, weight, token_weight),
+        check=partial(
+            checks.check_loss_options,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            weight=weight,
+            token_weight=token_weight,
+        ),
     )
     if known is None:
         decision.remember(kind, flat.call)
-    coefficients = _class_weighted(flat, weight)
-    of_tokens = None if token_weight is None else _token_weights(flat, token_weight)
+    coefficients = weights.class_weighted(flat, weight)
+    of_tokens = None if token_weight is None else weights.token_weights(flat, token_weight)
     total = None
     if reduction == "mean":
         of_target = coefficients if weight is not None and target_weight is None else None
-        total = partial(_total, flat, of_target, of_tokens)
+        total = partial(weights.total, flat, of_target, of_tokens)
     if reduction != "none" and not label_smoothing and not z_loss:
         value = total_loss(flat, coefficients, of_tokens, total)
         if value is not None:
             return value
-    rows = run(flat, _smoothing(flat, weight) if label_smoothing else None)
+    rows = run(flat, weights.smoothing(flat, weight) if label_smoothing else None)
     per_token = _nll(rows, coefficients)
     if label_smoothing:
         per_token = (1 - label_smoothing) * per_token + label_smoothing * _uniform_nll(rows, weight)
@@ -218,28 +223,6 @@ def loss(
     return per_token.sum() if total is None else per_token.sum() / total()
 
 
-def _check_options(
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    flat: Flat,
-    v: int | None,
-) -> None:
-    """Check the options that :func:`terms` does not have, for a vocabulary of ``v`` entries."""
-    checks.check_loss_options(
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        weight=weight,
-        token_weight=token_weight,
-        v=v,
-        lead=flat.shape,
-        device=flat.e.device,
-    )
-
-
 def asked(number: float) -> bool:
     """Whether an option is other than 0; a value of a wrong type counts as one, and is refused later."""
     return not isinstance(number, (int, float)) or number != 0
@@ -247,10 +230,10 @@ def asked(number: float) -> bool:
 
 def _check_filter(flat: Flat, outputs: Sequence[str]) -> None:
     """Refuse a filter where a gradient of lse or entropy is wanted: it may consist of what the filter leaves out."""
-    filter, asked = flat.spec.filter, [name for name in ("lse", "entropy") if name in outputs]
-    if filter not in (None, "none") and asked and flat.request.grads:
+    filter, names = flat.spec.filter, [name for name in ("lse", "entropy") if name in outputs]
+    if filter not in (None, "none") and names and flat.request.grads:
         raise ValueError(
-            f"spec: got filter={filter!r} with outputs {asked} and gradients enabled, expected filter='none': a "
+            f"spec: got filter={filter!r} with outputs {names} and gradients enabled, expected filter='none': a "
             "gradient of lse or entropy is not concentrated where the filter looks; or ask for other outputs, or "
             "compute these under torch.no_grad()"
         )
@@ -279,37 +262,6 @@ def nll_of_each(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = Non
     return each if not flat.shift else each.narrow(-2, 0, flat.shape[-1] - flat.shift)
 
 
-def _in_use(flat: Flat) -> Tensor:
-    """(M,) bool, the rows with a target."""
-    return flat.targets[:, 0] >= 0 if flat.coefficients is None else (flat.targets >= 0).any(1)
-
-
-def _token_weights(flat: Flat, token_weight: Tensor) -> Tensor:
-    """(M,) one weight a row; 0 where there is no target, whatever was given there."""
-    of_rows = shifted(token_weight, flat.shift, token_weight.ndim, 0).reshape(-1).to(flat.wide)
-    return of_rows.masked_fill(~_in_use(flat), 0)
-
-
-def _total(flat: Flat, of_target: Tensor | None, of_tokens: Tensor | None) -> Tensor:
-    """Divisor of "mean"."""
-    weights = of_tokens
-    if of_target is not None:
-        weights = of_target[:, 0] if of_tokens is None else of_target[:, 0] * of_tokens
-    return reductions.total(_in_use(flat), weights, flat.wide)
-
-
-def _smoothing(flat: Flat, weight: Tensor | None) -> Tensor | None:
-    """(V,) weights of the smoothed target's logits, of this process's entries; None stands for 1 / V each.
-
-    As fine as the mean logit they make, or their sum would not be that which the log-sum-exp is multiplied by.
-    """
-    fine = finest_dtype(flat.c.device)
-    if weight is not None:
-        u = weight.to(fine) / flat.v
-        return u if flat.part is None else u.narrow(0, flat.part.first, flat.c.shape[0])
-    return None if flat.part is None else flat.c.new_full((flat.c.shape[0],), 1 / flat.v, dtype=fine)
-
-
 def _nll(rows: Rows, coefficients: Tensor | None) -> Tensor:
     """(M,) sum_k w_k (lse - z_k); 0 in ignored rows."""
     return rows.nll[:, 0] if coefficients is None else (coefficients * rows.nll).sum(1)
@@ -324,14 +276,6 @@ def _uniform_nll(rows: Rows, weight: Tensor | None) -> Tensor:
     fine = rows.weighted_logit.dtype
     mass = 1.0 if weight is None else weight.to(fine).mean()
     return (mass * (rows.lse.to(fine) + rows.lse_low) - rows.weighted_logit).to(rows.lse.dtype)
-
-
-def _class_weighted(flat: Flat, weight: Tensor | None) -> Tensor | None:
-    """(M, K) target weights times class weights, 0 where ignored; None if both are 1."""
-    if weight is None:
-        return flat.coefficients
-    of_target = weight.to(flat.wide)[flat.targets.clamp(min=0)].masked_fill(flat.targets < 0, 0)
-    return of_target if flat.coefficients is None else of_target * flat.coefficients
 
 
 #: What :func:`terms`, :func:`loss` and every recipe of ``cce.losses`` take alike, beside the tensors.

@@ -187,17 +187,12 @@ def described(error: BaseException) -> str:
         return type(error).__name__
 
 
-def choose(name: str, problem: Problem, spec: Spec) -> Backend:
-    """Choose the backend that runs ``problem``: the named one, or for "auto" the first able one in ``AUTO_ORDER``.
+def choose_name(name: str, problem: Problem, spec: Spec) -> str:
+    """Name of the backend that runs ``problem``: the one given, or for "auto" the first able one in ``AUTO_ORDER``.
 
     Raises:
         BackendUnavailable: it cannot; the message lists the reasons of every backend tried.
     """
-    return load(choose_name(name, problem, spec))
-
-
-def choose_name(name: str, problem: Problem, spec: Spec) -> str:
-    """Name of the backend :func:`choose` returns."""
     check_name(name)
     tried = {}
     for candidate in AUTO_ORDER.get(problem.device, AUTO_ELSEWHERE) if name == "auto" else (name,):

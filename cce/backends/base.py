@@ -103,7 +103,10 @@ class Backend(ABC):
     def prepare(
         self, targets: Tensor, v: int, ignore_index: int, mean: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Bring the targets into the form the other methods take; overridden where kernels are faster than the library.
+        """Bring the targets into the form the other methods take; overridden where kernels are faster than torch.
+
+        The front end calls an override for tensors on a CUDA device. Elsewhere, and with CCE_CHECK_TARGETS=1, it calls
+        this method, whose errors name the target.
 
         Args:
             targets: (N, K) integers on a device of this backend. A value that is neither in [0, v) nor ``ignore_index``

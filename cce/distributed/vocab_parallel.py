@@ -59,8 +59,8 @@ class VocabParallel:
                 "VocabParallel.reduce_de: got False with tokens='own', expected True: dE goes to its owner"
             )
         group = self.group
-        if group is not None and not _is(group, "torch.distributed", "ProcessGroup"):
-            if not _is(group, "torch.distributed.device_mesh", "DeviceMesh"):
+        if group is not None and not instance_of(group, "torch.distributed", "ProcessGroup"):
+            if not instance_of(group, "torch.distributed.device_mesh", "DeviceMesh"):
                 raise TypeError(
                     f"vocab_parallel: got {group!r} of type {type(group).__name__}, expected a process group, "
                     "a one-dimensional DeviceMesh or a cce.VocabParallel"
@@ -71,57 +71,6 @@ class VocabParallel:
                     "expected one of them: mesh['name']"
                 )
             object.__setattr__(self, "group", group.get_group())
-
-
-class Operands(NamedTuple):
-    """The tensors of a call as this process holds them, and the split of the vocabulary, if any."""
-
-    e: Tensor
-    c: Tensor
-    bias: Tensor | None
-    targets: Tensor
-    split: VocabParallel | None
-
-
-def operands(e: Any, c: Any, bias: Any, targets: Any, vocab_parallel: Any) -> Operands:
-    """Read ``vocab_parallel``, or the placements of DTensors, which say the same without it.
-
-    Raises:
-        TypeError, ValueError: a value has another type, or a placement is neither replicated nor, for ``c`` and
-            ``bias``, sharded by vocabulary entries.
-    """
-    split = vocab_parallel
-    if split is not None and not isinstance(split, VocabParallel):
-        split = VocabParallel(split)
-    if not any(_is_dtensor(x) for x in (e, c, bias, targets)):
-        return Operands(e, c, bias, targets, split)
-    from torch.distributed.tensor import Partial, Replicate
-
-    c, sharded = _local("c", c, shard=True)
-    bias, _ = _local("bias", bias, shard=True)
-    if sharded is not None:
-        if split is not None and split.group is not None and split.group is not sharded:
-            raise ValueError("vocab_parallel: got a group along with a DTensor c, expected None: c has its own split")
-        split = split or VocabParallel()
-        split = VocabParallel(sharded, split.reduce_de, split.tokens)
-    summed = split is None or split.reduce_de
-    e, _ = _local("e", e, grad=Replicate() if summed else Partial())
-    targets, _ = _local("targets", targets)
-    return Operands(e, c, bias, targets, split)
-
-
-def _local(name: str, x: Any, shard: bool = False, grad: Any = None) -> tuple[Any, Any]:
-    """This process's part of a DTensor, and the group over which its dimension 0 is sharded, if any."""
-    if not _is_dtensor(x):
-        return x, None
-    from torch.distributed.tensor import Replicate, Shard
-
-    found = [i for i, placement in enumerate(x.placements) if placement != Replicate()]
-    allowed = "Replicate()" + (", on one mesh dimension Shard(0)" if shard else "")
-    if any(x.placements[i] != Shard(0) or type(x.placements[i]) is not Shard for i in found) or len(found) > shard:
-        raise ValueError(f"{name}: got a DTensor with placements {x.placements}, expected {allowed}; redistribute it")
-    placements = None if grad is None else [grad] * len(x.placements)
-    return x.to_local(grad_placements=placements), x.device_mesh.get_group(found[0]) if found else None
 
 
 class Agreement(NamedTuple):
@@ -292,11 +241,7 @@ def _agree_compiled(
 _agree_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _is_dtensor(x: Any) -> bool:
-    return _is(x, "torch.distributed.tensor", "DTensor")
-
-
-def _is(x: Any, module: str, name: str) -> bool:
+def instance_of(x: Any, module: str, name: str) -> bool:
     """Whether ``x`` is of a class whose module may not have been imported, in which case it is not."""
     found = getattr(sys.modules.get(module), name, None)
     return found is not None and isinstance(x, found)

@@ -123,11 +123,6 @@ class Call:
         """The request that leads back to this call, with nothing left to choose."""
         return Request.from_key(self.key)
 
-    @cached_property
-    def wide(self) -> torch.dtype:
-        """Dtype of the outputs: the accumulation dtype."""
-        return torch.float64 if self.spec.accumulate == "float64" else torch.float32
-
     def stale(self, key: str) -> bool:
         """Whether a call asked for by ``key`` must be decided anew because the set of backends has changed."""
         return key != self.key and self.generation != registry.generation

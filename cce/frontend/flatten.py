@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cce.distributed.join import Part
-from cce.distributed.vocab_parallel import VocabParallel, agree, operands, tell_refusal
+from cce.distributed.operands import operands
+from cce.distributed.vocab_parallel import VocabParallel, agree, tell_refusal
 from cce.frontend import checks, decision, tracing
 from cce.frontend.decision import Call, Request
 from cce.frontend.targets import prepare
@@ -72,7 +73,7 @@ def flatten(
     outputs: tuple[str, ...] = (),
     plain_mean: bool = False,
     known: Call | None = None,
-    check: Callable[[Flat, int | None], None] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Flat:
     """Check the arguments, make one row a token of them, and decide how the call runs.
 
@@ -80,8 +81,8 @@ def flatten(
         signature: what else must be the same on all processes of a split vocabulary, numbers and strings by name.
         outputs: those of ``EXTRA_OUTPUTS`` that are wanted.
         plain_mean: the weights of a mean may be wanted, no tensor being one of them.
-        check: looks at the options that :func:`cce.terms` does not have; it is given the number of entries of the whole
-            vocabulary, or None while it is not known.
+        check: checks the options that :func:`cce.terms` does not have; called with ``lead`` and ``device`` of the call,
+            and with ``v``, the number of entries of the whole vocabulary, or None while it is not known.
         known: what an earlier call of this kind was decided to be; all but the targets' values is good then.
     """
     if known is not None:
@@ -97,7 +98,7 @@ def flatten(
     try:
         flat = arrange(e, c, targets, bias, target_weight, spec, outputs, options, part=split is not None)
         if check is not None:
-            check(flat, flat.v if split is None else None)
+            check(v=flat.v if split is None else None, lead=flat.shape, device=flat.e.device)
         if not tracing.traced(flat.e) and not tracing.active():
             # Of a split vocabulary too: a backend that cannot run it is to be told before the processes agree.
             call = decision.decide(flat.e, flat.c, flat.bias, flat.targets, flat.request.key)
@@ -108,7 +109,7 @@ def flatten(
     if split is not None:
         flat = _split(flat, split, {**options, "target_weight": target_weight is not None, **signature})
         if check is not None:
-            check(flat, flat.v)
+            check(v=flat.v, lead=flat.shape, device=flat.e.device)
     return _prepared(flat, ignore_index, target_weight, plain_mean)
 
 
@@ -180,7 +181,7 @@ def _again(
         targets, shift = _rows(targets, shift, len(shape), ignore_index)
     e = e if e.ndim == 2 else e.reshape(-1, known.problem.d)
     spec = _DEFAULT_SPEC if spec is None else spec
-    wide = known.wide if plain_mean and known.one_pass is not None else None
+    wide = known.results.wide if plain_mean and known.one_pass is not None else None
     rows, weights = prepare(targets.reshape(-1, 1), known.problem.v, ignore_index, known.backend, wide)
     return Flat(e, c, bias, rows, shape, shift, spec, known.request, None, known, None, weights)
 

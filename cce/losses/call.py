@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from cce.distributed.vocab_parallel import operands
+from cce.distributed.operands import operands
 from cce.frontend import checks
 from cce.frontend.reduction import reduce
 from cce.functional import SHARED_DEFAULTS, Terms, nll_of_each, terms

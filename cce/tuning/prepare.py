@@ -15,7 +15,7 @@ from cce.backends.triton.call import gpu_of
 from cce.backends.triton.launch import Device, Launch, shipped
 from cce.backends.triton.tunecache import key_of
 from cce.diagnostics import explain
-from cce.distributed.vocab_parallel import operands
+from cce.distributed.operands import operands
 from cce.errors import describe
 from cce.frontend import checks
 from cce.frontend.flatten import Flat, flatten

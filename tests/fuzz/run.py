@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _place(device: str) -> dict[str, Any]:
-    """Where and of which commit a run is; asked before it starts, as the checkout may change."""
+    """Machine, versions and commit of a run; asked before it starts, as the checkout may change."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {**environment(device), "date": f"{date.today()}", "commit": commit.strip()}
 

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class _Kept:
-    """What was replaced stays so: the process only interprets."""
+    """Functions stay replaced: the process only interprets."""
 
     def restore(self) -> None:
         pass

@@ -126,7 +126,7 @@ def faults(kernel: Compiled, architecture: Architecture, name: str) -> list[str]
 
 
 def operands_are_boxes(kernel: Compiled, architecture: Architecture) -> bool:
-    """Where the architecture has them."""
+    """Whether e and c are read by descriptors, where the architecture has them, and nowhere else."""
     return {"e", "c"} <= set(kernel.boxes) if architecture.capability >= (9, 0) else not kernel.boxes
 
 

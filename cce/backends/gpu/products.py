@@ -75,7 +75,7 @@ def write_product(a: Tensor, b: Tensor, out: Tensor, norm: Tensor | None = None,
 
 
 def scaled_product(a: Tensor, b: Tensor, norm: Tensor | None) -> Tensor:
-    """Write the product in the factors' dtype, at once."""
+    """Return a b, times ``norm`` if there is one, in the factors' dtype."""
     if norm is None:
         return narrow_product(a, b)
     out = a.new_empty(len(a), b.shape[1])

@@ -60,25 +60,24 @@ def _chunks(
 ) -> Tensor | None:
     """Return the float32 sum of dE; write dC and dbias. The scratch memory is freed before dE is rounded."""
     problem, total = call.problem, None
-    launch = _dz(call, inputs, formula)
+    launch, sums = _dz(call, inputs, formula), sums_bytes(problem, call.spec)
     own = call.c.dtype == problem.dtype  # else a chunk's rows of c are copied, and must be few
     lending, share = dc if own else None, share_of_chunk(problem.n, problem.d)
     for stretch in stretches(problem.v, lending, call.launch.dense.columns, share, call.spec.scratch_bytes):
-        places, memory = _places(call, stretch)
+        places, memory = _places(call, stretch, sums)
         for v0, v1 in places:
             dz = _chunk(call, launch, memory, v0, v1, None if dbias is None else dbias[v0:v1])
             if problem.grad_e:
                 total = product(dz, _rows_of_c(call, v0, v1), torch.float32, total)
             if dc is not None:
-                write_product(dz.T, call.e, dc[v0:v1], formula.norm, sums_bytes(problem, call.spec))
+                write_product(dz.T, call.e, dc[v0:v1], formula.norm, sums)
     return total
 
 
-def _places(call: Call, stretch: Stretch) -> tuple[list[tuple[int, int]], Tensor]:
+def _places(call: Call, stretch: Stretch, sums: int) -> tuple[list[tuple[int, int]], Tensor]:
     """Places of each chunk of a stretch, and the memory for its dx: lent rows of dC, or the scratch memory."""
     n, size = call.problem.n, call.problem.dtype.itemsize
-    room = call.spec.scratch_bytes - sums_bytes(call.problem, call.spec)
-    room = room if stretch.lent is None else stretch.lent.numel()
+    room = call.spec.scratch_bytes - sums if stretch.lent is None else stretch.lent.numel()
     places = windows(stretch.v1 - stretch.v0, call.launch.dense.columns, n * size, room)
     memory = stretch.lent
     if memory is None:

@@ -10,7 +10,7 @@ import cce
 
 @pytest.mark.parametrize("spec", [{"filter": "none"}, {"filter": "none", "scratch_bytes": 2**15}])
 def test_sums_of_large_rows(spec: dict[str, object]) -> None:
-    """Of weights that are 1 instead of 1 / 40 it would be 40 times as much."""
+    """A sum that took weights of 1 instead of 1 / 40 would be 40 times as large."""
     e, c = torch.full((40, 2), 16384.0).half(), torch.zeros(40, 2).half().requires_grad_()
     loss = cce.loss(e, c, torch.arange(40) % 2, backend="triton", spec=cce.Spec(**spec))
     dc = torch.autograd.grad(loss, c)[0].double()
