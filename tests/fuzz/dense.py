@@ -44,9 +44,12 @@ class Tokens:
         t: float64 copies of the tensors, targets int64.
         options: of ``cce.terms``.
         noise: what disturbs the arithmetic.
+        needed: rows of the results whose logits enter at all; the others' are 0, whatever e and the bias hold.
     """
 
-    def __init__(self, t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> None:
+    def __init__(
+        self, t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise, needed: Tensor | None = None
+    ) -> None:
         self.noise, self.c, soft = noise, t["c"], "target_weight" in t
         self.shift = options.get("shift", 0)
         self.lead = t["targets"].ndim - soft
@@ -64,7 +67,11 @@ class Tokens:
         self.targets, self.valid = (x.reshape(flat)[self.rows] for x in (targets.masked_fill(~valid, 0), valid))
         self.scale, self.softcap = options.get("logit_scale", 1.0), options.get("softcap")
         self.error: Tensor | float = 0.0  # of the logits
+        if needed is not None:
+            self.e = torch.where(self.of_rows(needed)[:, None], self.e, 0)
         self.z = self._logits(t.get("bias"))
+        if needed is not None:
+            self.z = torch.where(self.of_rows(needed)[:, None], self.z, 0)
         self.logp = noise.log_softmax(self.z, self.error)
 
     def ahead(self, x: Tensor) -> Tensor:
@@ -180,8 +187,8 @@ def _smooth(tokens: Tokens, u: Tensor) -> Tensor:
     if noise.generator is None or not found.numel():
         return found
     size = (tokens.z.detach().abs() * u).nan_to_num(0, 0, 0)
-    # In float64, whatever the problem's dtype: a product with the mean row, and two sums.
-    product = (LAMBDA * math.sqrt(tokens.e.shape[1]) + FEW) * UNIT[torch.float64]
+    # In float64, whatever the problem's dtype: the mean row, which is a sum of V, and a product with it.
+    product = (LAMBDA * (math.sqrt(tokens.e.shape[1]) + math.sqrt(len(u))) + FEW) * UNIT[torch.float64]
     common = (tokens.error * u + product * size).sum(-1)
     if tokens.softcap is not None:  # a float32 sum; else a float64 product with the mean row
         common = common + 4 * noise.u * tokens.softcap * u.sum()

@@ -126,18 +126,15 @@ def _with_slope(x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
 
 
 def unlikelihood(t: Mapping[str, Tensor], options: Mapping[str, Any], noise: Noise) -> tuple[Tensor, ...]:
-    alpha, likelihood, shift = options.get("alpha", 1.0), options.get("likelihood", True), options.get("shift", 0)
+    alpha, likelihood = options.get("alpha", 1.0), options.get("likelihood", True)
     every = t["negatives"] != options.get("ignore_index", -100)
     for k in range(every.shape[-1]):  # a set
         same = t["negatives"][..., :k] == t["negatives"][..., k : k + 1]
         every[..., k] &= ~(same & every[..., :k]).any(-1)
     if likelihood:
         every &= t["negatives"] != t["targets"][..., None]
-    else:  # a token without entries has no logits, whatever its e is
-        needed = every.any(-1)
-        needed = needed.roll(-shift, -1) if shift and shift < needed.shape[-1] else needed
-        t = {**t, "e": torch.where(needed[..., None], t["e"], 0)}
-    tokens = Tokens(t, options, noise)
+    # A token without entries has no logits, whatever its e and the bias are.
+    tokens = Tokens(t, options, noise, None if likelihood else every.any(-1))
     negatives, counts = tokens.of_rows(t["negatives"]), tokens.of_rows(every)
     nll = tokens.each(negatives.masked_fill(~counts, 0))
     rest = (-torch.expm1(-nll)).clamp(min=_least(noise))
