@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
-from cce.backends.triton import run
 from cce.backends.triton.backend import TritonBackend
-from cce.backends.triton.call import float32_precision, launched_with
+from cce.backends.triton.choice import launched_with
+from cce.backends.triton.device import float32_precision
 from cce.backends.triton.kernels.forward import forward_kernel
 from cce.backends.triton.kernels.gradient import dense_kernel, sparse_kernel
 from cce.backends.triton.kernels.onepass import store_kernel
@@ -24,6 +24,7 @@ from cce.backends.triton.triton_private import compiled_versions, spilled_regist
 from cce.frontend.rows import own_dtypes
 from cce.spec import Spec
 
+_BACKEND = TritonBackend()
 _TILED = (forward_kernel, dense_kernel, sparse_kernel, products_kernel, store_kernel)
 #: Most registers spilled per thread: a kernel that spills more spends its time on local memory. The shipped
 #: configuration may spill more under options that fill the registers (tests/triton/spills.py); its spills are then the
@@ -43,7 +44,7 @@ class Work:
 
     def __init__(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, launch: Launch) -> None:
         self._inputs, self._problem, self._spec = inputs, problem, spec
-        self._one_pass = TritonBackend().one_pass(problem, spec) and problem.needs_grad
+        self._one_pass = _BACKEND.one_pass(problem, spec) and problem.needs_grad
         used = (inputs.targets >= 0).any(1)
         a = used / used.sum()  # weights of a mean
         g = a[:, None] * (inputs.targets >= 0) / problem.k
@@ -121,13 +122,13 @@ class Work:
         return Maps(**{name: self._inputs.e.new_empty(shape, dtype=dtype) for name in problem.maps(spec)})
 
     def _forward(self, maps: Maps[Tensor]) -> Outputs[Tensor]:
-        return run.forward(self._inputs, self._problem, self._spec, maps)
+        return _BACKEND.forward(self._inputs, self._problem, self._spec, maps)
 
     def _backward(self, outputs: Outputs[Tensor], maps: Maps[Tensor]) -> Gradients[Tensor]:
-        return run.backward(self._inputs, self._problem, self._spec, outputs, maps, self._upstream)
+        return _BACKEND.backward(self._inputs, self._problem, self._spec, outputs, maps, self._upstream)
 
     def _in_one_pass(self) -> Gradients[Tensor]:
-        return run.loss_and_gradients(self._inputs, self._problem, self._spec, self._upstream.g)[1]
+        return _BACKEND.loss_and_gradients(self._inputs, self._problem, self._spec, self._upstream.g)[1]
 
     def _results(self, outputs: Outputs[Tensor], maps: Maps[Tensor]) -> dict[str, Tensor]:
         """Results that are sums of many products, by name."""

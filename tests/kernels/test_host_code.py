@@ -11,7 +11,7 @@ import torch
 import cce
 from cce import registry
 from cce.backends.gpu.kernels import Kernels
-from cce.backends.gpu.sizes import rows_are_copied
+from cce.backends.gpu.sizes import place_of_copy
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
 from cce.testing import BEHAVIOURS, CASES, LAYOUTS, PATTERNS, Case, run_case
@@ -69,14 +69,19 @@ def test_pattern(pattern: Pattern) -> None:
 
 
 FILTER = {"filter": "element", "threshold": 2.0**-9, "block_n": 16, "block_v": 32}
-WIDE = Case("rows in place", n=90, d=600, v=800, data="peaked", bias=True, spec={**FILTER, "scratch_bytes": 2**16})
+WIDE = Case("rows copied", n=90, d=600, v=800, data="peaked", bias=True, spec={**FILTER, "scratch_bytes": 2**16})
+IN_PLACE = replace(WIDE, e_dtype=torch.bfloat16)  # dE's memory is too small for a copy in float32
 #: What the kit's sizes do not come to: rows of ``e`` too many for the scratch, operands that are copied in pieces.
 MORE = [
-    WIDE,
-    replace(WIDE, name="rows in place, some left out", m=120, k=2, outputs=("entropy",)),
-    replace(WIDE, name="rows in place, in an order", vocab_order=True, spec={**WIDE.spec, "threshold": 2.0**-6}),
-    replace(WIDE, name="rows in place, strided", strided=True, outputs=("weighted_logit",)),
-    replace(WIDE, name="rows in place, float16", d=1200, e_dtype=torch.float16, c_dtype=torch.float16),
+    replace(WIDE, name="rows in dE"),
+    replace(WIDE, name="rows in dE, in an order, some left out", vocab_order=True, m=120, k=2),
+    replace(WIDE, name="rows in dE, float16", d=1200, e_dtype=torch.float16, c_dtype=torch.float16),
+    replace(WIDE, name="rows copied, no dE", spec={**FILTER, "scratch_bytes": 2**17}, wanted=("c",)),
+    replace(IN_PLACE, name="rows in place"),
+    replace(IN_PLACE, name="rows in place, some left out", m=120, k=2, outputs=("entropy",)),
+    replace(IN_PLACE, name="rows in place, in an order", vocab_order=True, spec={**WIDE.spec, "threshold": 2.0**-6}),
+    replace(IN_PLACE, name="rows in place, strided", strided=True, outputs=("weighted_logit",)),
+    replace(WIDE, name="rows in place, no dE", wanted=("c", "bias")),
     replace(WIDE, name="c in windows", d=601, spec={"filter": "none", "scratch_bytes": 2**19}),
     replace(WIDE, name="c of another dtype", d=64, c_dtype=torch.bfloat16, outputs=("prediction", "weighted_logit")),
     replace(WIDE, name="c of another dtype, exact", c_dtype=torch.bfloat16, spec={"filter": "none"}, softcap=6.0),
@@ -111,10 +116,14 @@ def test_with_the_librarys_operations(case: Case) -> None:
     assert not run_case(Library(), case).failures
 
 
-def test_rows_in_place_are() -> None:
+def test_rows_lie_where_a_case_says() -> None:
     for case in MORE:
+        if "rows" not in case.name:
+            continue
         problem = make_problem(case, "cpu")
-        assert rows_are_copied(problem, resolve(case.make_spec(), problem)) == ("rows in place" not in case.name)
+        place = place_of_copy(problem, resolve(case.make_spec(), problem), Kernels.rows_in_scratch)
+        words = {"scratch": "copied", "beside": "copied", "de": "in dE", "nowhere": "in place"}
+        assert words[place] in case.name, place
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)

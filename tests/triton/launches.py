@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from cce.backends.problem import Maps
 from cce.backends.resolve import resolve
-from cce.backends.triton import TritonBackend, call, filtered, run
+from cce.backends.triton import TritonBackend, device, launches, live, one_pass, operands
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
 
@@ -162,9 +162,10 @@ def _launching(setting: Setting, architecture: Architecture, run: Callable[..., 
     """Launches are ``run``, on a GPU of the architecture."""
     with pytest.MonkeyPatch.context() as patch, _target(architecture), _precision(setting.precision):
         patch.setattr(JITFunction, "run", run)
-        patch.setattr(call, "capability", lambda device: architecture.capability)
-        patch.setattr(call, "multiprocessors", lambda device: setting.programs)
-        for module in (call, filtered) if setting.wide else ():
+        patch.setattr(device, "capability", lambda device: architecture.capability)
+        for module in (device, one_pass):
+            patch.setattr(module, "multiprocessors", lambda device: setting.programs)
+        for module in (operands, launches, live) if setting.wide else ():
             patch.setattr(module, "needs_wide", lambda x: True)
         yield
 
@@ -186,14 +187,15 @@ def _call(case: Case) -> None:
     inputs, upstream = make_inputs(case, "cpu"), make_upstream(case, "cpu", torch.float32)
     shape, dtype = (spec.tiles(problem.v), problem.n), problem.map_dtype(spec)
     maps = Maps(**{name: torch.zeros(shape, dtype=dtype) for name in problem.maps(spec)})
-    run.prepare(inputs.targets, problem.v, -100, False)
-    outputs = run.forward(inputs, problem, spec, maps)
-    run.backward(inputs, problem, spec, outputs, maps, upstream)
-    if TritonBackend().one_pass(problem, spec):
-        outputs, gradients = run.loss_and_gradients(inputs, problem, spec, upstream.g)
-        run.prepare(inputs.targets, problem.v, -100, True)
-        run.value(outputs, upstream.g)
-        run.scale([x for x in vars(gradients).values() if x is not None], torch.ones(()))
+    backend = TritonBackend()
+    backend.prepare(inputs.targets, problem.v, -100, None)
+    outputs = backend.forward(inputs, problem, spec, maps)
+    backend.backward(inputs, problem, spec, outputs, maps, upstream)
+    if backend.one_pass(problem, spec):
+        outputs, gradients = backend.loss_and_gradients(inputs, problem, spec, upstream.g)
+        backend.prepare(inputs.targets, problem.v, -100, torch.float32)
+        backend.value(outputs, upstream.g)
+        backend.scale([x for x in vars(gradients).values() if x is not None], torch.ones(()))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from launches import ARCHITECTURES, Setting, cache_folder_of, compile_launches
 
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
-from cce.backends.triton.call import launched_with
+from cce.backends.triton.choice import launched_with
 from cce.backends.triton.launch import TILES, Device, Launch, Tile, fitted, shipped
 from cce.spec import Spec
 from cce.testing import Case

@@ -40,7 +40,7 @@ def test_a_later_process_uses_what_was_tuned(tmp_path: Path) -> None:
 
     used, shipped = run("use", tmp_path), run("use", "off")
     for name in used:
-        assert len(used[name]["columns"]) == 2  # forward, backward
+        assert used[name]["columns"]
         for before, after in zip(shipped[name]["columns"], used[name]["columns"], strict=True):
             assert set(before.values()) == {64} and set(after.values()) == {32}, name
         for errors in (used[name]["errors"], shipped[name]["errors"]):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import cce
-from cce.backends.triton import call, run
+from cce.backends.triton import choice
+from cce.backends.triton.backend import TritonBackend
 from cce.backends.triton.launch import Launch, Tile
 from cce.tuning import autotune
 from cce.tuning.search import Trial
@@ -32,10 +33,10 @@ PROBLEMS = {"exact": (e.clone().requires_grad_(), c, ignored), "filtered": (e, c
 
 def tune() -> dict[str, Any]:
     """What became of each tile, and the files written."""
-    original = run.forward
+    original = TritonBackend.forward
 
     def forward(*arguments: Any) -> Any:
-        found, launch = original(*arguments), call._imposed.get()
+        found, launch = original(*arguments), choice._imposed.get()
         if launch is not None and launch.forward == FAILS:
             raise RuntimeError("out of\nresource")
         if launch is not None and launch.forward == WRONG:
@@ -46,7 +47,7 @@ def tune() -> dict[str, Any]:
         trial()
         return trial.tile.columns / FAST  # and in truth, too, other tiles sum in another order
 
-    run.forward = forward
+    TritonBackend.forward = forward
     options: dict[str, Any] = {"softcap": 20, "rounds": 1, "timer": timer}
     found = {name: autotune(*PROBLEMS[name], spec=spec, **options) for name, spec in SPECS.items()}
     return {name: [[row.kernel, str(row.tile), row.note] for row in tuned.rows] for name, tuned in found.items()}
@@ -73,10 +74,10 @@ def errors(name: str) -> list[float]:
 
 def columns(name: str) -> list[dict[str, int]]:
     seen: list[Launch] = []
-    original = call.choose
-    call.choose = lambda *arguments: seen.append(original(*arguments)) or seen[-1]
+    original = choice.choose
+    choice.choose = lambda *arguments: seen.append(original(*arguments)) or seen[-1]
     step("triton", name)
-    call.choose = original
+    choice.choose = original
     kernels = ("forward", "dense") if name == "exact" else ("forward", "sparse", "dc")
     return [{name: tile.columns for name, tile in launch.tiles(kernels).items()} for launch in seen]
 

@@ -168,7 +168,7 @@ def _dx(problem: Problem, spec: Spec, live: Live, row_of: Tensor, pack: int) -> 
         e=structs.Matrix.of(live.e), c=structs.Matrix.of(live.c), order=live.order, bias=live.formula.bias,
         rows=structs.Rows.of(live.rows), row_of=row_of, tile_list=plan.tile_list, item_block=plan.item_block,
         item_first=plan.item_first, item_slot=plan.item_slot, item_tiles=plan.item_tiles, items=plan.items, dz=live.dz,
-        column_sums=live.column_sums, formula=structs.Formula.of(live.formula), N=problem.n, V=problem.v,
+        column_sums=live.column_sums, formula=structs.Formula.of(live.formula), N=problem.n, V=len(live.c),
         T=plan.tile_list.shape[1], max_items=plan.item_block.shape[1],
     )  # fmt: skip
     grid = min(plan.max_items, 2 * gpu.processors)
@@ -183,7 +183,7 @@ def _products(problem: Problem, spec: Spec, live: Live, row_of: Tensor) -> list[
         dz=live.dz, e=structs.Matrix.of(live.e), c=structs.Matrix.of(live.c), order=live.order, row_of=row_of,
         **{name: getattr(plan, name) for name in tables}, de=live.de, chunk_start=plan.chunk_start, counters=counters,
         mass_e=live.mass_e, mass=live.mass, norm=live.norm, dc=live.dc, column_sums=live.column_sums, dbias=live.dbias,
-        N=problem.n, V=problem.v, D=live.e.shape[1], T=plan.tile_list.shape[1], blocks=plan.tile_list.shape[0],
+        N=problem.n, V=len(live.c), D=live.e.shape[1], T=plan.tile_list.shape[1], blocks=plan.tile_list.shape[0],
         dc_columns=0 if live.dc is None else live.dc.shape[1],
     )  # fmt: skip
     products, dbias = products_variants(gpu, spec, live)

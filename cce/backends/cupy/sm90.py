@@ -24,7 +24,7 @@ from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dense_macros, rows_macros
 from cce.backends.gpu.arrays import Dense, GradientOfWindow, Live, Sizes, Window
 from cce.backends.gpu.library import Ahead
-from cce.backends.gpu.sizes import cdiv, rows_are_copied
+from cce.backends.gpu.sizes import cdiv, place_of_copy
 from cce.backends.problem import Problem
 from cce.spec import Spec
 
@@ -175,7 +175,7 @@ def _live_launch(problem: Problem, live: Live, counters: Tensor) -> Launch:
         rows=structs.Rows.of(live.rows), order=live.order, row_of=row_of, c_rows=strided(live.c),
         c_pieces=live.c.stride(0) * live.c.element_size() // 16, bias=live.formula.bias, dz=live.dz, de=live.de,
         dc=live.dc, mass_e=live.mass_e, norm=live.norm, counters=counters, formula=structs.Formula.of(live.formula),
-        N=problem.n, V=problem.v, D=live.e.shape[1], width=0 if live.dc is None else live.dc.shape[1], first_chunk=0,
+        N=problem.n, V=len(live.c), D=live.e.shape[1], width=0 if live.dc is None else live.dc.shape[1], first_chunk=0,
         last_chunk=plan.chunks, phases=1 if live.de is None and live.dc is None else 3,
     )  # fmt: skip
     macros = rows_macros(live.rows) | {"GATHER": gathered}
@@ -188,5 +188,5 @@ def _live_is_served(problem: Problem, spec: Spec) -> bool:
     """Whether these kernels serve the filtered backward, from metadata alone."""
     blocks = spec.block_n == BLOCK and spec.block_v == BLOCK
     pieces = problem.d % 8 == 0  # rows of dC are whole pieces of 16 bytes
-    copied = rows_are_copied(problem, spec)
+    copied = place_of_copy(problem, spec, PortableKernels.rows_in_scratch) != "nowhere"
     return is_served(problem.dtype) and blocks and pieces and copied and not problem.grad_bias

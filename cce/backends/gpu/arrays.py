@@ -58,7 +58,7 @@ class Splits:
 
     Attributes:
         max, sum: m = largest logit, sum exp(z - m); -inf and 0 before the first tile. The sum is NaN where a logit is
-            NaN or inf, whatever m is; but m is inf where the largest is.
+            NaN, and NaN or inf where one is inf, whatever m is; but m is inf where the largest is.
         gap: sum exp(z - m) (m - z), without the terms where exp(z - m) = 0; or None. The entropy is log sum + gap /
             sum.
         weighted: sum u_v z_v over the window's columns, hence NaN where 0 meets -inf, as in PyTorch; or None.
@@ -83,7 +83,7 @@ class Tiles:
 
     Attributes:
         max: the block's largest logit; -inf where all are -inf.
-        log_sum: log sum exp(z - max); 0 where all are -inf, NaN where one is NaN.
+        log_sum: log sum exp(z - max); 0 where all are -inf, NaN where one is NaN, NaN or inf where one is inf.
         entropy: entropy of the softmax within the block, 0 where all are -inf; or None.
     """
 
@@ -149,7 +149,8 @@ class Live:
 
     Attributes:
         e: (N, D) aligned. sorted_rows: it is a copy in ``row_order``, with zeros where ``keep`` is False.
-        c: (V, D) aligned. order: (V,) int64 or None. formula: its bias is (V,), by entry.
+        c: (V, D) aligned, the entries of the plan's vocabulary blocks: the whole vocabulary, or a run of it without an
+            order. order: (V,) int64 or None. formula: its bias is (V,), by entry.
         row_order: (N,) int64. keep: (N,) bool.
         dz: (slots + 1, BLOCK_N, BLOCK_V) in the products' dtype: dx of live tiles; the last slot is never used.
         column_sums: (slots, BLOCK_V) float32, column sums of dx before rounding; None where there is no dbias.
@@ -196,6 +197,7 @@ class Window:
         first: a multiple of the forward's columns. Where it is not 0, each split continues from the contents of the
             split of the same number.
         splits, tiles: the results.
+        in_use: (N,) bool, rows that count; a kernel may leave out a block that has none. None if all do.
     """
 
     e: Tensor
@@ -205,6 +207,7 @@ class Window:
     first: int
     splits: Splits
     tiles: Tiles | None
+    in_use: Tensor | None = None
 
 
 @dataclass(frozen=True)

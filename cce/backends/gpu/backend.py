@@ -21,6 +21,7 @@ from cce.backends.gpu.refusals import common_refusals
 from cce.backends.gpu.sizes import MOST_WEIGHED
 from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.shared.rows import used_rows
+from cce.backends.shared.targets import mean_weights
 from cce.backends.shared.worklist import WorkList, work_list
 from cce.spec import Spec
 
@@ -63,11 +64,12 @@ class KernelBackend(Backend, OnePass):
         self, targets: Tensor, v: int, ignore_index: int, mean: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None]:
         kernels = self.kernels().one_pass()
-        weighs = mean == torch.float32 and targets.numel() <= MOST_WEIGHED
-        if kernels is None or targets.shape[1] != 1 or (mean is not None and not weighs):
+        if kernels is None:
             return super().prepare(targets, v, ignore_index, mean)
+        weighs = mean == torch.float32 and targets.numel() <= MOST_WEIGHED
         with on_device_of(targets):
-            return onepass.prepared(kernels, targets.contiguous(), v, ignore_index, weighs)
+            found, weights = onepass.prepared(kernels, targets.contiguous(), v, ignore_index, weighs)
+        return found, weights if mean is None or weighs else mean_weights(found, mean)
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         with on_device_of(weights):

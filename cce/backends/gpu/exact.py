@@ -60,7 +60,7 @@ def _chunks(
 ) -> Tensor | None:
     """Return the float32 sum of dE; write dC and dbias. The scratch memory is freed before dE is rounded."""
     problem, total = call.problem, None
-    rows_of_c, unit = Windows(call, ordered=False), call.sizes.gradient_columns
+    rows_of_c, unit = Windows(call, ordered=False, multiplied=True), call.sizes.gradient_columns
     weight = None if found.rows.s is None else call.weights(inputs.logit_weight)
     dense = Dense(call.e, call.formula, found.rows, weight, dbias is not None)
     gradient = call.kernels.gradient(problem, call.spec, dense)

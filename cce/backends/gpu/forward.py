@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,24 +32,19 @@ def forward(
     target_logits = call.empty(*inputs.targets.shape)
     kernels.target_logits(call.own_e, call.c, inputs.targets, call.formula, target_logits)
     is_weighted, is_capped = "weighted_logit" in problem.outputs, problem.softcap is not None
-    splits, tiles = _statistics(call, call.weights(inputs.logit_weight) if is_weighted and is_capped else None, maps)
-    lse, lse_low, nll = kernels.joined(splits, target_logits, inputs.targets, in_use)
+    weight = call.weights(inputs.logit_weight) if is_weighted and is_capped else None
+    splits, tiles = _statistics(call, in_use, weight, maps)
+    outputs = kernels.outputs(problem, splits, target_logits, inputs.targets, in_use, call.order)
     if tiles is not None:
-        _fill(call, lse, lse_low, in_use, tiles, maps)
-    weighted = None if splits.weighted is None else splits.weighted.sum(0)
+        assert outputs.lse_low is not None
+        _fill(call, outputs.lse, outputs.lse_low, in_use, tiles, maps)
     if is_weighted and not is_capped:
         weighted = weighted_logit(inputs, problem, spec)
-    return Outputs(
-        lse,
-        nll,
-        lse_low,
-        None if splits.gap is None else _entropy(splits, splits.gap, lse, lse_low, in_use),
-        None if weighted is None else torch.where(in_use, weighted, 0),
-        None if splits.best is None else _prediction(call, splits.max, splits.best, in_use),
-    )
+        outputs = replace(outputs, weighted_logit=torch.where(in_use, weighted, 0))
+    return outputs
 
 
-def _statistics(call: Call, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[Splits, Tiles | None]:
+def _statistics(call: Call, in_use: Tensor, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[Splits, Tiles | None]:
     """Statistics of all windows of the vocabulary; its order matters only to maps and the prediction."""
     problem, columns, mapped = call.problem, call.sizes.forward_columns, maps.tile_mass is not None
     rows_of_c = Windows(call, ordered=mapped or "prediction" in problem.outputs)
@@ -59,7 +55,7 @@ def _statistics(call: Call, weight: Tensor | None, maps: Maps[Tensor]) -> tuple[
     tiles = _tiles(call, maps) if mapped else None
     for nth, (v0, v1) in enumerate(places):
         c, formula = rows_of_c.at(v0, v1)
-        window = Window(call.e, c, formula, rows_of_c.of(weight, v0, v1), v0, splits, tiles)
+        window = Window(call.e, c, formula, rows_of_c.of(weight, v0, v1), v0, splits, tiles, in_use)
         if ahead and nth + 1 < len(places):
             call.kernels.statistics_ahead(problem, call.spec, window, rows_of_c.ahead(*places[nth + 1]))
         else:
@@ -86,28 +82,6 @@ def _tiles(call: Call, maps: Maps[Tensor]) -> Tiles:
     return Tiles(
         call.empty(high, n), call.empty(high, n), call.empty(high, n) if maps.tile_entropy is not None else None
     )
-
-
-def _entropy(splits: Splits, gap: Tensor, lse: Tensor, lse_low: Tensor, in_use: Tensor) -> Tensor:
-    """Entropy by the chain rule: H = sum_k w_k (H_k - log w_k), w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k.
-
-    NaN where the log-sum-exp is not finite, as lse_low is.
-    """
-    empty = splits.sum == 0
-    s = torch.where(empty, 1, splits.sum)
-    log_s = s.log()
-    log_w = torch.where(empty, 0, (splits.max - lse) + (log_s - lse_low))
-    terms = log_w.exp() * (log_s + gap / s - log_w)
-    entropy = torch.where(empty, 0, terms).sum(0).clamp_(min=0)
-    return torch.where(in_use, torch.where(lse.isfinite(), entropy, torch.nan), 0)
-
-
-def _prediction(call: Call, split_max: Tensor, best: Tensor, in_use: Tensor) -> Tensor:
-    """Entry at the first place of the largest logit, (N,); a row of NaN has none and gets the last place."""
-    v = call.problem.v
-    place = torch.where(split_max == split_max.amax(0), best, v - 1).amin(0).clamp_(0, v - 1).to(torch.int64)
-    entry = place if call.order is None else call.order.index_select(0, place)
-    return torch.where(in_use, entry, -1)
 
 
 def _fill(call: Call, lse: Tensor, lse_low: Tensor, in_use: Tensor, tiles: Tiles, maps: Maps[Tensor]) -> None:

@@ -68,15 +68,19 @@ def add_mean_logit_to_entries(
     for e, part in zip(call.own_e.split(step), s.split(step), strict=True):
         known = torch.where((part != 0)[:, None], e, 0)  # a row that does not count may be NaN
         total += part @ known.to(torch.float32)
-    for rows, part in zip(dc.split(step), u.split(step), strict=True):
-        rows.copy_(torch.addcmul(rows.to(torch.float32), part[:, None], total[None]))
+    call.kernels.add_rank_one(call.spec, dc, u, total)
 
 
-def rounded_de(call: Call, total: Tensor, norm: Tensor | None, row_order: Tensor | None = None) -> Tensor:
-    """Round dE (N, D) to its dtype from the float32 sum, whose rows are in ``row_order``; may overwrite ``total``."""
+def rounded_de(
+    call: Call, total: Tensor, norm: Tensor | None, row_order: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Round dE (N, D) to its dtype from the float32 sum, whose rows are in ``row_order``; may overwrite ``total``.
+
+    With a ``row_order``, dE is written to ``out`` if that is given.
+    """
     dtype, total = call.problem.de_dtype, total[:, : call.problem.d]
     if row_order is None:
         return (total if norm is None else total.mul_(norm)).to(dtype)
-    de = call.empty(*total.shape, dtype=dtype)
+    de = call.empty(*total.shape, dtype=dtype) if out is None else out
     call.kernels.scatter_rows(call.spec, total, norm, row_order, de)
     return de

@@ -31,7 +31,17 @@ from cce.spec import Spec
 
 
 class Kernels(LibraryOperations, ABC):
-    """Kernels a backend implements; ``problem`` and the resolved ``spec`` are those of the call."""
+    """Kernels a backend implements; ``problem`` and the resolved ``spec`` are those of the call.
+
+    Attributes:
+        any_layout: whether ``e`` may have any strides, and ``c`` any strides and any of the three dtypes, in every
+            kernel. The host then copies neither to align it.
+        rows_in_scratch: largest share of the scratch memory that a filtered backward gives to a copy of the rows of
+            ``e``, before it uses the memory of dE. What the copy takes, live tiles cannot.
+    """
+
+    any_layout = False
+    rows_in_scratch = 2 / 3
 
     @abstractmethod
     def unsupported(self, problem: Problem, spec: Spec) -> list[str]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cce.backends.gpu import joins
 from cce.backends.gpu import plan as plans
 from cce.backends.gpu import work as works
 from cce.backends.gpu.arrays import DeadMass, Rows, Splits, Tiles, Window
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.work import Work
-from cce.backends.problem import Inputs, Maps, Problem, Upstream
-from cce.backends.shared.pair import finite, pair
+from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.spec import Spec
 
 
@@ -60,15 +60,33 @@ class LibraryOperations:
         Args:
             target_logits: (N, K) float32. targets: (N, K) int64, -1 for none. in_use: (N,) bool.
         """
-        m = splits.max.amax(0)
-        log_sum = ((splits.max - finite(m)).exp_() * splits.sum).sum(0).log_()  # NaN where m is inf
-        m = torch.where(m > -torch.inf, m, log_sum)  # NaN where a maximum left it out
-        named = targets >= 0
-        nll = log_sum[:, None] + (m[:, None] - target_logits)
-        lse, lse_low = pair(m, log_sum)
-        nll = torch.where(lse.isfinite()[:, None], nll.clamp(min=0), torch.nan)
-        nll = torch.where(named & in_use[:, None], nll, 0)
-        return torch.where(in_use, lse, 0), torch.where(in_use, lse_low, 0), nll
+        return joins.totals(splits, target_logits, targets, in_use)
+
+    def outputs(
+        self,
+        problem: Problem,
+        splits: Splits,
+        target_logits: Tensor,
+        targets: Tensor,
+        in_use: Tensor,
+        order: Tensor | None,
+    ) -> Outputs[Tensor]:
+        """Join the splits into the outputs of all rows; 0, or -1 for the prediction, if not in use.
+
+        The weighted logit is that of the splits, None where they have none.
+
+        Args:
+            target_logits, targets, in_use: as for :meth:`joined`. order: (V,) vocabulary order of the splits, or None.
+        """
+        lse, lse_low, nll = self.joined(splits, target_logits, targets, in_use)
+        return Outputs(
+            lse,
+            nll,
+            lse_low,
+            None if splits.gap is None else joins.entropy(splits, splits.gap, lse, lse_low, in_use),
+            None if splits.weighted is None else torch.where(in_use, splits.weighted.sum(0), 0),
+            None if splits.best is None else joins.prediction(splits.max, splits.best, in_use, problem.v, order),
+        )
 
     def mean_rows(self, problem: Problem, spec: Spec, c: Tensor, order: Tensor | None, out: Tensor) -> None:
         """Write out (T, D): the mean of the rows of ``c`` of each vocabulary block, summed in float32.
@@ -153,3 +171,13 @@ class LibraryOperations:
         """
         step = max(1, spec.scratch_bytes // (8 * total.shape[1]))
         works.scatter_rows(total, norm, row_order, step, out)
+
+    def add_rank_one(self, spec: Spec, out: Tensor, u: Tensor, total: Tensor) -> None:
+        """Add u_v total_d to out_vd in float32, rounded once.
+
+        Args:
+            out: (V, D) contiguous, in any of the three dtypes. u: (V,) float32. total: (D,) float32.
+        """
+        step = max(1, spec.scratch_bytes // (16 * out.shape[1]))
+        for rows, part in zip(out.split(step), u.split(step), strict=True):
+            rows.copy_(torch.addcmul(rows.to(torch.float32), part[:, None], total[None]))

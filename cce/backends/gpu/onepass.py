@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
-from cce.backends.gpu.operands import aligned, formula_of, is_aligned
+from cce.backends.gpu.operands import aligned, formula_of, is_aligned, taken
 from cce.backends.gpu.products import scaled_product
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
@@ -34,8 +34,8 @@ def loss_and_gradients(
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """Outputs, and gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``, for all rows of ``e``."""
     n, v, k, dtype = problem.n, problem.v, problem.k, problem.dtype
-    e, c, targets = aligned(inputs.e, dtype), inputs.c, inputs.targets
-    formula = formula_of(inputs.bias, problem)
+    kernels, formula = kernels.of_problem(problem, spec), formula_of(inputs.bias, problem)
+    e, c, targets = taken(kernels.any_layout, inputs.e, dtype, inputs.rows), inputs.c, inputs.targets
     tiles = cdiv(v, kernels.columns(dtype))
 
     a, g, norm = _factors(problem, weights)
@@ -76,7 +76,7 @@ def _store(
     tile_sum: Tensor,
 ) -> None:
     """Store q of the whole vocabulary: at once, or in windows of aligned copies of the rows of ``c``."""
-    if is_aligned(c, problem.dtype):
+    if kernels.any_layout or is_aligned(c, problem.dtype):
         kernels.store(e, c, formula, q, tile_max, tile_sum)
         return
     columns, row_bytes = kernels.columns(problem.dtype), padded(problem.d, problem.dtype) * problem.dtype.itemsize
@@ -97,10 +97,9 @@ def _products(problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: T
 def prepared(
     kernels: OnePassKernels, targets: Tensor, v: int, ignore_index: int, mean: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Targets of all tokens as backends take them, (N, 1), and their weights in a mean if these are wanted."""
-    size = (targets.numel(), 1)
-    out = targets.new_empty(size, dtype=torch.int64)
-    weights = targets.new_empty(size, dtype=torch.float32) if mean else None
+    """Targets (N, K) as backends take them, and their weights in a mean, (N, 1), if these are wanted."""
+    out = targets.new_empty(targets.shape, dtype=torch.int64)
+    weights = targets.new_empty(targets.shape, dtype=torch.float32) if mean else None
     kernels.prepare(targets, v, ignore_index, out, weights)
     return out, weights
 

@@ -13,10 +13,22 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
+from cce.backends.problem import Problem
+from cce.spec import Spec
 
 
 class OnePassKernels(ABC):
-    """Kernels of one pass, for problems without a softcap."""
+    """Kernels of one pass, for problems without a softcap.
+
+    Attributes:
+        any_layout: as of :class:`cce.backends.gpu.kernels.Kernels`.
+    """
+
+    any_layout = False
+
+    def of_problem(self, problem: Problem, spec: Spec) -> OnePassKernels:
+        """Kernels as configured for a problem, whose :meth:`columns` and the methods with tiles belong together."""
+        return self
 
     @abstractmethod
     def columns(self, dtype: torch.dtype) -> int:

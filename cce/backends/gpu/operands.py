@@ -39,6 +39,13 @@ def aligned(x: Tensor, dtype: torch.dtype, index: Tensor | None = None, buffer: 
     return out
 
 
+def taken(any_layout: bool, x: Tensor, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
+    """Return ``x``, or its rows ``index``, in the products' dtype and a layout the kernels take."""
+    if not any_layout:
+        return aligned(x, dtype, index)
+    return (x if index is None else x.index_select(0, index)).to(dtype)
+
+
 def formula_of(bias: Tensor | None, problem: Problem) -> Formula:
     """Formula of the logits of the whole vocabulary; ``bias`` of any dtype, contiguous."""
     bias = None if bias is None else bias.to(torch.float32)
@@ -56,7 +63,7 @@ class Call(Blocks):
     """A problem and the kernels that run it.
 
     Attributes:
-        e: (N, D) aligned, rows in use only. c: (V, D) as given.
+        e: (N, D) as the kernels take it, rows in use only. c: (V, D) as given.
         formula: formula of the logits of the whole vocabulary.
         order: (V,) vocabulary order or None.
     """
@@ -70,7 +77,7 @@ class Call(Blocks):
 
     @classmethod
     def of(cls, kernels: Kernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec) -> Call:
-        e = aligned(inputs.e, problem.dtype, inputs.rows)
+        e = taken(kernels.any_layout, inputs.e, problem.dtype, inputs.rows)
         formula, sizes = formula_of(inputs.bias, problem), kernels.sizes(problem, spec)
         return cls(problem, spec, kernels, sizes, e, inputs.c, formula, inputs.vocab_order)
 
@@ -95,12 +102,13 @@ class Windows:
     Args:
         call: call whose ``c`` and vocabulary order are used.
         ordered: whether places are positions in the vocabulary order, rather than entries.
+        multiplied: whether torch multiplies the rows, too, which must have the products' dtype then.
     """
 
-    def __init__(self, call: Call, ordered: bool) -> None:
+    def __init__(self, call: Call, ordered: bool, multiplied: bool = False) -> None:
         self._call, self._order = call, call.order if ordered else None
-        self._formula = call.formula
-        is_ready = is_aligned(call.c, call.problem.dtype)
+        self._formula, dtype = call.formula, call.problem.dtype
+        is_ready = call.c.dtype == dtype or not multiplied if call.kernels.any_layout else is_aligned(call.c, dtype)
         self.copied = self._order is not None or not is_ready
         self.gathered = self._order is not None and is_ready
         self._buffers: list[Tensor] = []  # the current window's first
@@ -109,8 +117,16 @@ class Windows:
     @property
     def row_bytes(self) -> int:
         """Bytes of the scratch memory that a place takes."""
-        dtype = self._call.problem.dtype
-        return padded(self._call.problem.d, dtype) * dtype.itemsize if self.copied else 0
+        width, dtype = self._row
+        return width * dtype.itemsize if self.copied else 0
+
+    @property
+    def _row(self) -> tuple[int, torch.dtype]:
+        """Width and dtype of a copied row: as it is, where gathered for kernels that take any layout."""
+        problem = self._call.problem
+        if self.gathered and self._call.kernels.any_layout:
+            return problem.d, self._call.c.dtype
+        return padded(problem.d, problem.dtype), problem.dtype
 
     def at(self, v0: int, v1: int) -> tuple[Tensor, Formula]:
         """Rows v0 to v1, valid until the next call, and their formula."""
@@ -144,8 +160,8 @@ class Windows:
         return Ahead(self._call.c, self._order[v0:v1], self._buffers[1][: v1 - v0])
 
     def _new(self, rows: int) -> Tensor:
-        dtype = self._call.problem.dtype
-        return self._call.empty(rows, padded(self._call.problem.d, dtype), dtype=dtype)
+        width, dtype = self._row
+        return self._call.empty(rows, width, dtype=dtype)
 
     def of(self, x: Tensor | None, v0: int, v1: int) -> Tensor | None:
         """Elements of a vector over the entries that belong to these places."""

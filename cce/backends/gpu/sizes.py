@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,10 @@ BLOCKS_V = (16, 32, 64, 128, 256)
 LEAST_COLUMNS = 256
 #: Limit, in bytes, on memory held besides the gradients if it includes a copy of ``e`` outside the scratch memory.
 MOST_BESIDE = 128 * 2**20
+#: Place of a copy of the rows of ``e``: in the scratch memory; in the memory of dE, which is written after the copy was
+#: read for the last time; or in memory of its own, up to twice the scratch memory, if everything held besides the
+#: gradients (the float32 dE, and a row of dC for each vocabulary block, but not yet dE) stays within MOST_BESIDE.
+Place = Literal["scratch", "de", "beside", "nowhere"]
 #: Alignment, in bytes, of the rows of an operand.
 ALIGNMENT = 16
 
@@ -106,28 +111,23 @@ def busiest_splits(blocks: int, tiles: int, programs: int, most: int) -> int:
     return min(range(1, min(tiles, most) + 1), key=lambda splits: (rounds(splits), splits))
 
 
-def copied_in_scratch(problem: Problem, spec: Spec) -> int:
-    """Bytes of scratch memory taken by a copy of the rows of ``e``: at most two thirds of it, or 0 without a copy."""
-    copy = _rows_bytes(problem)
-    fits = 3 * copy <= 2 * spec.scratch_bytes and copy + least_scratch(problem, spec) <= spec.scratch_bytes
-    return copy if fits else 0
+def place_of_copy(problem: Problem, spec: Spec, share: float) -> Place:
+    """Place of a filtered backward's copy of the rows of ``e`` in the work list's order.
 
-
-def rows_are_copied(problem: Problem, spec: Spec) -> bool:
-    """Whether a filtered backward copies the rows of ``e`` into the work list's order.
-
-    The copy lies in the scratch memory; or outside it, up to twice as large, if everything held besides the gradients
-    (the float32 dE, and a row of dC for each vocabulary block, but not yet dE) stays within :data:`MOST_BESIDE`.
+    Args:
+        share: largest share of the scratch memory that a copy may take.
     """
-    if copied_in_scratch(problem, spec):
-        return True
-    copy, scratch, width = _rows_bytes(problem), spec.scratch_bytes, padded(problem.d, problem.dtype)
+    copy, scratch, width = rows_bytes(problem), spec.scratch_bytes, padded(problem.d, problem.dtype)
+    if copy <= share * scratch and copy + least_scratch(problem, spec) <= scratch:
+        return "scratch"
+    results = problem.n * problem.d * problem.de_dtype.itemsize * problem.grad_e
+    if copy <= results:
+        return "de"
     sums = (problem.n * problem.grad_e + spec.tiles(problem.v) * problem.grad_c * spec.compensate) * width * 4
-    results = problem.n * problem.d * problem.e_dtype.itemsize * problem.grad_e
-    return copy <= 2 * scratch and scratch + copy + sums - results <= MOST_BESIDE
+    return "beside" if copy <= 2 * scratch and scratch + copy + sums - results <= MOST_BESIDE else "nowhere"
 
 
-def _rows_bytes(problem: Problem) -> int:
+def rows_bytes(problem: Problem) -> int:
     """Bytes of aligned rows of ``e``."""
     return problem.n * padded(problem.d, problem.dtype) * problem.dtype.itemsize
 

@@ -47,8 +47,8 @@ def _dx(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
     return kernel, min(choice.programs, plan.max_items), (
         live.e, live.c, formula.bias, live.order, live.row_order, live.keep,
         live.dz, live.column_sums, plan.tile_list, plan.item_block, plan.item_first, plan.item_slot, plan.item_tiles,
-        plan.items, rows.lse, rows.entropy, rows.a, rows.g, rows.h, rows.targets, problem.n, problem.v,
-        spec.tiles(problem.v), problem.k, pieces_of(live.e), pitch_of(live.e), pitch_of(live.c), plan.max_items,
+        plan.items, rows.lse, rows.entropy, rows.a, rows.g, rows.h, rows.targets, problem.n, len(live.c),
+        spec.tiles(len(live.c)), problem.k, pieces_of(live.e), pitch_of(live.e), pitch_of(live.c), plan.max_items,
         formula.scale, formula.softcap or 0.0, 0,
     )  # fmt: skip
 
@@ -71,8 +71,8 @@ def _sums(problem: Problem, spec: Spec, live: Live, choice: Choice, options: Sum
     return sums_kernel(options), choice.programs * options.resident, (
         drawn, live.dz, e, c, live.order, live.row_order, live.keep,
         plan.tile_list, plan.block_slot, plan.block_tiles, plan.block_first, plan.live_count, plan.block_list,
-        plan.slot_list, plan.chunk_start, live.mass_e, live.norm, live.de, live.dc, problem.n, problem.v, e.shape[1],
-        spec.tiles(problem.v), 0 if live.dc is None else live.dc.shape[1], plan.block_list.shape[1], pieces_of(e),
+        plan.slot_list, plan.chunk_start, live.mass_e, live.norm, live.de, live.dc, problem.n, len(c), e.shape[1],
+        spec.tiles(len(c)), 0 if live.dc is None else live.dc.shape[1], plan.block_list.shape[1], pieces_of(e),
         pitch_of(e), pitch_of(c), 0,
     )  # fmt: skip
 
@@ -86,5 +86,5 @@ def _dbias(problem: Problem, spec: Spec, live: Live, choice: Choice) -> _Launch:
     )  # fmt: skip
     return dbias_kernel(options), choice.programs, (
         live.column_sums, live.order, plan.live_count, plan.slot_list, plan.chunk_start, live.mass,
-        live.norm, live.dbias, problem.v, plan.block_list.shape[1], 0,
+        live.norm, live.dbias, len(live.c), plan.block_list.shape[1], 0,
     )  # fmt: skip

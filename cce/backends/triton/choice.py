@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 
 from cce.backends.problem import Problem
 from cce.backends.triton import tunecache
+from cce.backends.triton.device import current_device, gpu_of
 from cce.backends.triton.launch import Device, Launch, fitted, shipped
 from cce.spec import Spec
+
+_imposed: ContextVar[Launch | None] = ContextVar("launch", default=None)
+
+
+@contextmanager
+def launched_with(launch: Launch) -> Iterator[None]:
+    """Context in which all calls of this thread use this configuration, whatever the problem; for trials."""
+    token = _imposed.set(launch)
+    try:
+        yield
+    finally:
+        _imposed.reset(token)
+
+
+def launch_of(problem: Problem, spec: Spec) -> Launch:
+    """Configuration of a problem's kernels on the current device; ``spec`` is resolved."""
+    launch = _imposed.get()
+    if launch is not None:
+        return launch
+    ordered = spec.permutation is not None or spec.vocab_order == "mean_logit"
+    if spec.permutation is not None:  # a cache would compare its values, and so wait for them
+        spec = Spec.from_key(spec.key)
+    return choose(problem, spec, gpu_of(current_device(problem.device)), ordered)
 
 
 @lru_cache(maxsize=256)

@@ -15,8 +15,11 @@ from torch import Tensor
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv, pitch
+from cce.backends.problem import Problem
+from cce.backends.resolve import resolve
+from cce.spec import Spec
 from cce.testing.kernels.plain_one_pass import PlainOnePass, bits_of_q
-from cce.testing.kernels.results import Results, compare, operand
+from cce.testing.kernels.results import Results, compare, operand, surrounded
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -92,7 +95,12 @@ class Bench:
 
     def __init__(self, kernels: OnePassKernels, case: Case, device: str) -> None:
         self.case, self.device = case, device
-        self.kernels, self.plain = kernels, PlainOnePass(kernels.columns(case.dtype))
+        problem = Problem(
+            n=case.n, v=case.v, d=case.d, k=case.k, e_dtype=case.dtype, c_dtype=case.dtype,
+            device=torch.device(device).type, bias=bool(case.bias), logit_scale=case.scale, grad_e=True, grad_c=True,
+        )  # fmt: skip
+        self.kernels = kernels.of_problem(problem, resolve(Spec(filter="none"), problem))
+        self.plain = PlainOnePass(self.kernels.columns(case.dtype))
         rng = torch.Generator().manual_seed(case.n + case.v)
         e = torch.randn(case.n, case.d, generator=rng)
         c = torch.randn(case.v, case.d, generator=rng) * (1.5 / math.sqrt(case.d))
@@ -150,7 +158,8 @@ class Bench:
         q = new("q", (n, cdiv(v, 8) * 8), case.dtype, width)[:, :v]
         tile_max, tile_sum, nll = new("tile_max", (tiles, n)), new("tile_sum", (tiles, n)), new("nll", (n, k))
         lse, lse_low = new("lse", (n,)), new("lse_low", (n,))
-        kernels.store(operand(self.e), operand(self.c), self.formula, q, tile_max, tile_sum)
+        laid_out = surrounded if self.kernels.any_layout else operand
+        kernels.store(laid_out(self.e), laid_out(self.c), self.formula, q, tile_max, tile_sum)
         kept = bits_of_q(q).float().clone()
         kernels.join(tile_max, tile_sum, logits, targets, lse, lse_low, nll)
         a = torch.where(some, self.weights.sum(1) * case.scale, torch.nan)
@@ -162,6 +171,7 @@ class Bench:
         kernels.multiply(x, y, torch.tensor(0.3, device=self.device))
         kernels.multiply(y, None, torch.tensor(1.0, device=self.device))
 
+        tile_sum = torch.where(tile_sum == torch.inf, torch.nan, tile_sum)  # inf says the same of a row with inf
         sums = 2.0**-9 if case.dtype == F32 and not case.ieee and self.device != "cpu" else 5e-5
         rounded = max(sums, {BF16: 2.0**-9, F16: 2.0**-11}.get(case.dtype, 0.0))
         return {

@@ -195,7 +195,7 @@ class LiveTiles:
             self._entries(t)
 
     def _places(self, t: int) -> Tensor:
-        v1 = min(self.problem.v, (t + 1) * self.block_v)
+        v1 = min(len(self.live.c), (t + 1) * self.block_v)
         return torch.arange(t * self.block_v, v1, device=self.live.e.device)
 
     def _entries_of(self, t: int) -> Tensor:

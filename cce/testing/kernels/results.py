@@ -75,3 +75,10 @@ def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> lis
         f"{name}: relative error {error:.2g} > {tolerance:.1g}; {wrong:.0%} wrong, {strange} not finite, "
         f"worst at {worst} of {tuple(gap.shape)}: {found[worst]:.5g}, expected {expected[worst]:.5g}"
     ]
+
+
+def surrounded(x: Tensor) -> Tensor:
+    """The same numbers, one after the other in a row, with NaN between the rows: neither aligned nor padded."""
+    wide = x.new_full((len(x) + 1, x.shape[1] + 3), math.nan)
+    wide[1:, 1:-2] = x
+    return wide[1:, 1:-2]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from calls import SPECS, Call, dense, loss_of
+from torch import Tensor
 
 OFFSETS = [0.0, 1e4, 1e6, 1e8]
 EPS = torch.finfo(torch.float32).eps
@@ -100,19 +102,19 @@ def test_confident_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", WAYS)
 def test_target_above_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logit comes from another kernel: by a rounding above the log-sum-exp, its loss is 0; p is as it was."""
-    from cce.backends.triton import forward, onepass
+    from cce.backends.triton.launches import TritonKernels
+    from cce.backends.triton.one_pass import TritonOnePass
 
     call = shifted(0.0, 70, name)
     raised = torch.tensor([[1e3], [0.0], [0.0], [0.0], [0.0]])
-    module = onepass._Steps if name == "one pass" else forward
-    original = getattr(module, "target_logits" if name == "one pass" else "target_logits_of")
+    kernels = TritonOnePass if name == "one pass" else TritonKernels
+    original = kernels.target_logits
 
-    def target_logits(*arguments: object) -> object:
-        found = original(*arguments)
-        (found[0] if name == "one pass" else found).add_(raised)
-        return found
+    def target_logits(self: Any, e: Tensor, c: Tensor, targets: Tensor, formula: Any, out: Tensor, *rest: Any) -> None:
+        original(self, e, c, targets, formula, out, *rest)
+        out.add_(raised)
 
-    monkeypatch.setattr(module, original.__name__, target_logits)
+    monkeypatch.setattr(kernels, "target_logits", target_logits)
     plain = dense(call)
     found = call.run()
     assert found["nll"][0] == 0

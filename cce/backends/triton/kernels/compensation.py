@@ -8,7 +8,7 @@ from cce.backends.triton.kernels.tiles import LN2, entries_of
 
 @triton.jit
 def dead_mass_kernel(
-    tile_mass, tile_entropy, live, row_order, keep, lse, entropy, a, h, m,
+    tile_mass, tile_entropy, live, row_order, lse, entropy, a, h, m,
     N, V, blocks, stride_mass, softcap, t0,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -22,7 +22,6 @@ def dead_mass_kernel(
     inside = position < N
     rows = tl.load(row_order + position, mask=inside, other=0).to(tl.int64)
     dead = inside & (tl.load(live + t * blocks + position // BLOCK_N, mask=inside, other=1) == 0)
-    dead = dead & (tl.load(keep + rows, mask=inside, other=0) != 0)
     where = t.to(tl.int64) * stride_mass + rows
     p = tl.maximum(tl.load(tile_mass + where, mask=dead, other=0.0).to(tl.float32), 0.0)
     weight = tl.load(a + rows, mask=inside, other=0.0)

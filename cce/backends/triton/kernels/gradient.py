@@ -78,17 +78,20 @@ def chunk_tile(pid, blocks, tiles, GROUP_N: tl.constexpr):
     return first + inside % size, inside // size
 
 
-@triton.jit(do_not_specialize=["v0", "columns", "stride_dz"])
+@triton.jit(do_not_specialize=["first", "columns", "stride_dz"])
 def dense_kernel(
     e, c, bias, weight, dz, dbias,
     lse, lse_low, entropy, a, g, h, s, targets,
-    N, V, D, K, stride_en, stride_ed, stride_cv, stride_cd, stride_dz, scale, softcap, v0, columns,
+    N, D, K, stride_en, stride_ed, stride_cv, stride_cd, stride_dz, scale, softcap, first, columns,
     E_TMA: tl.constexpr, C_TMA: tl.constexpr, DZ_TMA: tl.constexpr, EVEN_D: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, ONE_TARGET: tl.constexpr, DBIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, TILE_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx of places v0 to v0 + columns, all rows: dz [N, columns], and its column sums over each row block."""
+    """Compute dx of a window of the vocabulary, all rows: dz [N, columns], and its column sums over each row block.
+
+    c, bias and weight are those of the window, which begins with entry ``first``.
+    """
     blocks, tiles = tl.cdiv(N, BLOCK_N), tl.cdiv(columns, TILE_V)
     stride_dz = tl.multiple_of(stride_dz, 16)
     for tile in tl.range(tl.program_id(0), blocks * tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -96,16 +99,15 @@ def dense_kernel(
         i, t = chunk_tile(tile, blocks, tiles, GROUP_N)
         rows = i * BLOCK_N + tl.arange(0, BLOCK_N)
         read = wide(tl.minimum(rows, N - 1), WIDE)
-        first = v0 + t * TILE_V
-        place = first + tl.arange(0, TILE_V)
-        entries = wide(tl.minimum(place, V - 1), WIDE)
+        place = first + t * TILE_V + tl.arange(0, TILE_V)
+        entries = wide(tl.minimum(t * TILE_V + tl.arange(0, TILE_V), columns - 1), WIDE)
         values = row_values(read, lse, lse_low, entropy, a, g, h, targets, ENTROPY, ONE_TARGET)
         # Logit tile, as in the forward.
-        z = logit_tile(e, c, i * BLOCK_N, read, first, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
+        z = logit_tile(e, c, i * BLOCK_N, read, t * TILE_V, entries, D, stride_en, stride_ed, stride_cv, stride_cd,
                        E_TMA, C_TMA, EVEN_D, DOT, PRECISION, BLOCK_N, TILE_V, BLOCK_D)  # fmt: skip
         z = cap(z, entries, bias, scale, softcap, BIAS, SCALE, SOFTCAP)
         # Epilogue. Columns beyond the chunk are stored nowhere, so they need no mask.
-        dx = gradient(z, read, values, place, V, g, s, weight, entries, targets, K, softcap,
+        dx = gradient(z, read, values, place, 0, g, s, weight, entries, targets, K, softcap,
                       ENTROPY, WEIGHTED, SOFTCAP, ONE_TARGET, False)  # fmt: skip
         # Store.
         column = t * TILE_V + tl.arange(0, TILE_V)

@@ -86,7 +86,7 @@ def join_kernel(
 @triton.jit
 def scale_kernel(
     q, dz, tile_max, lse, lse_low, nll, targets, a, g,
-    N, V, K, stride_q, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, V, K, stride_q, stride_a, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Replace q by dz = a p - sum_k g_k [j = target_k], with p = q exp((m - lse) - lse_low), or exp(-nll) at a target.
 
@@ -100,7 +100,7 @@ def scale_kernel(
     row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
     row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
     low = tl.load(lse_low + rows, mask=rows < N, other=0.0)
-    row_a = tl.load(a + rows, mask=rows < N, other=0.0)
+    row_a = tl.load(a + rows * stride_a, mask=rows < N, other=0.0)
     m = tl.load(tile_max + t.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
     factor = tl.exp2(((m - row_lse) - low) * LOG2E) * row_a
     where = rows.to(tl.int64)[:, None] * stride_q + place[None, :]

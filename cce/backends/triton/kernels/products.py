@@ -183,19 +183,12 @@ def dbias_kernel(
 
 
 @triton.jit
-def finish_kernel(
-    total, row_order, keep, norm, de, N, D, stride_de, SORTED: tl.constexpr, NORM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Write de in its dtype, its rows back in their own order; SORTED: 0 in rows that need no gradient."""
+def finish_kernel(total, row_order, norm, de, D, stride_total, stride_de, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write de in its dtype, its rows back in their own order."""
     i = tl.program_id(0)
-    row = i.to(tl.int64)
-    if SORTED:
-        row = tl.load(row_order + i).to(tl.int64)
+    row = tl.load(row_order + i).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = d < D
-    if SORTED:
-        inside = inside & (tl.load(keep + row) != 0)
-    x = tl.load(total + i.to(tl.int64) * D + d, mask=inside, other=0.0)
+    x = tl.load(total + i.to(tl.int64) * stride_total + d, mask=d < D, other=0.0)
     if NORM:
         x *= tl.load(norm)
     tl.store(de + row * stride_de + d, x.to(de.dtype.element_ty), mask=d < D)

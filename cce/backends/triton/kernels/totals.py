@@ -32,7 +32,8 @@ def store_totals(m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_
     low = (m - (total - added)) + (log_sum - added)
     has_softmax = tl.abs(total) < INF
     tl.store(lse + rows, tl.where(used, total, 0.0), mask=rows < N)
-    tl.store(lse_low + rows, tl.where(used & has_softmax, low, 0.0), mask=rows < N)
+    low = tl.where(has_softmax, low, float("nan"))
+    tl.store(lse_low + rows, tl.where(used, low, 0.0), mask=rows < N)
     for k in range(K):
         target = tl.load(targets + where + k, mask=used, other=-1)
         z = tl.load(target_logits + where + k, mask=target >= 0, other=0.0)

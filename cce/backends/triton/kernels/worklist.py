@@ -29,7 +29,7 @@ def hits_kernel(
         tiles = start + tl.arange(0, BLOCK_T)
         inside = (tiles < tl.minimum(first + per_program, T))[:, None] & (rows < N)[None, :]
         mass = tl.load(tile_mass + tiles.to(tl.int64)[:, None] * stride_mass + rows[None, :], mask=inside, other=0.0)
-        found = (mass < 0) | every[None, :]
+        found = ((mass >= 0) == 0) | every[None, :]  # NaN in all tiles of a row without a softmax
         for k in range(K):
             place = tl.load(target_place + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
             counted = (place >= 0) & (tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0) != 0)
