@@ -13,8 +13,7 @@ from torch import Tensor
 
 from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.triton.backend import TritonBackend
-from cce.backends.triton.choice import launched_with
-from cce.backends.triton.device import float32_precision
+from cce.backends.triton.choice import float32_precision, launched_with
 from cce.backends.triton.kernels.forward import forward_kernel
 from cce.backends.triton.kernels.gradient import dense_kernel, sparse_kernel
 from cce.backends.triton.kernels.onepass import store_kernel

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cce.backends.gpu.sizes import power_of_two
 from cce.backends.problem import EXTRA_OUTPUTS, Inputs, Problem
-from cce.backends.triton.device import gpu_of
+from cce.backends.triton.choice import gpu_of
 from cce.backends.triton.launch import Device, Launch, shipped
 from cce.backends.triton.tunecache import key_of
 from cce.diagnostics import explain

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from cce.backends.problem import Maps
 from cce.backends.resolve import resolve
-from cce.backends.triton import TritonBackend, device, launches, live, one_pass, operands
+from cce.backends.triton import TritonBackend, choice, launches, live, one_pass, operands
 from cce.testing import Case
 from cce.testing.data import make_inputs, make_problem, make_upstream
 
@@ -162,8 +162,8 @@ def _launching(setting: Setting, architecture: Architecture, run: Callable[..., 
     """Launches are ``run``, on a GPU of the architecture."""
     with pytest.MonkeyPatch.context() as patch, _target(architecture), _precision(setting.precision):
         patch.setattr(JITFunction, "run", run)
-        patch.setattr(device, "capability", lambda device: architecture.capability)
-        for module in (device, one_pass):
+        patch.setattr(choice, "capability", lambda device: architecture.capability)
+        for module in (choice, one_pass):
             patch.setattr(module, "multiprocessors", lambda device: setting.programs)
         for module in (operands, launches, live) if setting.wide else ():
             patch.setattr(module, "needs_wide", lambda x: True)

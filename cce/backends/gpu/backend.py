@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cce.backends.base import Backend, OnePass
 from cce.backends.gpu import onepass
-from cce.backends.gpu.device import on_device_of
 from cce.backends.gpu.exact import exact
 from cce.backends.gpu.filtered import filtered
 from cce.backends.gpu.forward import forward
 from cce.backends.gpu.kernels import Kernels
-from cce.backends.gpu.layouts import contiguous
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.refusals import common_refusals
 from cce.backends.gpu.sizes import MOST_WEIGHED
@@ -24,6 +25,12 @@ from cce.backends.shared.rows import used_rows
 from cce.backends.shared.targets import mean_weights
 from cce.backends.shared.worklist import WorkList, work_list
 from cce.spec import Spec
+from cce.torch_private import current_device
+
+#: Matrices, whose strides kernels take, or which are copied in pieces where they are not aligned (operands.py).
+_MATRICES = ("e", "c")
+_HERE: AbstractContextManager[Any] = nullcontext()
+Fields = TypeVar("Fields", Inputs[Tensor], Outputs[Tensor], Upstream[Tensor])
 
 
 class KernelBackend(Backend, OnePass):
@@ -102,3 +109,23 @@ class KernelBackend(Backend, OnePass):
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor], upstream: Upstream[Tensor]
     ) -> WorkList:
         return work_list(inputs, problem, spec, maps, upstream, used_rows(inputs))
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Context in which the device of ``x`` is current, for kernel launches. Most often it is already."""
+    if not x.is_cuda or x.get_device() == current_device():
+        return _HERE
+    return torch.cuda.device_of(x)
+
+
+def contiguous(fields: Fields) -> Fields:
+    """Return the fields with every vector and (N, K) table contiguous: a column, or one expanded number, is copied.
+
+    Kernels take pointers to them without strides, and this is the one place that makes them fit.
+    """
+    copies = {
+        name: x.contiguous()
+        for name, x in vars(fields).items()
+        if x is not None and name not in _MATRICES and not x.is_contiguous()
+    }
+    return replace(fields, **copies) if copies else fields

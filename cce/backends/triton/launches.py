@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import triton
 from torch import Tensor
 
 from cce.backends.gpu.arrays import (
@@ -27,7 +28,6 @@ from cce.backends.gpu.work import Work
 from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.triton import compensation, lists, rows
 from cce.backends.triton.choice import launch_of
-from cce.backends.triton.device import INTERPRETED
 from cce.backends.triton.kernels.forward import forward_kernel, target_kernel
 from cce.backends.triton.kernels.gradient import dense_kernel
 from cce.backends.triton.live import launches_of_chunk
@@ -36,7 +36,7 @@ from cce.backends.triton.operands import Operands, flags_of, matrix, needs_wide,
 from cce.backends.triton.repeat import Repeated
 from cce.spec import Spec
 
-if INTERPRETED:
+if triton.knobs.runtime.interpret:
     from cce.backends.triton.triton_private import correct_bfloat16
 
     correct_bfloat16()

@@ -15,8 +15,7 @@ from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.onepass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv, power_of_two
 from cce.backends.problem import Problem
-from cce.backends.triton.choice import launch_of
-from cce.backends.triton.device import multiprocessors
+from cce.backends.triton.choice import launch_of, multiprocessors
 from cce.backends.triton.kernels.forward import target_kernel
 from cce.backends.triton.kernels.onepass import (
     join_kernel,
