@@ -85,8 +85,8 @@ class SortedInPlace(PlainKernels):
     def gather_rows(self, e, row_order, keep, out):
         super().gather_rows(e, row_order.sort()[0], keep, out)
 
-    def scatter_rows(self, spec, total, norm, row_order, out):
-        super().scatter_rows(spec, total, norm, row_order.sort()[0], out)
+    def scatter_rows(self, spec, total, norm, row_order, keep, out):
+        super().scatter_rows(spec, total, norm, row_order.sort()[0], keep, out)
 
 
 MUTANTS = {

@@ -142,8 +142,11 @@ class PortableKernels(Kernels):
     def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
         row_kernels.gather_rows(e, row_order, keep, out)
 
-    def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
+    def scatter_rows(
+        self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, keep: Tensor, out: Tensor
+    ) -> None:
         row_kernels.scatter_rows(total, norm, row_order, out)
+        out.masked_fill_(~keep[:, None], 0)
 
 
 def rows_of_places(live: Live) -> Tensor:

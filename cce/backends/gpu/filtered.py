@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula, Live
 from cce.backends.gpu.compensation import Dead, compensation
-from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries, rounded_de
+from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.lent import Stretch, shaped, stretches
 from cce.backends.gpu.operands import Call, taken
@@ -44,6 +44,7 @@ def filtered(
 ) -> Gradients[Tensor]:
     """Run one pass over the chunks of the plan; every launch finds its work in memory, and the host never waits."""
     call, used = Call.of(kernels, inputs, problem, spec), used_rows(inputs)
+    inputs = replace(inputs, in_use=used)  # asked once
     upstream = in_rows(upstream, used)
     found = Scaled.of(call, inputs, outputs, upstream)
     work = kernels.work_list(inputs, problem, spec, found.rows, maps, upstream)
@@ -64,8 +65,9 @@ def filtered(
     de, row_order = rows.de, work.row_order
     del rows, dead, work, c
     if total is not None:
-        de = rounded_de(call, total, found.norm, row_order, de)
-        de.masked_fill_(~used[:, None], 0)  # the products add 0 times an entry, which may be NaN
+        de = call.empty(problem.n, problem.d, dtype=problem.de_dtype) if de is None else de
+        # The products add 0 times an entry, which may be NaN: rows that do not count are left out again.
+        kernels.scatter_rows(spec, total[:, : problem.d], found.norm, row_order, used, de)
     if found.s is not None:
         add_mean_logit_to_entries(call, inputs.logit_weight, found.s, found.norm, dc, dbias)
     return Gradients(de, dc, dbias)

@@ -71,16 +71,7 @@ def add_mean_logit_to_entries(
     call.kernels.add_rank_one(call.spec, dc, u, total)
 
 
-def rounded_de(
-    call: Call, total: Tensor, norm: Tensor | None, row_order: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """Round dE (N, D) to its dtype from the float32 sum, whose rows are in ``row_order``; may overwrite ``total``.
-
-    With a ``row_order``, dE is written to ``out`` if that is given.
-    """
-    dtype, total = call.problem.de_dtype, total[:, : call.problem.d]
-    if row_order is None:
-        return (total if norm is None else total.mul_(norm)).to(dtype)
-    de = call.empty(*total.shape, dtype=dtype) if out is None else out
-    call.kernels.scatter_rows(call.spec, total, norm, row_order, de)
-    return de
+def rounded_de(call: Call, total: Tensor, norm: Tensor | None) -> Tensor:
+    """Round dE (N, D) to its dtype from the float32 sum, which may be overwritten."""
+    total = total[:, : call.problem.d]
+    return (total if norm is None else total.mul_(norm)).to(call.problem.de_dtype)

@@ -162,15 +162,18 @@ class LibraryOperations:
         """
         works.gather_rows(e, row_order, keep, out)
 
-    def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
-        """Write out[row_order_i] = total_i norm, rounded.
+    def scatter_rows(
+        self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, keep: Tensor, out: Tensor
+    ) -> None:
+        """Write out[row_order_i] = total_i norm, rounded, or 0 where ``keep`` of that row is False.
 
         Args:
             total: (N, D) float32, the first columns of aligned rows; may be overwritten. norm: one float32, or None.
-            row_order: (N,) int64; out: (N, D) contiguous, in any of the three dtypes.
+            row_order: (N,) int64; keep: (N,) bool; out: (N, D) contiguous, in any of the three dtypes.
         """
         step = max(1, spec.scratch_bytes // (8 * total.shape[1]))
         works.scatter_rows(total, norm, row_order, step, out)
+        out.masked_fill_(~keep[:, None], 0)
 
     def add_rank_one(self, spec: Spec, out: Tensor, u: Tensor, total: Tensor) -> None:
         """Add u_v total_d to out_vd in float32, rounded once.

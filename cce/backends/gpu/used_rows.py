@@ -88,8 +88,9 @@ def _as_zeros(
 
 def in_rows(upstream: Upstream[Tensor], used: Tensor) -> Upstream[Tensor]:
     """Upstream gradients of the rows that are ``used`` (N,), and 0 for the others, whatever they hold."""
+    unused = ~used
     kept: dict[str, Any] = {
-        name: None if x is None else torch.where(used if x.ndim == 1 else used[:, None], x, 0)
+        name: None if x is None else x.masked_fill(unused if x.ndim == 1 else unused[:, None], 0)
         for name, x in vars(upstream).items()
     }
     return Upstream(**kept)

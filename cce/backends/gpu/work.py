@@ -49,7 +49,7 @@ def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) 
 
 
 def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, step: int, out: Tensor) -> None:
-    """Implement :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows` with torch, ``step`` rows at a time."""
+    """Write out[row_order_i] = total_i norm, rounded, with torch, ``step`` rows at a time."""
     if norm is not None:
         total.mul_(norm)
     for rows, index in zip(total.split(step), row_order.split(step), strict=True):

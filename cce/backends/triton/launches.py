@@ -171,8 +171,10 @@ class TritonKernels(Kernels):
     def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
         rows.gather_rows(e, row_order, keep, out)
 
-    def scatter_rows(self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
-        rows.scatter_rows(total, norm, row_order, out)
+    def scatter_rows(
+        self, spec: Spec, total: Tensor, norm: Tensor | None, row_order: Tensor, keep: Tensor, out: Tensor
+    ) -> None:
+        rows.scatter_rows(total, norm, row_order, keep, out)
 
     def add_rank_one(self, spec: Spec, out: Tensor, u: Tensor, total: Tensor) -> None:
         rows.add_rank_one(out, u, total)

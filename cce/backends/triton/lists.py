@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -67,13 +69,17 @@ def plan(live: Tensor, slots: int, pack: int) -> Plan:
     chunks, slots, step, tables = shapes(t, blocks, slots)
     on, wide = live.view(torch.int8), power_of_two(blocks)
 
-    def ints(*shape: int) -> Tensor:
-        return live.new_empty(shape, dtype=torch.int32)
-
-    found = {name: ints(*shape) for name, shape in tables.items()}
+    # One allocation: each would take the host longer than some of the kernels run.
+    others = {"before": (blocks, t + 1), "earlier": (t,), "item_count": (t,), "items_earlier": (t,)}
+    sizes = {name: math.prod(shape) for name, shape in (tables | others).items()}
+    memory = live.new_empty(sum(sizes.values()), dtype=torch.int32).split(list(sizes.values()))
+    found = {
+        name: x if len(shape) == 1 else x.view(shape)
+        for (name, shape), x in zip((tables | others).items(), memory, strict=True)
+    }
+    before, earlier, item_count, items_earlier = (found.pop(name) for name in others)
     found["items"].zero_()  # those of a chunk without vocabulary blocks are never written
-    before, earlier, item_count, items_earlier = ints(blocks, t + 1), ints(t), ints(t), ints(t)
-    sizes = {"PACK": pack, "BLOCKS": wide}
+    flags = {"PACK": pack, "BLOCKS": wide}
     rows_kernel[(blocks,)](on, before, found["tile_list"], t, blocks, BLOCK_T=1024)
     count_kernel[(t,)](on, found["live_count"], blocks, BLOCKS=wide)
     scan_kernel[(1,)](found["live_count"], earlier, t, BLOCK_T=2048)
@@ -81,11 +87,11 @@ def plan(live: Tensor, slots: int, pack: int) -> Plan:
     ranges = [found[name] for name in ("block_slot", "block_tiles", "block_first")]
     blocks_kernel[(chunks,)](before, found["chunk_start"], *ranges, t, blocks, BLOCKS=wide)
     columns_kernel[(t,)](
-        on, before, earlier, *ranges, found["block_list"], found["slot_list"], item_count, t, blocks, step, **sizes
+        on, before, earlier, *ranges, found["block_list"], found["slot_list"], item_count, t, blocks, step, **flags
     )
     scan_kernel[(1,)](item_count, items_earlier, t, BLOCK_T=2048)
     items = [found[name] for name in ("item_block", "item_first", "item_slot", "item_tiles", "items")]
     items_kernel[(t,)](
-        on, before, earlier, found["chunk_start"], *ranges, items_earlier, *items, t, blocks, step, slots, **sizes
+        on, before, earlier, found["chunk_start"], *ranges, items_earlier, *items, t, blocks, step, slots, **flags
     )
     return Plan(chunks, slots, **found)

@@ -58,12 +58,12 @@ def gather_rows(x: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) 
     )  # fmt: skip
 
 
-def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
+def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, keep: Tensor, out: Tensor) -> None:
     """Implement :meth:`cce.backends.gpu.kernels.Kernels.scatter_rows`."""
     n, d = out.shape
     block_d = 1024
     finish_kernel[(n, cdiv(d, block_d))](
-        total, row_order, norm, out, d, total.stride(0), out.stride(0), NORM=norm is not None, BLOCK_D=block_d
+        total, row_order, keep, norm, out, d, total.stride(0), out.stride(0), NORM=norm is not None, BLOCK_D=block_d
     )
 
 

@@ -138,8 +138,11 @@ class Lists:
         found, total = Results(self.device), total.to(self.device)[:, : case.d]
         expected = torch.empty(n, case.d, device=self.device)
         expected[order] = total if norm is None else total * norm
+        keep = (torch.rand(n, generator=self.rng) < 0.7).to(self.device)
+        expected[~keep] = 0
+        total[~keep[order]] = torch.nan
         out = found.new("rows", (n, case.d), self.dtype)
-        self.kernels.scatter_rows(self.spec, total, norm, order, out)
+        self.kernels.scatter_rows(self.spec, total, norm, order, keep, out)
         return [*found.overruns(), *compare("rows", out, expected.to(self.dtype), 0)]
 
     def statistics_ahead(self) -> list[str]:

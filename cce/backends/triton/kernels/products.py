@@ -183,12 +183,15 @@ def dbias_kernel(
 
 
 @triton.jit
-def finish_kernel(total, row_order, norm, de, D, stride_total, stride_de, NORM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write de in its dtype, its rows back in their own order."""
+def finish_kernel(
+    total, row_order, keep, norm, de, D, stride_total, stride_de, NORM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write de in its dtype, its rows back in their own order; 0 in rows that do not count, whatever their sums are."""
     i = tl.program_id(0)
     row = tl.load(row_order + i).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    x = tl.load(total + i.to(tl.int64) * stride_total + d, mask=d < D, other=0.0)
+    inside = (d < D) & (tl.load(keep + row) != 0)
+    x = tl.load(total + i.to(tl.int64) * stride_total + d, mask=inside, other=0.0)
     if NORM:
         x *= tl.load(norm)
     tl.store(de + row * stride_de + d, x.to(de.dtype.element_ty), mask=d < D)
