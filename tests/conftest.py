@@ -27,7 +27,7 @@ LONG = (
     "distributed/test_vocab_parallel.py", "distributed/test_agreement.py", "distributed/test_harness.py",
     "conformance/test_mutants.py", "triton/test_candidates.py", "losses/test_options.py", "losses/test_values.py",
     "losses/test_layouts.py", "integrations/test_transformers_families.py", "integrations/test_transformers_copies.py",
-    "kernels/test_host_code.py", "kernels/test_contract.py", "cupy/test_onepass.py", "bench/test_vocab_parallel.py",
+    "kernels/test_host_code.py", "kernels/test_contract.py", "cupy/test_one_pass.py", "bench/test_vocab_parallel.py",
     "bench/test_page_studies.py", "cli/test_bench.py", "testing/test_conformance.py",
 )  # fmt: skip
 

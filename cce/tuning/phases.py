@@ -14,17 +14,18 @@ from torch import Tensor
 from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.triton.backend import TritonBackend
 from cce.backends.triton.choice import float32_precision, launched_with
-from cce.backends.triton.kernels.forward import forward_kernel
-from cce.backends.triton.kernels.gradient import dense_kernel, sparse_kernel
-from cce.backends.triton.kernels.onepass import store_kernel
+from cce.backends.triton.kernels.gradient import gradient_kernel
+from cce.backends.triton.kernels.live import live_kernel
+from cce.backends.triton.kernels.one_pass import store_kernel
 from cce.backends.triton.kernels.products import products_kernel
+from cce.backends.triton.kernels.statistics import statistics_kernel
 from cce.backends.triton.launch import Launch
 from cce.backends.triton.triton_private import compiled_versions, spilled_registers
 from cce.frontend.rows import own_dtypes
 from cce.spec import Spec
 
 _BACKEND = TritonBackend()
-_TILED = (forward_kernel, dense_kernel, sparse_kernel, products_kernel, store_kernel)
+_TILED = (statistics_kernel, gradient_kernel, live_kernel, products_kernel, store_kernel)
 #: Most registers spilled per thread: a kernel that spills more spends its time on local memory. The shipped
 #: configuration may spill more under options that fill the registers (tests/triton/spills.py); its spills are then the
 #: limit.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compiling import GPUS, compiled, cubin
 
-from cce.backends.cupy import rows, worklist
+from cce.backends.cupy import lists, rows
 from cce.backends.cupy import sources as source_files
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
@@ -19,19 +19,19 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 def variants(gpu: Gpu) -> dict[str, tuple[Variant, int]]:
     """Every kernel, with the threads of its blocks."""
     found = {
-        f"{name} {'half' if half else 'float'}": (worklist.work_variant(gpu, name, half), 256)
-        for name in ("hits", "rank", "row_of", "live")
+        f"{name} {'half' if half else 'float'}": (lists.work_variant(gpu, name, half), 256)
+        for name in ("hits", "rank", "row_of", "live_tiles")
         for half in (False, True)
     }
     found |= {
-        name: (worklist.plan_variant(gpu, name), threads)
+        name: (lists.plan_variant(gpu, name), threads)
         for name, threads in (("tiles", 1024), ("chunks", 256), ("items", 256))
     }
-    found |= {f"scatter {dtype}": (rows.rows_variant(gpu, "scatter", dtype), 128) for dtype in (BF16, F16, F32)}
-    found |= {f"fill {half}": (rows.rows_variant(gpu, "fill", half=half), 256) for half in (False, True)}
+    found |= {f"scatter {dtype}": (rows.rows_variant(gpu, "scatter_rows", dtype), 128) for dtype in (BF16, F16, F32)}
+    found |= {f"fill {half}": (rows.rows_variant(gpu, "fill_maps", half=half), 256) for half in (False, True)}
     return found | {
-        "gather": (rows.rows_variant(gpu, "gather"), 128),
-        "join": (rows.rows_variant(gpu, "join"), 64),
+        "gather": (rows.rows_variant(gpu, "gather_rows"), 128),
+        "join": (rows.rows_variant(gpu, "joined"), 64),
     }
 
 
@@ -56,7 +56,7 @@ def test_rows_are_moved_sixteen_bytes_at_a_time() -> None:
 
 
 STRUCTS = {
-    worklist.WorkArguments: ("worklist.cu", "hits half"), worklist.PlanArguments: ("plan.cu", "items"),
+    lists.WorkArguments: ("lists.cu", "hits half"), lists.PlanArguments: ("lists_plan.cu", "items"),
     rows.GatherArguments: ("rows.cu", "gather"), rows.ScatterArguments: ("rows.cu", "gather"),
     rows.FillArguments: ("rows.cu", "gather"), rows.JoinArguments: ("rows.cu", "gather"),
 }  # fmt: skip

@@ -22,7 +22,7 @@ CAPABILITY = (9, 0)
 
 def small() -> list[Kernel]:
     """Two kernels that take little to compile, not seen by any other test."""
-    targets = Kernel("targets.make_targets", Targets("bf16", "bf16"), 128, 0)
+    targets = Kernel("targets.make_target_logits", Targets("bf16", "bf16"), 128, 0)
     return [targets, Kernel("compensation.make_mean_rows", Means("bf16", 128), 128, 0)]
 
 

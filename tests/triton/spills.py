@@ -17,17 +17,17 @@ SPILLS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     },
     "sm_90": {
         # As long as the epilogue divided by the softcap; 24 with Triton 3.7.1 since. A smaller tile was not timed.
-        "exact-softcap": (_EPILOGUE, {"dense_kernel": 304}),
-        "exact-smoothing": (_EPILOGUE, {"dense_kernel": 288}),  # 24 with Triton 3.6 and 3.7
-        "filtered-order": ("an address for each gathered row of c", {"sparse_kernel": 64}),
+        "exact-softcap": (_EPILOGUE, {"gradient_kernel": 304}),
+        "exact-smoothing": (_EPILOGUE, {"gradient_kernel": 288}),  # 24 with Triton 3.6 and 3.7
+        "filtered-order": ("an address for each gathered row of c", {"live_kernel": 64}),
     },
     "sm_100": {
-        "exact-odd": (_ODD, {"dense_kernel": 80, "store_kernel": 112}),
-        "exact-smoothing": (_EPILOGUE, {"dense_kernel": 664}),
-        "exact-everything": (_EPILOGUE, {"forward_kernel": 56, "dense_kernel": 512}),
-        "filtered-odd": (_ODD, {"sparse_kernel": 88}),
-        "filtered-entropy": (_EPILOGUE, {"forward_kernel": 224}),
-        "filtered-everything": (_EPILOGUE, {"sparse_kernel": 56}),
+        "exact-odd": (_ODD, {"gradient_kernel": 80, "store_kernel": 112}),
+        "exact-smoothing": (_EPILOGUE, {"gradient_kernel": 664}),
+        "exact-everything": (_EPILOGUE, {"statistics_kernel": 56, "gradient_kernel": 512}),
+        "filtered-odd": (_ODD, {"live_kernel": 88}),
+        "filtered-entropy": (_EPILOGUE, {"statistics_kernel": 224}),
+        "filtered-everything": (_EPILOGUE, {"live_kernel": 56}),
     },
 }
 

@@ -89,7 +89,7 @@ IEEE = ("exact-float32", "filtered-float32")  # no matrix unit has these product
 
 
 BOXES = ("exact", "filtered", "exact-float16", "filtered-float16")  # matrices in their own order
-SUBTRACTED = ("forward_kernel", "sparse_kernel")  # of filtered-bias, which has a logit scale
+SUBTRACTED = ("statistics_kernel", "live_kernel")  # of filtered-bias, which has a logit scale
 
 
 @pytest.mark.parametrize(("architecture", "name"), COMPILED, ids=str)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy import arguments as structs
-from cce.backends.cupy import compensation, worklist
+from cce.backends.cupy import compensation, lists
 from cce.backends.cupy import rows as row_kernels
 from cce.backends.cupy.dense import set_window, tensors_of
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Launch, strided
-from cce.backends.cupy.onepass import PortableOnePass
+from cce.backends.cupy.one_pass import PortableOnePass
 from cce.backends.cupy.variants import (
     TARGET_THREADS,
     THREADS,
@@ -27,7 +27,7 @@ from cce.backends.cupy.variants import (
 )
 from cce.backends.gpu.arrays import DeadMass, Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Splits, Tiles, Window
 from cce.backends.gpu.kernels import Kernels
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.sizes import cdiv
 from cce.backends.gpu.work import Work
@@ -134,10 +134,10 @@ class PortableKernels(Kernels):
         maps: Maps[Tensor],
         upstream: Upstream[Tensor],
     ) -> Work:
-        return worklist.work_list(inputs, problem, spec, rows, maps, upstream)
+        return lists.work_list(inputs, problem, spec, rows, maps, upstream)
 
     def plan(self, live: Tensor, slots: int, pack: int) -> Plan:
-        return worklist.plan(live, slots, pack)
+        return lists.plan(live, slots, pack)
 
     def gather_rows(self, e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) -> None:
         row_kernels.gather_rows(e, row_order, keep, out)

@@ -21,7 +21,7 @@ _THREADS, _JOIN_THREADS, _FILL_THREADS, _FILL_TILES = 128, 64, 256, 16
 
 
 class GatherArguments(Arguments):
-    """Arguments of gather_kernel."""
+    """Arguments of gather_rows_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("e", "row_order", "keep", "out")), ("pitch", c_longlong),
@@ -30,7 +30,7 @@ class GatherArguments(Arguments):
 
 
 class ScatterArguments(Arguments):
-    """Arguments of scatter_kernel."""
+    """Arguments of scatter_rows_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("total", "norm", "row_order", "out")), ("pitch", c_longlong),
@@ -39,7 +39,7 @@ class ScatterArguments(Arguments):
 
 
 class FillArguments(Arguments):
-    """Arguments of fill_kernel."""
+    """Arguments of fill_maps_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in (
@@ -51,7 +51,7 @@ class FillArguments(Arguments):
 
 
 class JoinArguments(Arguments):
-    """Arguments of join_kernel."""
+    """Arguments of joined_kernel."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("max", "sum", "target_logits", "targets", "in_use", "lse", "lse_low", "nll")),
@@ -72,7 +72,7 @@ def gather_rows(e: Tensor, row_order: Tensor, keep: Tensor | None, out: Tensor) 
         e=strided(e), row_order=row_order, keep=keep, out=out, pitch=e.stride(0) * size // ALIGNMENT, N=len(out),
         pieces=e.shape[1] * size // ALIGNMENT,
     )  # fmt: skip
-    Launch(rows_variant(Gpu.current(), "gather"), len(out), _THREADS, arguments)()
+    Launch(rows_variant(Gpu.current(), "gather_rows"), len(out), _THREADS, arguments)()
 
 
 def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, out: Tensor) -> None:
@@ -80,7 +80,7 @@ def scatter_rows(total: Tensor, norm: Tensor | None, row_order: Tensor, out: Ten
     arguments = ScatterArguments(
         total=strided(total), norm=norm, row_order=row_order, out=out, pitch=total.stride(0), N=len(out), D=out.shape[1]
     )
-    Launch(rows_variant(Gpu.current(), "scatter", out.dtype), len(out), _THREADS, arguments)()
+    Launch(rows_variant(Gpu.current(), "scatter_rows", out.dtype), len(out), _THREADS, arguments)()
 
 
 def joined(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +92,7 @@ def joined(splits: Splits, target_logits: Tensor, targets: Tensor, in_use: Tenso
         max=splits.max, sum=splits.sum, target_logits=target_logits, targets=targets, in_use=in_use, lse=lse,
         lse_low=lse_low, nll=nll, N=n, S=number, K=targets.shape[1],
     )  # fmt: skip
-    Launch(rows_variant(Gpu.current(), "join"), cdiv(n, _JOIN_THREADS), _JOIN_THREADS, arguments)()
+    Launch(rows_variant(Gpu.current(), "joined"), cdiv(n, _JOIN_THREADS), _JOIN_THREADS, arguments)()
     return lse, lse_low, nll
 
 
@@ -108,5 +108,5 @@ def fill_maps(spec: Spec, lse: Tensor, lse_low: Tensor, in_use: Tensor, tiles: T
         pitch_entropy=0 if entropy is None else entropy.stride(0), log_threshold=math.log(spec.threshold),
         least=LEAST_HIT, by_maximum=spec.filter == "element", N=n, T=number,
     )  # fmt: skip
-    variant = rows_variant(Gpu.current(), "fill", half=mass.dtype == torch.float16)
+    variant = rows_variant(Gpu.current(), "fill_maps", half=mass.dtype == torch.float16)
     Launch(variant, (cdiv(n, _FILL_THREADS), cdiv(number, _FILL_TILES)), _FILL_THREADS, arguments)()

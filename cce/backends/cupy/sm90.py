@@ -18,7 +18,7 @@ from cce.backends.cupy.dense import set_window, tensors_of
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.launch import Arguments, Launch, strided
 from cce.backends.cupy.portable import PortableKernels, rows_of_places
-from cce.backends.cupy.sm90_onepass import Sm90OnePass
+from cce.backends.cupy.sm90_one_pass import Sm90OnePass
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import TensorMap, boxes
 from cce.backends.cupy.variants import dense_macros, rows_macros

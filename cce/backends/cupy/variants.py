@@ -19,28 +19,28 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula, copy: bool = False) -> Variant:
     """Variant of target_logits for dtypes ``e`` and ``c``; ``copy``: also copy the rows of ``e`` that count."""
     macros = {"E_TYPE": DTYPES[e], "C_TYPE": DTYPES[c], "COPY": copy, **formula_macros(formula)}
-    return _variant(gpu, "targets", macros)
+    return _variant(gpu, "targets", macros, kernel="target_logits")
 
 
 def small_variant(gpu: Gpu, name: str, targets: torch.dtype = torch.int64) -> Variant:
-    """Variant of a kernel of small.cu; ``targets``: dtype of the targets that prepare takes."""
+    """Variant of a kernel of one_pass.cu; ``targets``: dtype of the targets that prepare takes."""
     macros = {"TARGET_BYTES": targets.itemsize, "UNSIGNED": not targets.is_signed}
-    return _variant(gpu, "small", macros if name == "prepare" else {}, kernel=name)
+    return _variant(gpu, "one_pass", macros if name == "prepare" else {}, kernel=name)
 
 
 def store_variant(gpu: Gpu, dtype: torch.dtype, formula: Formula) -> Variant:
     """Variant of store."""
-    return _of_tiles(gpu, "store", formula_macros(formula) | dtype_macros(dtype, formula), TILE_N, TILE_V)
+    return _of_tiles(gpu, "one_pass_store", formula_macros(formula) | dtype_macros(dtype, formula), TILE_N, TILE_V)
 
 
 def scale_variant(gpu: Gpu, dtype: torch.dtype) -> Variant:
     """Variant of scale."""
-    return _variant(gpu, "scale", {"DTYPE": DTYPES[dtype]})
+    return _variant(gpu, "one_pass_scale", {"DTYPE": DTYPES[dtype]})
 
 
 def multiply_variant(gpu: Gpu, x: torch.dtype, y: torch.dtype) -> Variant:
     """Variant of multiply for tensors of dtypes ``x`` and ``y``."""
-    return _variant(gpu, "multiply", {"X_TYPE": DTYPES[x], "Y_TYPE": DTYPES[y]})
+    return _variant(gpu, "one_pass_multiply", {"X_TYPE": DTYPES[x], "Y_TYPE": DTYPES[y]})
 
 
 def statistics_variant(
@@ -94,7 +94,7 @@ def products_variants(gpu: Gpu, spec: Spec, live: Live) -> tuple[Variant, Varian
 def _variant(gpu: Gpu, name: str, macros: dict[str, int], shared: int = 0, kernel: str = "") -> Variant:
     """Variant of a kernel; macros that are 0, their default, are left out."""
     given = tuple(sorted((key, int(value)) for key, value in macros.items() if value))
-    return Variant(f"{name}.cu", f"{kernel or name}_kernel", given, gpu.architecture, shared)
+    return Variant(f"{name}.cu", f"{kernel or name.removeprefix('one_pass_')}_kernel", given, gpu.architecture, shared)
 
 
 def _of_tiles(gpu: Gpu, name: str, macros: dict[str, int], rows: int, columns: int) -> Variant:

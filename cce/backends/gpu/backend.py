@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import Backend, OnePass
-from cce.backends.gpu import onepass
+from cce.backends.gpu import one_pass
 from cce.backends.gpu.exact import exact
 from cce.backends.gpu.filtered import filtered
 from cce.backends.gpu.forward import forward
 from cce.backends.gpu.kernels import Kernels
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.refusals import common_refusals
 from cce.backends.gpu.sizes import MOST_WEIGHED
 from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
@@ -52,7 +52,7 @@ class KernelBackend(Backend, OnePass):
         return [*reasons, *kernels.unsupported(problem, spec)]
 
     def one_pass(self, problem: Problem, spec: Spec) -> OnePass | None:
-        return self if onepass.serves(problem, spec) and self.kernels().one_pass() is not None else None
+        return self if one_pass.serves(problem, spec) and self.kernels().one_pass() is not None else None
 
     @property
     def _one_pass(self) -> OnePassKernels:
@@ -65,7 +65,7 @@ class KernelBackend(Backend, OnePass):
     ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
         with on_device_of(inputs.e):
             given = contiguous(inputs), problem, spec, weights.contiguous()
-            return onepass.loss_and_gradients(self._one_pass, *given)
+            return one_pass.loss_and_gradients(self._one_pass, *given)
 
     def prepare(
         self, targets: Tensor, v: int, ignore_index: int, mean: torch.dtype | None
@@ -75,16 +75,16 @@ class KernelBackend(Backend, OnePass):
             return super().prepare(targets, v, ignore_index, mean)
         weighs = mean == torch.float32 and targets.numel() <= MOST_WEIGHED
         with on_device_of(targets):
-            found, weights = onepass.prepared(kernels, targets.contiguous(), v, ignore_index, weighs)
+            found, weights = one_pass.prepared(kernels, targets.contiguous(), v, ignore_index, weighs)
         return found, weights if mean is None or weighs else mean_weights(found, mean)
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         with on_device_of(weights):
-            return onepass.value(self._one_pass, contiguous(outputs), weights.contiguous())
+            return one_pass.value(self._one_pass, contiguous(outputs), weights.contiguous())
 
     def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
         with on_device_of(factor):
-            onepass.multiply(self._one_pass, gradients, factor)
+            one_pass.multiply(self._one_pass, gradients, factor)
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         with on_device_of(inputs.e):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cce.backends.gpu.arrays import Dense, Formula, GradientOfWindow, Live, Sizes, Window
 from cce.backends.gpu.library import LibraryOperations
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.problem import Problem
 from cce.spec import Spec
 

@@ -12,7 +12,7 @@ from cce.backends.numba.options import Gradient, Mass, Means, Product, Statistic
 def statistics_kernel(options: Statistics) -> Kernel:
     """Kernel for statistics of the logits."""
     tile = options.tile
-    return Kernel("forward.make_statistics", options, tile.threads, tile.stages * tile.stage_bytes, tile.resident)
+    return Kernel("statistics.make_statistics", options, tile.threads, tile.stages * tile.stage_bytes, tile.resident)
 
 
 @lru_cache(maxsize=256)
@@ -28,21 +28,21 @@ def live_kernel(options: Gradient) -> Kernel:
 
 
 @lru_cache(maxsize=256)
-def sums_kernel(options: Sums) -> Kernel:
+def products_kernel(options: Sums) -> Kernel:
     """Kernel for dE and dC of live tiles."""
-    return Kernel("sums.make_sums", options, options.tile.threads, options.shared, options.resident)
+    return Kernel("products.make_products", options, options.tile.threads, options.shared, options.resident)
 
 
 @lru_cache(maxsize=256)
 def dbias_kernel(options: Product) -> Kernel:
     """Kernel for dbias from live tiles' column sums."""
-    return Kernel("sums.make_dbias", options, 32 if simulated() else 128, 0)
+    return Kernel("products.make_dbias", options, 32 if simulated() else 128, 0)
 
 
 @lru_cache(maxsize=256)
-def targets_kernel(options: Targets) -> Kernel:
+def target_logits_kernel(options: Targets) -> Kernel:
     """Kernel for the targets' logits."""
-    return Kernel("targets.make_targets", options, 32 * options.warps, 0)
+    return Kernel("targets.make_target_logits", options, 32 * options.warps, 0)
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,7 @@ from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.sizes import ALIGNMENT, padded
 from cce.backends.numba import compensation
 from cce.backends.numba.choice import KINDS, Choice, choose, gpu_of
-from cce.backends.numba.compile import gradient_kernel, statistics_kernel, targets_kernel
+from cce.backends.numba.compile import gradient_kernel, statistics_kernel, target_logits_kernel
 from cce.backends.numba.live import launches
 from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Statistics, Targets
@@ -65,7 +65,7 @@ class NumbaKernels(Kernels):
             scale=formula.scale != 1, softcap=formula.softcap is not None, warps=1 if simulated else 4,
         )  # fmt: skip
         blocks = 1 if simulated else -(-targets.numel() // 4)
-        targets_kernel(options)(
+        target_logits_kernel(options)(
             blocks, e, c, formula.bias, targets, out, len(e), targets.shape[1], e.shape[1], *e.stride(), *c.stride(),
             formula.scale, formula.softcap or 0.0,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 
 from cce.backends.gpu.arrays import Live
 from cce.backends.numba.choice import KINDS, Choice
-from cce.backends.numba.compile import dbias_kernel, live_kernel, sums_kernel
+from cce.backends.numba.compile import dbias_kernel, live_kernel, products_kernel
 from cce.backends.numba.launch import Kernel, prepare_all
 from cce.backends.numba.operands import pieces_of, pitch_of, with_rest
 from cce.backends.numba.options import Gradient, Product, Sums
@@ -68,7 +68,7 @@ def _product(spec: Spec, live: Live, choice: Choice, name: str) -> Product:
 def _sums(problem: Problem, spec: Spec, live: Live, choice: Choice, options: Sums) -> _Launch:
     plan, e, c = live.plan, live.e, live.c
     drawn = torch.zeros(plan.chunks, dtype=torch.int32, device=e.device)
-    return sums_kernel(options), choice.programs * options.resident, (
+    return products_kernel(options), choice.programs * options.resident, (
         drawn, live.dz, e, c, live.order, live.row_order, live.keep,
         plan.tile_list, plan.block_slot, plan.block_tiles, plan.block_first, plan.live_count, plan.block_list,
         plan.slot_list, plan.chunk_start, live.mass_e, live.norm, live.de, live.dc, problem.n, len(c), e.shape[1],

@@ -8,7 +8,7 @@ from cce.backends.base import Backend, OnePass
 from cce.backends.problem import Gradients, Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.torch.backward import backward
 from cce.backends.torch.forward import forward
-from cce.backends.torch.onepass import loss_and_gradients, rows_at_once
+from cce.backends.torch.one_pass import loss_and_gradients, rows_at_once
 from cce.backends.torch.plan import minimum_scratch
 from cce.spec import Spec
 

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 
 from cce.backends.base import OnePass
-from cce.backends.gpu import onepass
+from cce.backends.gpu import one_pass
 from cce.backends.gpu.backend import KernelBackend
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.refusals import common_refusals, missing_gpu
@@ -32,7 +32,7 @@ class TritonBackend(KernelBackend):
         return common_refusals(problem, spec)  # its kernels serve all others: Triton need not be imported to say so
 
     def one_pass(self, problem: Problem, spec: Spec) -> OnePass | None:
-        return self if onepass.serves(problem, spec) else None
+        return self if one_pass.serves(problem, spec) else None
 
     def note(self, problem: Problem, spec: Spec) -> str:
         from cce.backends.triton.choice import launch_of

@@ -21,15 +21,16 @@ from cce.backends.gpu.arrays import (
     Window,
 )
 from cce.backends.gpu.kernels import Kernels
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.plan import Plan
 from cce.backends.gpu.sizes import cdiv, power_of_two
 from cce.backends.gpu.work import Work
 from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.triton import compensation, lists, rows
 from cce.backends.triton.choice import launch_of
-from cce.backends.triton.kernels.forward import forward_kernel, target_kernel
-from cce.backends.triton.kernels.gradient import dense_kernel
+from cce.backends.triton.kernels.gradient import gradient_kernel
+from cce.backends.triton.kernels.statistics import statistics_kernel
+from cce.backends.triton.kernels.targets import target_logits_kernel
 from cce.backends.triton.live import launches_of_chunk
 from cce.backends.triton.one_pass import TritonOnePass
 from cce.backends.triton.operands import Operands, flags_of, matrix, needs_wide, values_of
@@ -67,7 +68,7 @@ class TritonKernels(Kernels):
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
         (n, k), d = targets.shape, e.shape[1]
-        target_kernel[(n, k)](
+        target_logits_kernel[(n, k)](
             e, c, formula.bias, targets, out, None, d, k, *e.stride(), *c.stride(), formula.scale,
             formula.softcap or 1.0, **flags_of(formula), COPY=False, BLOCK_D=min(1024, power_of_two(d)),
         )  # fmt: skip
@@ -79,7 +80,7 @@ class TritonKernels(Kernels):
         block_v = tile.columns if tiles is None else spec.block_v
         in_use = splits.max.new_ones(n, dtype=torch.bool) if window.in_use is None else window.in_use
         maps = (None, None, None) if tiles is None else (tiles.max, tiles.log_sum, tiles.entropy)
-        forward_kernel[(cdiv(n, tile.rows) * len(splits.max),)](
+        statistics_kernel[(cdiv(n, tile.rows) * len(splits.max),)](
             **factors.matrices, **factors.arguments(window.formula), bias=window.formula.bias, weight=window.weight,
             in_use=in_use, split_max=splits.max, split_sum=splits.sum, split_gap=splits.gap,
             split_weighted=splits.weighted, split_best=splits.best,
@@ -116,7 +117,7 @@ class TritonKernels(Kernels):
             if step is None or factors is None:  # all windows have the same strides
                 factors = Operands.of(launch, tile, e, c)
                 wide = needs_wide(e) or problem.v * c.stride(0) + problem.d * c.stride(1) >= 2**31
-                step = Repeated(dense_kernel, (programs,), {
+                step = Repeated(gradient_kernel, (programs,), {
                     **factors.arguments(formula, wide), **values_of(dense.rows), "e": factors.matrices["e"],
                     "s": dense.rows.s, "N": n, "WEIGHTED": dense.weight is not None, "DBIAS": column_sums is not None,
                     "DZ_TMA": launch.tma, "BLOCK_N": tile.rows, "TILE_V": tile.columns, "BLOCK_D": tile.depth,

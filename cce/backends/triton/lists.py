@@ -13,14 +13,14 @@ from cce.backends.gpu.sizes import cdiv, power_of_two
 from cce.backends.gpu.work import Work
 from cce.backends.problem import Inputs, Maps, Problem, Upstream
 from cce.backends.shared.rows import used_rows
-from cce.backends.triton.kernels.worklist import (
+from cce.backends.triton.kernels.lists import (
     blocks_kernel,
     chunks_kernel,
     columns_kernel,
     count_kernel,
     hits_kernel,
     items_kernel,
-    live_kernel,
+    live_tiles_kernel,
     rows_kernel,
     scan_kernel,
 )
@@ -57,7 +57,7 @@ def work_list(
     row_order = key.argsort(stable=True)
     live = mass.new_empty((t, blocks), dtype=torch.bool)
     group = max(1, 1024 // spec.block_n)
-    live_kernel[(t, cdiv(blocks, group))](
+    live_tiles_kernel[(t, cdiv(blocks, group))](
         hit, row_order, live.view(torch.int8), n, t, blocks, BLOCK_N=spec.block_n, GROUP=group
     )
     return Work(row_order, keep, live)

@@ -8,7 +8,7 @@ import torch
 
 from cce.backends.gpu.arrays import Live
 from cce.backends.problem import Problem
-from cce.backends.triton.kernels.gradient import sparse_kernel
+from cce.backends.triton.kernels.live import live_kernel
 from cce.backends.triton.kernels.products import dbias_kernel, products_kernel
 from cce.backends.triton.launch import Launch
 from cce.backends.triton.operands import (
@@ -77,7 +77,7 @@ class _Run:
             "BLOCK_V": self.block_v, "BLOCK_D": tile.depth,
         }  # fmt: skip
         grid = (self.launch.programs,)
-        return Repeated(sparse_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
+        return Repeated(live_kernel, grid, arguments, num_warps=tile.warps, num_stages=tile.stages)
 
     def products(self) -> Repeated:
         """Compute de += dx c, and dC of the chunk's entries."""

@@ -1,4 +1,4 @@
-"""Launches of a pass that computes gradients along with the loss, as ``gpu/onepass_kernels.py`` requires them.
+"""Launches of a pass that computes gradients along with the loss, as ``gpu/one_pass_kernels.py`` requires them.
 
 Its problems are small and its kernels short, so host time counts: anything common to all calls with such arguments is
 made once and kept.
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv, power_of_two
 from cce.backends.problem import Problem
 from cce.backends.triton.choice import launch_of, multiprocessors
-from cce.backends.triton.kernels.forward import target_kernel
-from cce.backends.triton.kernels.onepass import (
+from cce.backends.triton.kernels.one_pass import (
     join_kernel,
     multiply_kernel,
+    prepare_kernel,
+    prepare_mean_kernel,
     scale_kernel,
     store_kernel,
     value_kernel,
 )
-from cce.backends.triton.kernels.targets import mean_targets_kernel, targets_kernel
+from cce.backends.triton.kernels.targets import target_logits_kernel
 from cce.backends.triton.launch import Launch, Tile
 from cce.backends.triton.operands import Operands, flags_of, matrix, tma_ready
 from cce.backends.triton.repeat import Repeated
@@ -33,8 +34,8 @@ from cce.spec import Spec
 _MOST_STEPS = 256  # number kept of each configuration; a call needs five
 
 # Triton leaves assertions out of kernels not compiled for debugging.
-_prepare = Repeated(targets_kernel, (64,), {"BLOCK": 1024}, debug=True)
-_prepare_mean = Repeated(mean_targets_kernel, (1,), {"BLOCK": 1024}, debug=True)
+_prepare = Repeated(prepare_kernel, (64,), {"BLOCK": 1024}, debug=True)
+_prepare_mean = Repeated(prepare_mean_kernel, (1,), {"BLOCK": 1024}, debug=True)
 _value = Repeated(value_kernel, (1,), {"BLOCK": 1024}, num_warps=8)
 
 
@@ -89,7 +90,16 @@ class TritonOnePass(OnePassKernels):
         if used_e is not None and not copies:
             torch.mul(e.masked_fill((targets < 0).all(1, keepdim=True), 0), 1, out=used_e)
         strides, softcap = (*e.stride(), *c.stride()), formula.softcap or 1.0
-        key = (target_kernel, targets.shape, e.shape, strides, copies, formula.scale, softcap, formula.bias is None)
+        key = (
+            target_logits_kernel,
+            targets.shape,
+            e.shape,
+            strides,
+            copies,
+            formula.scale,
+            softcap,
+            formula.bias is None,
+        )
         step: Repeated | None = self._kept.get(key)
         if step is None:
             names = ("stride_en", "stride_ed", "stride_cv", "stride_cd")
@@ -98,7 +108,7 @@ class TritonOnePass(OnePassKernels):
                 "D": d, "K": k, **dict(zip(names, strides, strict=True)), "scale": formula.scale, "softcap": softcap,
                 **flags_of(formula), "COPY": copies, "BLOCK_D": min(1024, power_of_two(d)),
             }  # fmt: skip
-            step = self._keep(key, Repeated(target_kernel, (n, k), arguments))
+            step = self._keep(key, Repeated(target_logits_kernel, (n, k), arguments))
         step(e=e, c=c, bias=formula.bias, targets=targets, target_logits=out, used_e=used_e if copies else None)
 
     def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:

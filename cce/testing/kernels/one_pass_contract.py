@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv, pitch
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve

@@ -12,7 +12,7 @@ from torch import Tensor
 from cce.backends.gpu.arrays import DeadMass, Dense, Formula, GradientOfWindow, Live, Rows, Sizes, Tiles, Window
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.library import Ahead
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.work import Work
 from cce.backends.problem import LEAST_HIT, Inputs, Maps, Problem, Upstream
 from cce.spec import Spec

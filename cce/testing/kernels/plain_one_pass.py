@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.testing.kernels.plain_math import finite, joined, largest, logits, logits_of_targets
 
 

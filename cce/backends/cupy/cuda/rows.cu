@@ -15,7 +15,7 @@ struct GatherArguments {
 };
 
 // out_i = the row at place i of the order; zeros where no gradient is needed: such a row may be NaN.
-extern "C" __global__ void __launch_bounds__(128) gather_kernel(const __grid_constant__ GatherArguments p) {
+extern "C" __global__ void __launch_bounds__(128) gather_rows_kernel(const __grid_constant__ GatherArguments p) {
     const int i = blockIdx.x;
     const long long row = p.row_order[i];
     const bool keep = !p.keep || p.keep[row];
@@ -35,7 +35,7 @@ struct ScatterArguments {
 };
 
 // The row at place i of the order = total_i, times norm, rounded.
-extern "C" __global__ void __launch_bounds__(128) scatter_kernel(const __grid_constant__ ScatterArguments p) {
+extern "C" __global__ void __launch_bounds__(128) scatter_rows_kernel(const __grid_constant__ ScatterArguments p) {
     const int i = blockIdx.x;
     const float norm = p.norm ? __ldg(p.norm) : 1.0f;
     const float* const from = p.total + i * p.pitch;
@@ -71,7 +71,7 @@ struct JoinArguments {
 };
 
 // The splits' log-sum-exp, joined in ascending order, and each target's nll; 0 of rows that do not count.
-extern "C" __global__ void __launch_bounds__(64) join_kernel(const __grid_constant__ JoinArguments p) {
+extern "C" __global__ void __launch_bounds__(64) joined_kernel(const __grid_constant__ JoinArguments p) {
     const int i = blockIdx.x * 64 + threadIdx.x;
     if (i >= p.N) return;
     float most = NEG_INF;
@@ -111,7 +111,7 @@ struct FillArguments {
 // mass = exp((max - lse) + (log_sum - lse_low)), negated and at least ``least`` unless the filter's quantity, by_maximum
 // (max - lse) - lse_low, else the mass's logarithm, is at most the threshold: if it is NaN, too. 0 of rows that do not
 // count. A thread has sixteen tiles of a row.
-extern "C" __global__ void __launch_bounds__(256) fill_kernel(const __grid_constant__ FillArguments p) {
+extern "C" __global__ void __launch_bounds__(256) fill_maps_kernel(const __grid_constant__ FillArguments p) {
     constexpr int TILES = 16;
     const int i = blockIdx.x * 256 + threadIdx.x, t0 = blockIdx.y * TILES;
     if (i >= p.N) return;

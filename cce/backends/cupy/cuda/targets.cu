@@ -49,7 +49,7 @@ __device__ __forceinline__ float sum_of_block(float x) {
     return total;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) targets_kernel(const __grid_constant__ TargetsArguments p) {
+extern "C" __global__ void __launch_bounds__(THREADS) target_logits_kernel(const __grid_constant__ TargetsArguments p) {
     const long long where = blockIdx.x, i = where / p.K, target = p.targets[where];
     if constexpr (COPY) {
         if (where % p.K == 0) copy_row(p, i);

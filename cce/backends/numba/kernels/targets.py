@@ -29,13 +29,13 @@ def make_element(kind):
     return element
 
 
-def make_targets(options):
+def make_target_logits(options):
     """Make the kernel for z[i, targets[i, k]], 0 without a target; e and c have any strides."""
     WARPS, BIAS = options.warps, options.bias
     e_element, c_element = make_element(options.e), make_element(options.c)
     cap = make_cap(options.bias, options.scale, options.softcap)
 
-    def targets(
+    def target_logits(
         e: pointer, c: pointer, bias: pointer, targets: pointer, out: pointer, N: int32, K: int32,
         D: int32, stride_en: int64, stride_ed: int64, stride_cv: int64, stride_cd: int64,
         scale: float32, softcap: float32,
@@ -54,4 +54,4 @@ def make_targets(options):
             if lane == 0:
                 floats(out)[pair] = cap(total, b, scale, softcap) if target >= 0 else ZERO
 
-    return targets
+    return target_logits

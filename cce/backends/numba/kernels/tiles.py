@@ -6,7 +6,7 @@ Sizes, blocks and steps are named as in the kernels of the other backends; ``Til
 from functools import cache
 
 from cce.backends.numba.device import SIMULATED, barrier, copies_commit, copies_wait, copy_16, function
-from cce.backends.numba.kernels.products import make_multiply
+from cce.backends.numba.kernels.multiply import make_multiply
 from cce.backends.numba.tile import PANEL, PIECE, PIECES
 
 

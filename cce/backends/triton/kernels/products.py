@@ -180,29 +180,3 @@ def dbias_kernel(
         if ORDER:
             entries = tl.load(order + entries).to(tl.int64)
         tl.store(dbias + entries, total, mask=place < V)
-
-
-@triton.jit
-def finish_kernel(
-    total, row_order, keep, norm, de, D, stride_total, stride_de, NORM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Write de in its dtype, its rows back in their own order; 0 in rows that do not count, whatever their sums are."""
-    i = tl.program_id(0)
-    row = tl.load(row_order + i).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (d < D) & (tl.load(keep + row) != 0)
-    x = tl.load(total + i.to(tl.int64) * stride_total + d, mask=inside, other=0.0)
-    if NORM:
-        x *= tl.load(norm)
-    tl.store(de + row * stride_de + d, x.to(de.dtype.element_ty), mask=d < D)
-
-
-@triton.jit
-def rank_one_kernel(dc, u, total, D, stride_dc, BLOCK_D: tl.constexpr):
-    """Compute dc_v += u_v total, added in float32 and rounded once."""
-    v = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    where = dc + v * stride_dc + d
-    x = tl.load(where, mask=d < D, other=0.0).to(tl.float32)
-    x += tl.load(u + v) * tl.load(total + d, mask=d < D, other=0.0)
-    tl.store(where, x.to(dc.dtype.element_ty), mask=d < D)

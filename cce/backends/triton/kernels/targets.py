@@ -1,46 +1,36 @@
-"""The front end's work on targets in one kernel: the launches of separate operations would take longer."""
+"""The targets' logits, by dot products of their own."""
 
 import triton
 import triton.language as tl
 
+from cce.backends.triton.kernels.tiles import cap
 
-@triton.jit(do_not_specialize=["v", "ignore_index", "size"])
-def targets_kernel(targets, out, v, ignore_index, size, BLOCK: tl.constexpr):
-    """Write out int64 = targets, with -1 for ``ignore_index``; any other outside [0, v) is a device-side assertion.
 
-    It must be launched with ``debug=True``: without it, Triton leaves assertions out.
+@triton.jit
+def target_logits_kernel(
+    e, c, bias, targets, target_logits, used_e,
+    D, K, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute z[i, target] of one row and one of its K targets, a dot product; 0 without a target.
+
+    COPY: also copy the rows of e to used_e [N, D], with zeros where there is no target, whatever e holds there; K is 1.
     """
-    step = tl.num_programs(0).to(tl.int64) * BLOCK
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
-        where = start + tl.arange(0, BLOCK)
-        inside = where < size
-        target = tl.load(targets + where, mask=inside, other=0).to(tl.int64)
-        ignored = target == ignore_index
-        counts = (target >= 0) & (target < v)
-        tl.device_assert(counts | ignored, "cce: a target outside [0, V) that is not ignore_index", mask=inside)
-        tl.store(out + where, tl.where(counts & (ignored == 0), target, -1), mask=inside)
-
-
-@triton.jit(do_not_specialize=["v", "ignore_index", "size"])
-def mean_targets_kernel(targets, out, weights, v, ignore_index, size, BLOCK: tl.constexpr):
-    """Write out like ``targets_kernel``; weights = 1 / (number of targets that are not -1) for these, 0 for the others.
-
-    It runs as one program, launched with ``debug=True``.
-    """
-    total = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, size, BLOCK):
-        where = start + tl.arange(0, BLOCK)
-        inside = where < size
-        target = tl.load(targets + where, mask=inside, other=0).to(tl.int64)
-        ignored = target == ignore_index
-        counts = (target >= 0) & (target < v)
-        tl.device_assert(counts | ignored, "cce: a target outside [0, V) that is not ignore_index", mask=inside)
-        counts = counts & (ignored == 0)
-        tl.store(out + where, tl.where(counts, target, -1), mask=inside)
-        total += (counts & inside).to(tl.int32)
-    count = tl.sum(total, 0).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, size, BLOCK):
-        where = start + tl.arange(0, BLOCK)
-        target = tl.load(targets + where, mask=where < size, other=0).to(tl.int64)
-        used = ((target >= 0) & (target < v) & (target != ignore_index)).to(tl.float32)
-        tl.store(weights + where, tl.div_rn(used, count), mask=where < size)
+    i, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    target = tl.load(targets + i * K + k)
+    used = target >= 0
+    products = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        inside = (d < D) & used
+        e_row = tl.load(e + i * stride_en + d * stride_ed, mask=inside, other=0.0)
+        if COPY:
+            tl.store(used_e + i * D + d, e_row, mask=d < D)
+        c_row = tl.load(c + target * stride_cv + d * stride_cd, mask=inside, other=0.0).to(tl.float32)
+        products += e_row.to(tl.float32) * c_row
+    total = 0.0
+    if used:
+        z = cap(tl.sum(products, 0) + tl.zeros((1, 1), tl.float32), target + tl.zeros((1,), tl.int64),
+                bias, scale, softcap, BIAS, SCALE, SOFTCAP)  # fmt: skip
+        total = tl.sum(tl.sum(z, 1), 0)
+    tl.store(target_logits + i * K + k, total)

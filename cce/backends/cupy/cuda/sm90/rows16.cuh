@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../gradient.cuh"
-#include "../onepass.cuh"
+#include "../one_pass.cuh"
 #include "ptx.cuh"
 
 /// Among four lanes: lane q's nth word becomes lane n's qth.

@@ -1,7 +1,7 @@
 """Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four.
 
 The steps are those of docs/decisions/0003, with kernels for what would be a separate torch operation
-(onepass_kernels.py).
+(one_pass_kernels.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.operands import aligned, formula_of, is_aligned, taken
 from cce.backends.gpu.products import scaled_product
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows

@@ -1,16 +1,15 @@
-"""The forward: statistics of every tile's rows, then of the rows; the logits stay in registers.
+"""The forward: statistics of every tile's rows; the logits stay in registers.
 
-Steps 1 and 2 of docs/algorithm.md. A program owns BLOCK_N rows and one of SPLITS stretches of the vocabulary and walks
-along it, carrying each row's maximum and sum; ``reduce_kernel`` joins the splits in ascending order, so the bits are
-the same every run. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter. A vocabulary with
-its own order is processed in windows: copies of the rows of c that are consecutive in it.
+Step 1 of docs/algorithm.md. A program owns BLOCK_N rows and one of SPLITS stretches of the vocabulary and walks along
+it, carrying each row's maximum and sum; ``outputs_kernel`` (rows.py) joins the splits in ascending order, so the bits
+are the same every run. With MAPS the statistics of every BLOCK_V entries are stored too, for the filter. A vocabulary
+with its own order is processed in windows: copies of the rows of c that are consecutive in it.
 """
 
 import triton
 import triton.language as tl
 
 from cce.backends.triton.kernels.tiles import (
-    INF,
     LN2,
     LOG2E,
     NEG_INF,
@@ -20,7 +19,6 @@ from cce.backends.triton.kernels.tiles import (
     store_as_held,
     wide,
 )
-from cce.backends.triton.kernels.totals import log_of_sum, store_totals
 
 
 @triton.jit
@@ -95,7 +93,7 @@ def add_tile(
 
 
 @triton.jit
-def forward_kernel(
+def statistics_kernel(
     e, c, bias, weight, in_use,
     split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
     tile_max, tile_log_sum, tile_entropy,  # [T, N]
@@ -169,116 +167,3 @@ def forward_kernel(
         store_as_held(split_weighted + kept, weighted, inside)
     if PREDICTION:
         store_as_held(split_best + kept, best, inside)
-
-
-@triton.jit
-def reduce_kernel(
-    split_max, split_sum, split_gap, split_weighted, split_best,  # [SPLITS, N]
-    target_logits, targets, in_use, order, lse, lse_low, nll, entropy, weighted_logit, prediction,
-    N, K, SPLITS,
-    ORDER: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr, PREDICTION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Join the splits of some rows; ignored rows get 0, and -1 for the prediction."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    splits = tl.arange(0, BLOCK_S)[:, None]
-    used = tl.load(in_use + rows, mask=rows < N, other=0) != 0
-    inside = (splits < SPLITS) & used[None, :]
-    where = splits.to(tl.int64) * N + rows[None, :]
-    m = tl.load(split_max + where, mask=inside, other=NEG_INF)  # [BLOCK_S, BLOCK_N]
-    s = tl.load(split_sum + where, mask=inside, other=0.0)
-
-    row_m = tl.max(m, 0)
-    # Subtract only maxima from each other, never other numbers that contain the offset of a row's logits.
-    shifted = m - finite(row_m)[None, :]
-    log_sum = log_of_sum(tl.sum(s * tl.exp2(shifted * LOG2E), 0))
-    has_softmax = store_totals(row_m, log_sum, rows, used, N, K, target_logits, targets, lse, lse_low, nll)
-    if ENTROPY:
-        # The chain rule: H = sum_k w_k (H_k - log w_k) with w_k = exp(lse_k - lse), H_k = log s_k + gap_k / s_k.
-        gap = tl.load(split_gap + where, mask=inside & (s > 0), other=0.0)
-        s_safe = tl.where(s > 0, s, 1.0)
-        log_s = tl.log2(s_safe) * LN2
-        log_w = tl.where(s > 0, shifted + (log_s - log_sum[None, :]), 0.0)
-        terms = tl.exp2(log_w * LOG2E) * (log_s + gap / s_safe - log_w)
-        h = tl.sum(tl.where(s > 0, terms, 0.0), 0)
-        h = tl.where(has_softmax, tl.where(h < 0, 0.0, h), float("nan"))
-        tl.store(entropy + rows, tl.where(used, h, 0.0), mask=rows < N)
-    if WEIGHTED:
-        parts = tl.load(split_weighted + where, mask=inside, other=0.0)
-        tl.store(weighted_logit + rows, tl.sum(parts, 0), mask=rows < N)
-    if PREDICTION:
-        # The first place of the largest logit; a row of NaN has none and gets 0.
-        parts = tl.load(split_best + where, mask=inside, other=0)
-        NONE: tl.constexpr = 2**31 - 1
-        place = tl.min(tl.where(inside & (m == row_m[None, :]), parts, NONE), 0)
-        place = tl.where(place == NONE, 0, place)
-        if ORDER:
-            entry = tl.load(order + place, mask=used, other=-1)
-        else:
-            entry = place.to(tl.int64)
-        tl.store(prediction + rows, tl.where(used, entry, -1), mask=rows < N)
-
-
-@triton.jit
-def target_kernel(
-    e, c, bias, targets, target_logits, used_e,
-    D, K, stride_en, stride_ed, stride_cv, stride_cd, scale, softcap,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Compute z[i, target] of one row and one of its K targets, a dot product; 0 without a target.
-
-    COPY: also copy the rows of e to used_e [N, D], with zeros where there is no target, whatever e holds there; K is 1.
-    """
-    i, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    target = tl.load(targets + i * K + k)
-    used = target >= 0
-    products = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        inside = (d < D) & used
-        e_row = tl.load(e + i * stride_en + d * stride_ed, mask=inside, other=0.0)
-        if COPY:
-            tl.store(used_e + i * D + d, e_row, mask=d < D)
-        c_row = tl.load(c + target * stride_cv + d * stride_cd, mask=inside, other=0.0).to(tl.float32)
-        products += e_row.to(tl.float32) * c_row
-    total = 0.0
-    if used:
-        z = cap(tl.sum(products, 0) + tl.zeros((1, 1), tl.float32), target + tl.zeros((1,), tl.int64),
-                bias, scale, softcap, BIAS, SCALE, SOFTCAP)  # fmt: skip
-        total = tl.sum(tl.sum(z, 1), 0)
-    tl.store(target_logits + i * K + k, total)
-
-
-@triton.jit
-def mass_kernel(
-    tile_max, tile_log_sum, lse, lse_low, in_use, tile_mass, tile_entropy, map_entropy,
-    N, T, stride_t, stride_mass, log_threshold,
-    LEAST_HIT: tl.constexpr, ELEMENT: tl.constexpr, TILE_ENTROPY: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Fill the backward's map: exp((m - lse) + (log_sum - lse_low)), negated where the filter keeps the tile.
-
-    It keeps a tile unless its quantity is at most the threshold: the largest softmax value for "element", the mass
-    itself for "tile". The map is NaN in all blocks of a row that has no softmax, and so are the row's gradients.
-    """
-    tiles = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inside = (tiles < T) & (rows < N)
-    used = tl.load(in_use + rows, mask=rows < N, other=0) != 0
-    row_lse = tl.load(lse + rows, mask=rows < N, other=0.0)
-    row_lse = tl.where(tl.abs(row_lse) < INF, row_lse, float("nan"))
-    low = tl.load(lse_low + rows, mask=rows < N, other=0.0)
-    where = tiles.to(tl.int64) * stride_t + rows
-    below = tl.load(tile_max + where, mask=inside & used, other=NEG_INF) - row_lse
-    log_mass = below + (tl.load(tile_log_sum + where, mask=inside & used, other=0.0) - low)
-    mass = tl.where(used, tl.exp2(log_mass * LOG2E), 0.0)
-    if ELEMENT:
-        small = below - low <= log_threshold
-    else:
-        small = log_mass <= log_threshold
-    # Not tl.maximum: for NaN it would lose the sign.
-    mass = tl.where(small | (used == 0), mass, -tl.where(mass > LEAST_HIT, mass, LEAST_HIT))
-    place = tiles.to(tl.int64) * stride_mass + rows
-    tl.store(tile_mass + place, mass, mask=inside)
-    if TILE_ENTROPY:
-        tl.store(map_entropy + place, tl.load(tile_entropy + where, mask=inside & used, other=0.0), mask=inside)

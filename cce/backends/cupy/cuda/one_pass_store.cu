@@ -1,5 +1,5 @@
-// Logits of a small problem, stored as q = exp(z - m); m and sum q of each row and tile (onepass.cuh).
-#include "onepass.cuh"
+// Logits of a small problem, stored as q = exp(z - m); m and sum q of each row and tile (one_pass.cuh).
+#include "one_pass.cuh"
 #include "tile.cuh"
 
 struct StoreArguments {

@@ -1,4 +1,4 @@
-"""The work list and the plan of a filtered backward, in a few kernels (cuda/worklist.cu, cuda/plan.cu)."""
+"""The work list and the plan of a filtered backward, in a few kernels (cuda/lists.cu, cuda/lists_plan.cu)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_RANKED = 2**14
 
 
 class WorkArguments(Arguments):
-    """Arguments of worklist.cu."""
+    """Arguments of lists.cu."""
 
     _fields_ = (
         ("tile_mass", c_void_p), ("pitch_mass", c_longlong),
@@ -44,7 +44,7 @@ _TABLES = (
 
 
 class PlanArguments(Arguments):
-    """Arguments of plan.cu."""
+    """Arguments of lists_plan.cu."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("live", "before", "chunk_of", *_TABLES)),
@@ -53,13 +53,13 @@ class PlanArguments(Arguments):
 
 
 def work_variant(gpu: Gpu, name: str, half: bool) -> Variant:
-    """Variant of a kernel of worklist.cu; ``half``: the maps are float16."""
-    return Variant("worklist.cu", f"{name}_kernel", (("MAP_HALF", 1),) if half else (), gpu.architecture, 0)
+    """Variant of a kernel of lists.cu; ``half``: the maps are float16."""
+    return Variant("lists.cu", f"{name}_kernel", (("MAP_HALF", 1),) if half else (), gpu.architecture, 0)
 
 
 def plan_variant(gpu: Gpu, name: str) -> Variant:
-    """Variant of a kernel of plan.cu."""
-    return Variant("plan.cu", f"{name}_kernel", (), gpu.architecture, 0)
+    """Variant of a kernel of lists_plan.cu."""
+    return Variant("lists_plan.cu", f"{name}_kernel", (), gpu.architecture, 0)
 
 
 def work_list(
@@ -98,7 +98,7 @@ def work_list(
     else:
         work.row_order.copy_(counts.argsort(stable=True))
         launch("row_of", cdiv(n, _THREADS))
-    launch("live", blocks, cdiv(words, _WARPS))
+    launch("live_tiles", blocks, cdiv(words, _WARPS))
     return work
 
 

@@ -41,7 +41,7 @@ def hits_kernel(
 
 
 @triton.jit
-def live_kernel(hit, row_order, live, N, T, blocks, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def live_tiles_kernel(hit, row_order, live, N, T, blocks, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Write live [T, blocks]: some row of the block, in the work list's order, needs the tile."""
     t = tl.program_id(0)
     b = tl.program_id(1) * GROUP + tl.arange(0, GROUP)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compiling import GPUS, compiled, cubin
 
-from cce.backends.cupy import onepass, sm90_onepass, sm90_tiles, variants
+from cce.backends.cupy import one_pass, sm90_one_pass, sm90_tiles, variants
 from cce.backends.cupy import sources as source_files
 from cce.backends.cupy.gpu import Gpu
 from cce.backends.cupy.module import Variant
@@ -43,8 +43,8 @@ def portable(gpu: Gpu) -> dict[str, Variant]:
 
 SETTINGS = {name: portable(gpu) for name, gpu in GPUS.items()}
 SM90 = {
-    "plain": sm90_tiles.variant_of("store", 2, BF16, PLAIN, {}, 0),
-    "every option": sm90_tiles.variant_of("store", 1, F16, BOTH, {}, 0),
+    "plain": sm90_tiles.variant_of("one_pass_store", 2, BF16, PLAIN, {}, 0),
+    "every option": sm90_tiles.variant_of("one_pass_store", 1, F16, BOTH, {}, 0),
 }
 
 
@@ -53,7 +53,7 @@ SM90 = {
 def test_compiles_without_spills(gpu: str, name: str) -> None:
     variant = SETTINGS[gpu][name]
     found = compiled(variant)
-    threads = onepass.THREADS if variant.file != "small.cu" else 1024
+    threads = one_pass.THREADS if variant.file != "one_pass.cu" else 1024
     blocks = dict(variant.macros).get("BLOCKS_AT_ONCE", 1)
     assert found.local == 0 and found.stack <= (16 if "prepare" in name else 0)  # where an assertion's call returns to
     assert found.registers * threads * blocks <= 65536
@@ -74,9 +74,9 @@ def test_hoppers_compiles_without_spills_to_its_instructions(name: str) -> None:
 LAYOUTS = {
     **{name: (SETTINGS["sm_90"][f"{name}{more}"], layout, f"{name.capitalize()}Arguments") for name, more, layout in (
         (name, " torch.int64" if name == "prepare" else " torch.bfloat16" if name == "scale" else "", layout)
-        for name, layout in onepass.LAYOUTS.items()
+        for name, layout in one_pass.LAYOUTS.items()
     )},
-    "store_sm90": (SM90["plain"], sm90_onepass.STORE_LAYOUT, "Arguments"),
+    "store_sm90": (SM90["plain"], sm90_one_pass.STORE_LAYOUT, "Arguments"),
 }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(256) row_of_kernel(const __grid_con
 }
 
 // live [T, B]: some row of the block, in the work list's order, needs the tile. A warp has a word of a block.
-extern "C" __global__ void __launch_bounds__(256) live_kernel(const __grid_constant__ WorkArguments p) {
+extern "C" __global__ void __launch_bounds__(256) live_tiles_kernel(const __grid_constant__ WorkArguments p) {
     const int lane = threadIdx.x % 32, word = blockIdx.y * 8 + threadIdx.x / 32, b = blockIdx.x;
     if (32 * word >= p.T) return;
     const unsigned* const hits = p.hits + static_cast<long long>(word) * p.N;

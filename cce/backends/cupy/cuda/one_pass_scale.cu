@@ -1,4 +1,4 @@
-// q becomes the gradient of the logits, in place (onepass.cuh): dz = a p - sum_k g_k [j = target_k], with
+// q becomes the gradient of the logits, in place (one_pass.cuh): dz = a p - sum_k g_k [j = target_k], with
 // p = q exp((m - lse) - lse_low).
 #include "gradient.cuh"
 

@@ -1,4 +1,4 @@
-"""Loss and gradients in one pass on sm_90: logits of 16-bit factors by cuda/sm90/store.cu, the rest as on any GPU."""
+"""Loss and gradients in one pass on sm_90: logits of 16-bit factors by a kernel of its own, the rest as elsewhere."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from cce.backends.cupy.launch import address
-from cce.backends.cupy.onepass import PortableOnePass
+from cce.backends.cupy.one_pass import PortableOnePass
 from cce.backends.cupy.repeat import Repeated
 from cce.backends.cupy.sm90_tiles import THREADS, TILE_N, TILE_V, cluster_of, grid_of, is_served, variant_of
 from cce.backends.cupy.tensor_maps import box_bytes
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.sizes import cdiv
 
-#: Layout of the arguments of sm90/store.cu: two tensor maps, addresses and a pitch, the formula, sizes.
+#: Layout of the arguments of sm90/one_pass_store.cu: two tensor maps, addresses and a pitch, the formula, sizes.
 STORE_LAYOUT = "128s128s5q2f3i"
 
 
@@ -32,7 +32,7 @@ class Sm90OnePass(PortableOnePass):
         key = ("store", e.dtype, cluster, bias is None, formula.scale == 1.0, e.get_device())
         launch = self._kernels.get(key)
         if launch is None:
-            variant = variant_of("store", cluster, e.dtype, formula, {}, 0)
+            variant = variant_of("one_pass_store", cluster, e.dtype, formula, {}, 0)
             launch = self._kernels[key] = Repeated(variant, THREADS, STORE_LAYOUT)
         launch(
             grid_of(cdiv(n, cluster * TILE_N) * cdiv(v, TILE_V), cluster), 1, box_bytes(e, TILE_N),

@@ -1,6 +1,6 @@
 // Work on one number a target or a row: as operations of the library, their launches would take longer than all else.
 //
-// Arguments are numbers of 8 bytes, in the order in which onepass.py gives them.
+// Arguments are numbers of 8 bytes, in the order in which one_pass.py gives them.
 #include "pair.cuh"
 
 // Type of the given targets.
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(1024) prepare_kernel(const __grid_c
         const long long target = p.targets[i];
         const bool inside = target >= 0 && target < p.v, counts = inside && target != p.ignore_index;
         if (!inside && target != p.ignore_index)
-            __assertfail("cce: a target outside [0, V) that is not ignore_index", "small.cu", __LINE__, "prepare_kernel", 1);
+            __assertfail("cce: a target outside [0, V) that is not ignore_index", "one_pass.cu", __LINE__, "prepare_kernel", 1);
         p.out[i] = counts ? target : -1;
         mine += counts;
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cce.testing.kernels import one_pass_contract as onepass_contract
+from cce.testing.kernels import one_pass_contract as one_pass_contract
 from cce.testing.kernels.one_pass_contract import CASES
 from cce.testing.kernels.plain_math import finite
 from cce.testing.kernels.plain_one_pass import PlainOnePass
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_plain_kernels_meet_it(case):
-    _, passed, message = onepass_contract.run_case(PlainOnePass(128), case)
+    _, passed, message = one_pass_contract.run_case(PlainOnePass(128), case)
     assert passed, message
 
 
@@ -123,4 +123,4 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_mutants_do_not(mutant):
     case = next(case for case in CASES if case.name == MUTANTS[mutant])
-    assert not onepass_contract.run_case(mutant(128), case)[1], mutant.__doc__
+    assert not one_pass_contract.run_case(mutant(128), case)[1], mutant.__doc__

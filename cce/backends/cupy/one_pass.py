@@ -1,4 +1,4 @@
-"""Loss and gradients in one pass, by the kernels of small.cu, targets.cu, store.cu, scale.cu and multiply.cu."""
+"""Loss and gradients in one pass, by the kernels of targets.cu and of one_pass.cu and its neighbours."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from cce.backends.cupy.variants import (
     targets_variant,
 )
 from cce.backends.gpu.arrays import Formula
-from cce.backends.gpu.onepass_kernels import OnePassKernels
+from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.sizes import cdiv
 
-_WIDE = 1024  # threads of the kernels of small.cu
+_WIDE = 1024  # threads of the kernels of one_pass.cu
 _ROWS_JOINED, _ROWS_SCALED = 32, 8  # per thread block
 #: Layouts of the kernels' arguments: q an address or a count, i an int, f a float; the formula is two floats.
 LAYOUTS = {
