@@ -54,7 +54,7 @@ def test_what_is_compiled_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch)
     kernels = small()
     compile_all(kernels, CAPABILITY)
     assert (list(warnings.filters), dispatcher.get_current_device, gc.isenabled()) == before
-    assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["mean_rows", "targets"]
+    assert sorted(path.name.split("-")[0] for path in folder.iterdir()) == ["mean_rows", "target_logits"]
 
     def again(kernel: Kernel, capability: tuple[int, int]) -> Any:
         raise AssertionError(f"{kernel.name} is compiled again")
@@ -75,7 +75,7 @@ def test_the_linker_works_on_all_at_once(pretended: list[str], monkeypatch: pyte
     monkeypatch.setattr(cubin, "assemble", assemble)
     kernels = small()
     compile_all(kernels, CAPABILITY)
-    assert [kernel.code(CAPABILITY).code for kernel in kernels] == [b"targets", b"mean_rows"]
+    assert [kernel.code(CAPABILITY).code for kernel in kernels] == [b"target_logits", b"mean_rows"]
 
 
 def test_launches_compile_what_is_missing(pretended: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +84,8 @@ def test_launches_compile_what_is_missing(pretended: list[str], monkeypatch: pyt
     monkeypatch.setattr(Kernel, "prepare", lambda self, grid, *arguments: (self.name, grid, arguments))
     first, second = small()
     launches = [(first, 2, (1.0, 5)), (second, 3, ())]
-    assert prepare_all(launches) == [("targets", 2, (1.0, 5)), ("mean_rows", 3, ())]
-    assert sorted(pretended) == ["mean_rows", "targets"]
+    assert prepare_all(launches) == [("target_logits", 2, (1.0, 5)), ("mean_rows", 3, ())]
+    assert sorted(pretended) == ["mean_rows", "target_logits"]
     for kernel in first, second:
         kernel._loaded[0] = 0, ""
     monkeypatch.setattr(Kernel, "code", None)  # nobody may ask for it
@@ -101,7 +101,7 @@ def test_threads_that_ask_at_once_compile_once(pretended: list[str], folder: Pat
 
     with ThreadPoolExecutor(4) as threads:
         codes = list(threads.map(ask, range(4)))
-    assert pretended == ["targets"] and all(code is codes[0] for code in codes)
+    assert pretended == ["target_logits"] and all(code is codes[0] for code in codes)
     assert len(list(folder.iterdir())) == 1
 
 
@@ -112,7 +112,7 @@ def test_a_failure_is_raised_and_not_kept(pretended: list[str], folder: Path, mo
     kernels = small()
     with monkeypatch.context() as patched:
         patched.setattr(cubin, "assemble", refuse)
-        with pytest.raises(RuntimeError, match="no cubin of targets"):
+        with pytest.raises(RuntimeError, match="no cubin of target_logits"):
             compile_all(kernels, CAPABILITY)
     assert not list(folder.iterdir())
     compile_all(kernels, CAPABILITY)
@@ -140,9 +140,9 @@ def test_what_is_damaged_is_compiled_again(pretended: list[str], folder: Path, c
     (path,) = folder.iterdir()
     damage(path, content)
     with pytest.warns(RuntimeWarning, match=rf"cubin of the numba backend {path} is not used"):
-        assert cubin.compiled(small()[0], CAPABILITY).code == b"targets"
-    assert cubin.compiled(small()[0], CAPABILITY).code == b"targets"
-    assert pretended == ["targets"] * 2
+        assert cubin.compiled(small()[0], CAPABILITY).code == b"target_logits"
+    assert cubin.compiled(small()[0], CAPABILITY).code == b"target_logits"
+    assert pretended == ["target_logits"] * 2
 
 
 @pytest.mark.usefixtures("nothing_warned_of")
@@ -152,7 +152,7 @@ def test_a_cubin_that_anybody_can_write_is_not_run(pretended: list[str], folder:
     path.chmod(0o666)
     with pytest.warns(RuntimeWarning, match="others may write to it"):
         cubin.compiled(small()[0], CAPABILITY)
-    assert pretended == ["targets"] * 2 and path.stat().st_mode & 0o022 == 0
+    assert pretended == ["target_logits"] * 2 and path.stat().st_mode & 0o022 == 0
 
 
 @pytest.mark.usefixtures("nothing_warned_of")
@@ -163,4 +163,4 @@ def test_a_folder_that_cannot_be_made(pretended: list[str], monkeypatch: pytest.
     with pytest.warns(RuntimeWarning, match="/proc/none/.* is not kept") as warned:
         compile_all(kernels, CAPABILITY)
     assert len(warned) == 1
-    assert [kernel.code(CAPABILITY).code for kernel in kernels] == [b"targets", b"mean_rows"]
+    assert [kernel.code(CAPABILITY).code for kernel in kernels] == [b"target_logits", b"mean_rows"]

@@ -24,7 +24,7 @@ SPILLS: dict[str, dict[str, tuple[str, dict[str, int]]]] = {
     "sm_100": {
         "exact-odd": (_ODD, {"gradient_kernel": 80, "store_kernel": 112}),
         "exact-smoothing": (_EPILOGUE, {"gradient_kernel": 664}),
-        "exact-everything": (_EPILOGUE, {"statistics_kernel": 56, "gradient_kernel": 512}),
+        "exact-everything": (_EPILOGUE, {"statistics_kernel": 64, "gradient_kernel": 512}),
         "filtered-odd": (_ODD, {"live_kernel": 88}),
         "filtered-entropy": (_EPILOGUE, {"statistics_kernel": 224}),
         "filtered-everything": (_EPILOGUE, {"live_kernel": 56}),
