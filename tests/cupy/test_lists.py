@@ -25,7 +25,7 @@ def variants(gpu: Gpu) -> dict[str, tuple[Variant, int]]:
     }
     found |= {
         name: (lists.plan_variant(gpu, name), threads)
-        for name, threads in (("tiles", 1024), ("chunks", 256), ("items", 256))
+        for name, threads in (("tile_list", 1024), ("chunks", 256), ("items", 256))
     }
     found |= {f"scatter {dtype}": (rows.rows_variant(gpu, "scatter_rows", dtype), 128) for dtype in (BF16, F16, F32)}
     found |= {f"fill {half}": (rows.rows_variant(gpu, "fill_maps", half=half), 256) for half in (False, True)}

@@ -12,24 +12,30 @@ import pytest
 import cce
 
 BACKENDS = Path(cce.__file__).parent / "backends"
-#: Kernels of each step. One that a language lacks is several of its own there, or PyTorch's.
-STEPS = {
+#: Kernels of each step that every language has which has the step.
+COMMON = {
     "statistics": {"statistics"},
     "targets": {"target_logits"},
     "gradient": {"gradient"},
     "live": {"live"},
     "products": {"products", "dbias"},
     "compensation": {"mean_rows", "dead_mass"},
-    "rows": {"outputs", "joined", "fill_maps", "gather_rows", "scatter_rows", "add_rank_one"},
-    "one_pass": {"prepare", "prepare_mean", "store", "join", "scale", "value", "multiply"},
-    "lists": {
-        "hits", "live_tiles", "chunks", "items",  # in each language that has the step
-        "rank", "row_of", "tiles",  # CUDA C++: counts and places by one warp each
-        "rows", "count", "scan", "blocks", "columns",  # Triton: one table a kernel
+    "rows": {"fill_maps", "gather_rows", "scatter_rows"},
+    "one_pass": {"prepare", "store", "join", "scale", "value", "multiply"},
+    "lists": {"hits", "live_tiles", "tile_list", "chunks", "items"},
+}
+#: Kernels of one language alone.
+OWN = {
+    "triton": {
+        "rows": {"outputs", "add_rank_one"},  # joins with the entropy and the prediction
+        "one_pass": {"prepare_mean"},
+        "lists": {"count", "scan", "blocks", "columns"},  # one table of the plan each
     },
+    "cuda": {"rows": {"joined"}, "lists": {"rank", "row_of"}},
+    "numba": {},
 }  # fmt: skip
-#: Steps of which each language has a file.
-EVERYWHERE = {"statistics", "targets", "gradient", "live", "products", "compensation"}
+#: Steps that are operations of PyTorch.
+WITHOUT = {"triton": set(), "cuda": set(), "numba": {"rows", "one_pass", "lists"}}  # fmt: skip
 
 
 def in_triton() -> Iterator[tuple[str, str]]:
@@ -44,7 +50,7 @@ def in_triton() -> Iterator[tuple[str, str]]:
 def in_cuda() -> Iterator[tuple[str, str]]:
     """File, without what follows the step's name, and kernel."""
     for path in sorted((BACKENDS / "cupy/cuda").rglob("*.cu")):
-        step = max((name for name in STEPS if path.stem.startswith(name)), key=len, default=path.stem)
+        step = max((name for name in COMMON if path.stem.startswith(name)), key=len, default=path.stem)
         for name in re.findall(r"__global__[^(]*\([^)]*\)[\s\S]*?(\w+)\(const __grid_constant__", path.read_text()):
             assert re.fullmatch(r"\w+_(kernel|sm90)", name), f"{path.name}: {name}"
             yield step, re.sub("_(kernel|sm90)$", "", name)
@@ -64,17 +70,11 @@ LANGUAGES = {"triton": in_triton, "cuda": in_cuda, "numba": in_numba}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_kernel_is_where_its_step_is(language: str) -> None:
-    found = list(LANGUAGES[language]())
-    assert len(found) == len(set(found)) or language == "cuda"  # where Hopper has kernels of its own
-    misplaced = [(file, kernel) for file, kernel in found if kernel not in STEPS.get(file, ())]
-    assert not misplaced
-    assert {file for file, _ in found} >= EVERYWHERE
-
-
-def test_common_kernels() -> None:
-    triton, cuda, numba = ({kernel for _, kernel in kernels()} for kernels in LANGUAGES.values())
-    of_every = set().union(*(STEPS[step] for step in EVERYWHERE))
-    assert triton & cuda & numba == of_every
-    assert triton & cuda >= {"fill_maps", "gather_rows", "scatter_rows", "hits", "live_tiles", "items", "chunks"}
-    assert triton & cuda >= {"prepare", "store", "join", "scale", "value", "multiply"}
+def test_kernels_of_the_steps(language: str) -> None:
+    found: dict[str, set[str]] = {}
+    for file, kernel in LANGUAGES[language]():
+        found.setdefault(file, set()).add(kernel)
+    own = OWN[language]
+    assert found == {
+        step: kernels | own.get(step, set()) for step, kernels in COMMON.items() if step not in WITHOUT[language]
+    }

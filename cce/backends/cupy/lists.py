@@ -113,7 +113,7 @@ def plan(live: Tensor, slots: int, pack: int) -> Plan:
     live = live.contiguous()
     arguments = PlanArguments(**tables, live=live, T=tiles, B=blocks, chunks=chunks, slots=slots, step=step, pack=pack)
     gpu = Gpu.current()
-    Launch(plan_variant(gpu, "tiles"), blocks, _TILES_THREADS, arguments)()
+    Launch(plan_variant(gpu, "tile_list"), blocks, _TILES_THREADS, arguments)()
     Launch(plan_variant(gpu, "chunks"), cdiv(tiles, _WARPS), _THREADS, arguments)()
     Launch(plan_variant(gpu, "items"), cdiv(tiles + chunks, _WARPS), _THREADS, arguments)()
     return Plan(chunks, slots, **{name: tables[name] for name in _TABLES})

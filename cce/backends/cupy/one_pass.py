@@ -17,8 +17,8 @@ from cce.backends.cupy.variants import (
     TILE_N,
     TILE_V,
     multiply_variant,
+    one_pass_variant,
     scale_variant,
-    small_variant,
     store_variant,
     targets_variant,
 )
@@ -53,7 +53,7 @@ class PortableOnePass(OnePassKernels):
         dtype = targets.dtype
         key = ("prepare", dtype, targets.get_device())
         launch = self._kernels.get(key) or self._launch(
-            key, "prepare", small_variant(Gpu.current(), "prepare", dtype), _WIDE
+            key, "prepare", one_pass_variant(Gpu.current(), "prepare", dtype), _WIDE
         )
         count = targets.numel()
         blocks = 1 if weights is not None else max(1, min(64, cdiv(count, _WIDE)))
@@ -99,7 +99,7 @@ class PortableOnePass(OnePassKernels):
     ) -> None:
         n, k = targets.shape
         key = ("join", targets.get_device())
-        launch = self._kernels.get(key) or self._launch(key, "join", small_variant(Gpu.current(), "join"), _WIDE)
+        launch = self._kernels.get(key) or self._launch(key, "join", one_pass_variant(Gpu.current(), "join"), _WIDE)
         launch(
             cdiv(n, _ROWS_JOINED), 1, tile_max.data_ptr(), tile_sum.data_ptr(), target_logits.data_ptr(),
             address(targets), lse.data_ptr(), lse_low.data_ptr(), nll.data_ptr(), n, k, len(tile_max),
@@ -127,7 +127,7 @@ class PortableOnePass(OnePassKernels):
 
     def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
         key = ("value", weights.get_device())
-        launch = self._kernels.get(key) or self._launch(key, "value", small_variant(Gpu.current(), "value"), _WIDE)
+        launch = self._kernels.get(key) or self._launch(key, "value", one_pass_variant(Gpu.current(), "value"), _WIDE)
         launch(1, 1, address(weights), address(nll), out.data_ptr(), weights.numel())
 
     def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:

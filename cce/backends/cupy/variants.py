@@ -22,7 +22,7 @@ def targets_variant(gpu: Gpu, e: torch.dtype, c: torch.dtype, formula: Formula, 
     return _variant(gpu, "targets", macros, kernel="target_logits")
 
 
-def small_variant(gpu: Gpu, name: str, targets: torch.dtype = torch.int64) -> Variant:
+def one_pass_variant(gpu: Gpu, name: str, targets: torch.dtype = torch.int64) -> Variant:
     """Variant of a kernel of one_pass.cu; ``targets``: dtype of the targets that prepare takes."""
     macros = {"TARGET_BYTES": targets.itemsize, "UNSIGNED": not targets.is_signed}
     return _variant(gpu, "one_pass", macros if name == "prepare" else {}, kernel=name)

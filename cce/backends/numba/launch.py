@@ -102,7 +102,7 @@ class Launch:
 def prepare_all(launches: Sequence[tuple[Kernel, int, Sequence[Any]]]) -> list[Callable[..., None]]:
     """Prepare several kernels with given grids and arguments, compiling them at the same time.
 
-    Numba's part holds Python's lock, the linker's does not. The last kernel is compiled first, since sums takes the
+    Numba's part holds Python's lock, the linker's does not. The last kernel is compiled first, since that of the products takes the
     linker longest.
     """
     if not simulated():

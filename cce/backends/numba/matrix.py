@@ -1,6 +1,6 @@
 """The matrix unit of sm_80 and later: fragments of the factors from shared memory into registers, and their product.
 
-A warp executes these together, so their twin works on whole panels: ``kernels/products.py``.
+A warp executes these together, so their twin works on whole panels: ``kernels/multiply.py``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 There each thread of a block is a Python thread, and threads do not run in lockstep: operations of a whole warp need a
 barrier of the block. Shared memory is one array of bytes, and an address an index into it; a pointer is a
 :class:`Pointer`. The fragments of a matrix instruction are spread over a warp, so these instructions have no twins:
-``products.py`` has a twin of the product of two whole panels, in which a thread computes its own elements.
+``multiply.py`` has a twin of the product of two whole panels, in which a thread computes its own elements.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hopper's matrix unit: four warps multiply 64 rows by up to 256 columns, both factors read from shared memory.
 
 It works asynchronously, so a product is started and later waited for (PTX: asynchronous warpgroup level matrix
-instructions). It exists on sm_90a only; on other architectures, and in the simulator, ``products.py`` does the same
+instructions). It exists on sm_90a only; on other architectures, and in the simulator, ``multiply.py`` does the same
 with ``mma.sync``.
 """
 
@@ -45,7 +45,7 @@ def panel_descriptor(typing, address):
 
 
 def start_product(columns: int, kind: str, a_transposed: bool = False, b_transposed: bool = False) -> Any:
-    """Make the intrinsic for tiles of so many columns and factors of this kind, stored as in ``products.py``."""
+    """Make the intrinsic for tiles of so many columns and factors of this kind, stored as in ``multiply.py``."""
     transposes = "" if kind == "tf32" else f", {int(a_transposed)}, {int(b_transposed)}"
     steps = [
         128 if transposed else 2 for transposed in (a_transposed, b_transposed)

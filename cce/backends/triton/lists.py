@@ -21,8 +21,8 @@ from cce.backends.triton.kernels.lists import (
     hits_kernel,
     items_kernel,
     live_tiles_kernel,
-    rows_kernel,
     scan_kernel,
+    tile_list_kernel,
 )
 from cce.spec import Spec
 
@@ -80,7 +80,7 @@ def plan(live: Tensor, slots: int, pack: int) -> Plan:
     before, earlier, item_count, items_earlier = (found.pop(name) for name in others)
     found["items"].zero_()  # those of a chunk without vocabulary blocks are never written
     flags = {"PACK": pack, "BLOCKS": wide}
-    rows_kernel[(blocks,)](on, before, found["tile_list"], t, blocks, BLOCK_T=1024)
+    tile_list_kernel[(blocks,)](on, before, found["tile_list"], t, blocks, BLOCK_T=1024)
     count_kernel[(t,)](on, found["live_count"], blocks, BLOCKS=wide)
     scan_kernel[(1,)](found["live_count"], earlier, t, BLOCK_T=2048)
     chunks_kernel[(chunks + 1,)](earlier, found["chunk_start"], t, step, chunks, BLOCK_T=1024)

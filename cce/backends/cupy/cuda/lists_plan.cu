@@ -32,7 +32,7 @@ __device__ __forceinline__ int sum_before(int x) {
 __device__ __forceinline__ int cdiv(int a, int b) { return (a + b - 1) / b; }
 
 // before, and a row block's list of live tiles; a thread block has a row block.
-extern "C" __global__ void __launch_bounds__(1024) tiles_kernel(const __grid_constant__ PlanArguments p) {
+extern "C" __global__ void __launch_bounds__(1024) tile_list_kernel(const __grid_constant__ PlanArguments p) {
     __shared__ int of_warp[32];
     const int b = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int* const list = p.tile_list + static_cast<long long>(b) * p.T;

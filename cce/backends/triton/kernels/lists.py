@@ -52,7 +52,7 @@ def live_tiles_kernel(hit, row_order, live, N, T, blocks, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def rows_kernel(live, before, tile_list, T, blocks, BLOCK_T: tl.constexpr):
+def tile_list_kernel(live, before, tile_list, T, blocks, BLOCK_T: tl.constexpr):
     """Write each row block's live tiles, ascending, and before [blocks, T + 1], the number that precede each tile."""
     b = tl.program_id(0)
     total = 0
