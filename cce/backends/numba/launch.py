@@ -102,8 +102,8 @@ class Launch:
 def prepare_all(launches: Sequence[tuple[Kernel, int, Sequence[Any]]]) -> list[Callable[..., None]]:
     """Prepare several kernels with given grids and arguments, compiling them at the same time.
 
-    Numba's part holds Python's lock, the linker's does not. The last kernel is compiled first, since that of the products takes the
-    linker longest.
+    Numba's part holds Python's lock, the linker's does not. The last kernel is compiled first, since that of the
+    products takes the linker longest.
     """
     if not simulated():
         device = torch.cuda.current_device()
