@@ -129,6 +129,7 @@ class Noise:
     def _meet(self, met: list[Tensor], g: Tensor) -> Tensor:
         met.append(g)
         self.note(g)
+        self.note(g.sum(-1))  # by which each p is multiplied: one that is flushed to 0 takes that along
         return g
 
     def note(self, upstream: Tensor) -> None:
