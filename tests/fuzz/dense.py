@@ -83,7 +83,7 @@ class Tokens:
         return x.narrow(self.lead - 1, start, length - start)
 
     def _logits(self, bias: Tensor | None) -> Tensor:
-        noise, z = self.noise, self.noise.product(self.e, self.c, bias)
+        noise, z = self.noise, self.noise.product(self.e, self.c, bias, self.scale)
         delta = product_error(self.e, self.c, bias, noise).detach() if noise.generator is not None else torch.zeros(())
         z = self.scale * (z if self.softcap is None else noise.by(z, delta))  # the softcap's slope errs, too
         if self.softcap is not None:

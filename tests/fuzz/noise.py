@@ -129,18 +129,22 @@ class Noise:
     def _meet(self, met: list[Tensor], g: Tensor) -> Tensor:
         met.append(g)
         self.note(g)
-        self.note(g.sum(-1))  # by which each p is multiplied: one that is flushed to 0 takes that along
+        self.note(g.sum(-1))  # by which each p is multiplied
         return g
 
     def note(self, upstream: Tensor) -> None:
         self.largest = max(self.largest, float(_finite(upstream).abs().max()) if upstream.numel() else 0.0)
 
-    def product(self, e: Tensor, c: Tensor, bias: Tensor | None = None) -> Tensor:
-        """e c^T + bias, whose gradients are sums of stored, rounded dx."""
+    def product(self, e: Tensor, c: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """e c^T + bias, whose gradients are sums of stored, rounded dx.
+
+        A p that is flushed to 0 takes its upstream gradient times the logits' ``scale`` along.
+        """
         dx: list[Tensor] = []
 
         def at_x(g: Tensor) -> Tensor:
-            lost = torch.minimum(g.abs(), torch.tensor(self.underflow * self.largest, dtype=g.dtype))
+            most = self.underflow * self.largest * max(1.0, abs(scale))
+            lost = torch.minimum(g.abs(), torch.tensor(most, dtype=g.dtype))
             dx.append(g.abs())
             # Below the least normal number all errors may have one sign; or there are none.
             rest = g.abs() if self.beside is None else g.abs() + self.beside

@@ -79,7 +79,8 @@ class Kernels(LibraryOperations, ABC):
 
         - c: (C, D) aligned, the rows of ``c`` from ``first`` on.
         - first: any number. Places are entries.
-        - dz: (N, C) in the products' dtype, unit stride along C, aligned.
+        - dz: (N, C) in the products' dtype, unit stride along C, aligned. Columns from C to the next multiple of 16
+          bytes may be written.
         - column_sums: (blocks of ``gradient_rows`` rows, C) float32 or None: sums over the block's rows of dx before
           rounding.
         """
