@@ -136,6 +136,11 @@ def all_rows_ignored(backend: str, device: str) -> None:
     assert bool(mean.isnan()), "the mean over nothing is not NaN"
     de, dc = torch.autograd.grad(mean, (e, c))
     assert not de.any() and not dc.any(), "the mean over nothing has gradients"
+    for reduction in ("mean", "sum"):
+        for upstream in (torch.nan, torch.inf):
+            loss = cce.loss(e, c, t.fill_(-100), backend=backend, reduction=reduction, spec=_EXACT)
+            found = torch.autograd.grad(loss, (e, c), torch.full_like(loss, upstream))
+            assert not any(x.count_nonzero() for x in found), f"{reduction}, an upstream gradient of {upstream}: not 0"
 
 
 def shift_is_slicing(backend: str, device: str) -> None:
