@@ -52,7 +52,7 @@ class Tiles(Arguments):
 
 
 class Rows(Arguments):
-    """Struct ``Rows`` of gradient.cuh."""
+    """Struct ``Rows`` of dx.cuh."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("lse", "lse_low", "a", "g", "entropy", "h", "s", "targets")), ("K", c_int)

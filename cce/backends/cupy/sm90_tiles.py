@@ -36,7 +36,7 @@ def variant_of(
     given = tuple(sorted((key, int(value)) for key, value in macros.items() if value))
     sizes = (("STAGES", STAGES), ("CLUSTER", cluster), ("GROUP", GROUP // cluster))
     shared = STAGES * _STAGE + _SMALL + (columns + (formula.bias is not None)) * _COLUMNS
-    return Variant(f"sm90/{name}.cu", f"{name.removeprefix('one_pass_')}_sm90", given + sizes, "sm_90a", shared)
+    return Variant(f"sm90/{name}.cu", f"{name.removeprefix('one_pass_')}_kernel", given + sizes, "sm_90a", shared)
 
 
 def grid_of(units: int, cluster: int) -> int:

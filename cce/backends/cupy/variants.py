@@ -98,7 +98,7 @@ def _variant(gpu: Gpu, name: str, macros: dict[str, int], shared: int = 0, kerne
 
 
 def _of_tiles(gpu: Gpu, name: str, macros: dict[str, int], rows: int, columns: int) -> Variant:
-    """Variant that computes logits in tiles (tile.cuh); two thread blocks at a time if 128 registers suffice."""
+    """Variant that computes logits in tiles (tiles.cuh); two thread blocks at a time if 128 registers suffice."""
     heavy = macros["DTYPE"] == 2 or any(macros.get(name) for name in ("SOFTCAP", "ENTROPY", "WEIGHTED", "PREDICTION"))
     blocks = 1 if columns > TILE_V or heavy else 2
     stage = (rows + columns) * _ROW_BYTES

@@ -1,7 +1,7 @@
 // Compensation for the dead tiles (docs/algorithm.md, step 5): their mass, and the mean row of each vocabulary block.
 //
 // MAP_HALF: the maps are float16, else float32.
-#include "gradient.cuh"
+#include "dx.cuh"
 #include "maps.cuh"
 
 #if DTYPE == FLOAT32

@@ -1,6 +1,6 @@
 // dx of all rows and a window of the vocabulary, into scratch memory (docs/algorithm.md, step 4).
-#include "gradient.cuh"
-#include "tile.cuh"
+#include "dx.cuh"
+#include "tiles.cuh"
 
 struct GradientArguments {
     Matrix e, c;  // (N, D), (V, D): V rows of c from place ``first`` on
@@ -41,7 +41,7 @@ gradient_kernel(const __grid_constant__ GradientArguments p) {
     const int column0 = warp_column();
     cap(z, tile_bias() + column0, p.formula);
     // Epilogue. Columns beyond the window are stored nowhere, so they need no mask.
-    gradient_of_block<J, J>(z, 0, p.first + v0 + column0, values, counts, p.rows, tile_weight() + column0, p.formula);
+    dx_of_block<J, J>(z, 0, p.first + v0 + column0, values, counts, p.rows, tile_weight() + column0, p.formula);
     // Store.
     if constexpr (DBIAS) {
         float* sums = p.column_sums + static_cast<long long>(unit.i) * p.V + v0;

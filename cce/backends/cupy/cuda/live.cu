@@ -1,6 +1,6 @@
 // dx of a chunk's live tiles, into slots of [BLOCK_N, BLOCK_V] (docs/algorithm.md, step 4).
-#include "gradient.cuh"
-#include "tile.cuh"
+#include "dx.cuh"
+#include "tiles.cuh"
 
 // The rows of e are a copy in the work list's order.
 #ifndef SORTED
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE) live_kerne
 #pragma unroll
         for (int j0 = 0; j0 < J; j0 += JB) {
             const int column = warp_column() + 8 * j0, place = place_of(column), nth = column / BLOCK_V;
-            gradient_of_block<J, JB>(z, j0, place, values, counts, p.rows, nullptr, p.formula);
+            dx_of_block<J, JB>(z, j0, place, values, counts, p.rows, nullptr, p.formula);
             if (place + 8 * JB > p.V) mask<J, JB>(z, p.V - place, 0.0f, j0);
             // Store.
             if (nth >= count) continue;

@@ -1,6 +1,6 @@
 // q becomes the gradient of the logits, in place (one_pass.cuh): dz = a p - sum_k g_k [j = target_k], with
 // p = q exp((m - lse) - lse_low).
-#include "gradient.cuh"
+#include "dx.cuh"
 
 struct ScaleArguments {
     char* q;                            // (N, V), pitch; becomes dz, of the products' dtype

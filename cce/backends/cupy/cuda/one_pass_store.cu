@@ -1,6 +1,6 @@
 // Logits of a small problem, stored as q = exp(z - m); m and sum q of each row and tile (one_pass.cuh).
 #include "one_pass.cuh"
-#include "tile.cuh"
+#include "tiles.cuh"
 
 struct StoreArguments {
     Matrix e, c;  // (N, D), (V, D)

@@ -2,7 +2,7 @@
 //
 // The order in which a sum runs is that of the work list, so the bits are the same every run. No atomics touch a result;
 // a block of threads takes its next output tile from a counter, since the sums of its tiles differ in length.
-#include "products.cuh"
+#include "multiply.cuh"
 
 #ifndef SORTED
 #define SORTED 0

@@ -1,7 +1,7 @@
 // Rows and maps on their way into and out of the work list's order, each in one pass over memory.
 //
 // DTYPE: of the rows of dE that are stored. MAP_HALF: the map is float16, else float32.
-#include "gradient.cuh"
+#include "dx.cuh"
 #include "maps.cuh"
 #include "pair.cuh"
 
@@ -90,8 +90,9 @@ extern "C" __global__ void __launch_bounds__(64) joined_kernel(const __grid_cons
         sum += rebased(__ldg(p.max + where), base) * __ldg(p.sum + where);
     }
     const long long first = static_cast<long long>(i) * p.K;
-    const Pair found = join_targets(
-        odd ? NOT_A_NUMBER : most, sum, p.target_logits + first, p.targets + first, p.K, p.nll + first);
+    // A maximum may leave NaN out, a sum does not; but inf is the log-sum-exp, whatever the sum is.
+    const float m = odd ? NOT_A_NUMBER : most == INF ? most : maximum_of(most, sum);
+    const Pair found = join_targets(m, sum, p.target_logits + first, p.targets + first, p.K, p.nll + first);
     const bool counts = p.in_use[i];
     p.lse[i] = counts ? found.lse : 0.0f;
     p.lse_low[i] = counts ? found.low : 0.0f;

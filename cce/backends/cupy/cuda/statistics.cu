@@ -3,8 +3,8 @@
 // Steps 1 and 2 of docs/algorithm.md. A block of threads owns TILE_N rows and one of S stretches of the vocabulary and
 // walks along it, carrying each row's maximum and sum. With MAPS the statistics of every BLOCK_V entries are stored too.
 #include "statistics.cuh"
-#include "gradient.cuh"
-#include "tile.cuh"
+#include "dx.cuh"
+#include "tiles.cuh"
 
 struct StatisticsArguments {
     Matrix e, c;  // (N, D), (V, D): V rows of c, behind ``first`` places of earlier ones

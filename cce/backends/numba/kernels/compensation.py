@@ -5,7 +5,7 @@ from numba import cuda, float32, int32, int64
 
 from cce.backends.numba import device
 from cce.backends.numba.device import LN2, ONE, ZERO, divide, flags, floats, halves, log2, longs, pointer, words
-from cce.backends.numba.kernels.epilogue import make_store
+from cce.backends.numba.kernels.formula import make_store
 
 LEAST_LOG = np.float32(-1e4)
 AT_ONCE = 8  # rows whose loads a thread has in flight
@@ -18,7 +18,9 @@ def make_mean_rows(options):
     widen = device.widen_bf16 if KIND == "bf16" else device.widen_fp16
     store, store_pair = make_store(KIND)
 
-    def mean_rows(c: pointer, order: pointer, out: pointer, V: int32, words_a_row: int32, c_pitch: int32):  # fmt: skip
+    def mean_rows_kernel(
+        c: pointer, order: pointer, out: pointer, V: int32, words_a_row: int32, c_pitch: int32,
+    ):  # fmt: skip
         # A thread owns a word of the mean row of block t; c_pitch and words_a_row count words.
         parts = (words_a_row + cuda.blockDim.x - 1) // cuda.blockDim.x
         t = np.int64(cuda.blockIdx.x // parts)
@@ -44,7 +46,7 @@ def make_mean_rows(options):
             else:
                 store_pair(out, 2 * place, divide(low, float32(rows)), divide(high, float32(rows)))
 
-    return mean_rows
+    return mean_rows_kernel
 
 
 def make_dead_mass(options):
@@ -60,7 +62,7 @@ def make_dead_mass(options):
             return device.widen_fp16(halves(x)[place])
         return floats(x)[place]
 
-    def dead_mass(
+    def dead_mass_kernel(
         tile_mass: pointer, tile_entropy: pointer, row_order: pointer, live: pointer, lse: pointer, entropy: pointer,
         a: pointer, h: pointer, out: pointer, N: int32, V: int32, blocks: int32, first: int32, count: int32,
         mass_pitch: int64, entropy_pitch: int64, softcap: float32,
@@ -92,4 +94,4 @@ def make_dead_mass(options):
                 dead = flags(live)[t * blocks + place // BLOCK_N] == 0
                 store(out, np.int64(nth) * N + place, p * weight if dead else ZERO)
 
-    return dead_mass
+    return dead_mass_kernel

@@ -4,7 +4,7 @@ import numpy as np
 from numba import float32
 
 from cce.backends.numba.device import ZERO, copies_commit, divide, flags, floats, function, ints, longs
-from cce.backends.numba.kernels.epilogue import make_store
+from cce.backends.numba.kernels.formula import make_store
 from cce.backends.numba.kernels.tiles import make_load_panel, make_step
 from cce.backends.numba.tile import PANEL, PIECES
 

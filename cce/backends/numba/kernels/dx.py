@@ -17,7 +17,7 @@ from cce.backends.numba.device import (
     repeat,
     write_float,
 )
-from cce.backends.numba.kernels.epilogue import tanh
+from cce.backends.numba.kernels.formula import tanh
 
 
 def make_dx(options, width):

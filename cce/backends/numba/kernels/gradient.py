@@ -17,7 +17,7 @@ from cce.backends.numba.device import (
     write_float,
 )
 from cce.backends.numba.kernels.dx import make_add_biases, make_column_sums, make_dx
-from cce.backends.numba.kernels.epilogue import make_store
+from cce.backends.numba.kernels.formula import make_store
 from cce.backends.numba.kernels.tiles import make_logit_tile
 
 
@@ -51,7 +51,7 @@ def make_gradient(options):
 
     all_rows = repeat(finish_row, R)
 
-    def gradient(
+    def gradient_kernel(
         e: pointer, c: pointer, bias: pointer, weight: pointer, dz: pointer, column_sums: pointer,
         lse: pointer, entropy: pointer, a: pointer, g: pointer, h: pointer, s: pointer, targets: pointer,
         N: int32, V: int32, targets_a_row: int32, pieces: int32, e_pitch: int32, c_pitch: int32,
@@ -124,4 +124,4 @@ def make_gradient(options):
                     if tile0 + column < V:
                         floats(column_sums)[np.int64(now_i) * V + tile0 + column] = join(shared + PANELS, column)
 
-    return gradient
+    return gradient_kernel

@@ -20,7 +20,7 @@ from cce.backends.numba.device import (
     write_float,
 )
 from cce.backends.numba.kernels.dx import make_add_biases, make_column_sums, make_dx
-from cce.backends.numba.kernels.epilogue import make_store
+from cce.backends.numba.kernels.formula import make_store
 from cce.backends.numba.kernels.tiles import make_logit_tile
 
 
@@ -75,7 +75,7 @@ def make_live(options):
 
     all_rows = repeat(finish_row, R)
 
-    def live(
+    def live_kernel(
         e: pointer, c: pointer, bias: pointer, order: pointer, row_order: pointer, keep: pointer,
         dz: pointer, column_sums: pointer, tile_list: pointer, item_block: pointer, item_first: pointer,
         item_slot: pointer, item_tiles: pointer, items: pointer,
@@ -140,4 +140,4 @@ def make_live(options):
                     if column // BLOCK_V < count:
                         floats(column_sums)[np.int64(slot) * BLOCK_V + column] = join(shared + PANELS, column)
 
-    return live
+    return live_kernel

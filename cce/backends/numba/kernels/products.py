@@ -43,7 +43,7 @@ def make_products(options):
     DE_COLUMNS, DC_COLUMNS = (x.tile.columns if x is not None else 1 for x in (options.de, options.dc))
     PARTS = options.dc.block_v // options.dc.tile.rows if DC else 0
 
-    def products(
+    def products_kernel(
         drawn: pointer, dz: pointer, e: pointer, c: pointer, order: pointer, row_order: pointer, keep: pointer,
         tile_list: pointer, block_slot: pointer, block_tiles: pointer, block_first: pointer, live_count: pointer,
         block_list: pointer, slot_list: pointer, chunk_start: pointer, mass_e: pointer, norm: pointer,
@@ -75,14 +75,14 @@ def make_products(options):
                 dc(dc_z, dc_dx, e_rows, item - first, shared, dz, e, order, row_order, keep, live_count, block_list,
                    slot_list, t0, mass_e, norm, out, N, V, D, dc_pitch, blocks, pieces, e_pitch, thread)  # fmt: skip
 
-    return products
+    return products_kernel
 
 
 def make_dbias(options):
     """Make the kernel for dbias [V] of a chunk: live tiles' column sums, in the order of row blocks, and dead mass."""
     BLOCK_V, ORDERED, COMPENSATE, NORM = options.block_v, options.ordered, options.compensate, options.norm
 
-    def dbias(
+    def dbias_kernel(
         column_sums: pointer, order: pointer, live_count: pointer, slot_list: pointer, chunk_start: pointer,
         mass: pointer, norm: pointer, dbias: pointer, V: int32, blocks: int32, chunk: int32,
     ):  # fmt: skip
@@ -101,4 +101,4 @@ def make_dbias(options):
                         total = total * floats(norm)[0]
                     floats(dbias)[longs(order)[place] if ORDERED else place] = total
 
-    return dbias
+    return dbias_kernel

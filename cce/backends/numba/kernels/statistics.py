@@ -26,7 +26,7 @@ from cce.backends.numba.device import (
     repeat,
     shared_address,
 )
-from cce.backends.numba.kernels.epilogue import finite, make_cap, quad_max, quad_sum
+from cce.backends.numba.kernels.formula import finite, make_cap, quad_max, quad_sum
 from cce.backends.numba.kernels.tiles import make_logit_tile
 
 
@@ -79,7 +79,7 @@ def make_statistics(options):
 
     cap_all = repeat(cap_columns, K // PART)
 
-    def statistics(
+    def statistics_kernel(
         e: pointer, c: pointer, bias: pointer, weight: pointer,
         split_max: pointer, split_sum: pointer, split_gap: pointer, split_weighted: pointer,
         split_best: pointer,  # [SPLITS, N] each
@@ -224,4 +224,4 @@ def make_statistics(options):
             if mine:
                 floats(split_max)[kept], floats(split_sum)[kept] = row_m, row_s
 
-    return statistics
+    return statistics_kernel

@@ -7,7 +7,7 @@ from numba import cuda, float32, int32, int64
 
 from cce.backends.numba import device
 from cce.backends.numba.device import ZERO, floats, function, halves, lane_xor, longs, pointer
-from cce.backends.numba.kernels.epilogue import make_cap
+from cce.backends.numba.kernels.formula import make_cap
 
 
 @cache
@@ -35,7 +35,7 @@ def make_target_logits(options):
     e_element, c_element = make_element(options.e), make_element(options.c)
     cap = make_cap(options.bias, options.scale, options.softcap)
 
-    def target_logits(
+    def target_logits_kernel(
         e: pointer, c: pointer, bias: pointer, targets: pointer, out: pointer, N: int32, K: int32,
         D: int32, stride_en: int64, stride_ed: int64, stride_cv: int64, stride_cd: int64,
         scale: float32, softcap: float32,
@@ -54,4 +54,4 @@ def make_target_logits(options):
             if lane == 0:
                 floats(out)[pair] = cap(total, b, scale, softcap) if target >= 0 else ZERO
 
-    return target_logits
+    return target_logits_kernel

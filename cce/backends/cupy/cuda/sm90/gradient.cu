@@ -78,7 +78,7 @@ __device__ __forceinline__ void compute(const Arguments& x) {
         element* const to[2] = {dz, dz + 8 * x.pitch};
 #pragma unroll
         for (int j = 0; j < 32; j += PART) {
-            gradient_of_block<32, PART>(
+            dx_of_block<32, PART>(
                 z, j, x.first + column0 + 8 * j, values, inside, x.rows, weight + 8 * j, x.formula);
             if constexpr (DBIAS) {
                 if (j == 0) warpgroup_sync(half);  // no warp still reads the last tile's sums
@@ -99,7 +99,7 @@ __device__ __forceinline__ void compute(const Arguments& x) {
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-gradient_sm90(const __grid_constant__ Arguments x) {
+gradient_kernel(const __grid_constant__ Arguments x) {
     Pipeline().start();
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();

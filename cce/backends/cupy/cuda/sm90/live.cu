@@ -5,7 +5,7 @@
 #include "live_load.cuh"
 #include "live_multiply.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) live_sm90(const __grid_constant__ Arguments x) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) live_kernel(const __grid_constant__ Arguments x) {
     Pipeline().start();
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();

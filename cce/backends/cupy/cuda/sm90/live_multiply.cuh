@@ -47,7 +47,7 @@ struct Multiplier {
 #pragma unroll
                 for (int j = 16 * nth; j < 16 * (nth + 1); j += PART) {
                     const int place = item.tile[nth] * BLOCK_V + 8 * (j % 16);
-                    gradient_of_block<32, PART>(z, j, place, values, counts, x.rows, nullptr, x.formula);
+                    dx_of_block<32, PART>(z, j, place, values, counts, x.rows, nullptr, x.formula);
                     if (columns == BLOCK_V || nth + 1 < item.count) store_rows<PART, true>(z, j, to, 0, {true, true});
                 }
                 if (columns < BLOCK_V && nth + 1 == item.count) {

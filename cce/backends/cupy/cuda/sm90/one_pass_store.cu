@@ -48,7 +48,7 @@ __device__ __forceinline__ void compute(const Arguments& x) {
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
-store_sm90(const __grid_constant__ Arguments x) {
+store_kernel(const __grid_constant__ Arguments x) {
     Pipeline().start();
     if (threadIdx.x < WARPGROUP) {
         fewer_registers<PRODUCER_REGISTERS>();

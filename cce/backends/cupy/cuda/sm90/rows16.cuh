@@ -1,7 +1,7 @@
 // A warp's 16 x 256 accumulator to memory in 16 bits, in whole pieces of 16 bytes a thread.
 #pragma once
 
-#include "../gradient.cuh"
+#include "../dx.cuh"
 #include "../one_pass.cuh"
 #include "ptx.cuh"
 

@@ -47,7 +47,7 @@ __device__ __forceinline__ void subtract_at(float (&dz)[J][4], int j0, int x, in
 // Applies to the JB accumulators from j0, whose columns are consecutive from ``place`` in the vocabulary, and to row x.
 // ``weight``: u of these columns, in shared memory.
 template <int J, int JB>
-__device__ __forceinline__ void gradient_of_row(
+__device__ __forceinline__ void dx_of_row(
     float (&z)[J][4], int j0, int x, int place, const RowValues& values, const Rows& rows, const float* weight,
     const Formula& formula) {
     float ratio[SOFTCAP ? JB : 1][2];
@@ -88,12 +88,12 @@ __device__ __forceinline__ void gradient_of_row(
 
 // Both rows of the lane; one that does not count (``counts`` false) gets zeros, whatever its logits are.
 template <int J, int JB>
-__device__ __forceinline__ void gradient_of_block(
+__device__ __forceinline__ void dx_of_block(
     float (&z)[J][4], int j0, int place, const RowValues (&values)[2], const bool (&counts)[2], const Rows& rows,
     const float* weight, const Formula& formula) {
 #pragma unroll
     for (int x = 0; x < 2; ++x) {
-        gradient_of_row<J, JB>(z, j0, x, place, values[x], rows, weight, formula);
+        dx_of_row<J, JB>(z, j0, x, place, values[x], rows, weight, formula);
         if (!counts[x]) {
 #pragma unroll
             for (int j = j0; j < j0 + JB; ++j) z[j][2 * x] = z[j][2 * x + 1] = 0;

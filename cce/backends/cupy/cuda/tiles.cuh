@@ -1,7 +1,7 @@
 // The logit tile: e c^T of TILE_N rows and TILE_V columns, accumulated in float32 in the registers of eight warps.
 #pragma once
-#include "gradient.cuh"
-#include "products.cuh"
+#include "dx.cuh"
+#include "multiply.cuh"
 
 #ifndef TILE_N
 #define TILE_N 128
