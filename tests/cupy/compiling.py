@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import triton
 from cuda.bindings import nvrtc
@@ -36,22 +38,47 @@ class Compiled:
     instructions: str
 
 
-@cache
+def stand_in(variants: dict[str, dict[str, Variant]], gpu: str, name: str, own: Collection[str]) -> Variant:
+    """What is compiled in a kernel's place: for names not in ``own``, the same variant for sm_90.
+
+    No source asks for the architecture, and all that are here have the instructions of sm_80. What differs are
+    registers: each architecture compiles the variants that take the most.
+    """
+    variant, of_90 = variants[gpu][name], variants["sm_90"][name]
+    return of_90 if name not in own and variant.macros == of_90.macros else variant
+
+
 def cubin(variant: Variant) -> bytes:
     """Of the module the kernel is in; compiled with the options the backend uses."""
-    error, program = nvrtc.nvrtcCreateProgram(source(variant.file).encode(), variant.file.encode(), 0, [], [])
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
-    options = [option.encode() for option in variant.options]
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = bytearray(size)  # of one byte, bytes would be the interpreter's own b" ", for everybody
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"{variant}\n{log.decode()}"
+    return _cubin(variant.file, variant.options)
+
+
+@cache
+def _cubin(file: str, options: tuple[str, ...]) -> bytes:
+    program = _compile(file, source(file), options)
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     binary = bytearray(size)
     nvrtc.nvrtcGetCUBIN(program, binary)
     nvrtc.nvrtcDestroyProgram(program)
     return bytes(binary)
+
+
+def check_lines(variant: Variant, lines: list[str]) -> None:
+    """Hold the compiler's front end to ``lines``, static assertions behind the kernel's source."""
+    text = "\n".join([source(variant.file), *lines])
+    nvrtc.nvrtcDestroyProgram(_compile(variant.file, text, (*variant.options, "--fdevice-syntax-only")))
+
+
+def _compile(file: str, text: str, options: tuple[str, ...]) -> Any:
+    error, program = nvrtc.nvrtcCreateProgram(text.encode(), file.encode(), 0, [], [])
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    given = [option.encode() for option in options]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = bytearray(size)  # of one byte, bytes would be the interpreter's own b" ", for everybody
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert error == nvrtc.nvrtcResult.NVRTC_SUCCESS, f"{file} {options}\n{log.decode()}"
+    return program
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from harness import Workers
@@ -217,6 +219,14 @@ def refused(group: dist.ProcessGroup, what: str) -> str:
     return str(error.value)
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Workers]:
+    """Two processes: of a group's part, a mesh and a group could not be made."""
+    own = Workers(2)
+    yield own
+    own.stop()
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -226,10 +236,6 @@ def refused(group: dist.ProcessGroup, what: str) -> str:
         ("mesh", "vocab_parallel: got a DeviceMesh with 2 dimensions, ('a', 'b'), expected one of them: mesh['name']"),
     ],
 )
-def test_refused(what: str, message: str) -> None:
-    own = Workers(2)
-    try:
-        found = own.run(refused, what)
-    finally:
-        own.stop()
+def test_refused(pair: Workers, what: str, message: str) -> None:
+    found = pair.run(refused, what)
     assert all(message in text for text in found), found

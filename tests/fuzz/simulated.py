@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 FASTER = {
-    "TRITON_INTERPRET": ("triton", "fast_interpreter", "pytest_configure"),
+    "TRITON_INTERPRET": ("triton", "fast_interpreter", "hasten"),
     "NUMBA_ENABLE_CUDASIM": ("numba_backend", "fast_simulator", "hasten"),
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from fast_interpreter import SMOKE
 
-HERE, PARTS = Path(__file__).parent, 6
+HERE, PARTS = Path(__file__).parent, 4
 TESTS = [
     "--pyargs", "cce.testing", str(HERE / "interpreted"), "--backend", "triton", "-m", "not long",
     "-q", "-p", "no:cacheprovider", "-p", "no:xdist",

@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+import fast_interpreter
 import torch
 from torch import Tensor
 
@@ -83,5 +84,6 @@ def columns(name: str) -> list[dict[str, int]]:
 
 
 if __name__ == "__main__":  # pytest looks for doctests here, too
+    fast_interpreter.hasten()
     torch.set_num_threads(1)
     print(json.dumps({"tune": tune, "use": use}[sys.argv[1]]()))
