@@ -39,7 +39,7 @@ class Compiled:
 
 
 def stand_in(variants: dict[str, dict[str, Variant]], gpu: str, name: str, own: Collection[str]) -> Variant:
-    """What is compiled in a kernel's place: for names not in ``own``, the same variant for sm_90.
+    """Variant that is compiled in a kernel's place: for names not in ``own``, the same one for sm_90.
 
     No source asks for the architecture, and all that are here have the instructions of sm_80. What differs are
     registers: each architecture compiles the variants that take the most.

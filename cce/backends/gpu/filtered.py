@@ -19,7 +19,7 @@ from cce.backends.gpu.compensation import Dead, compensation
 from cce.backends.gpu.gradients import Scaled, add_mean_logit_to_de, add_mean_logit_to_entries
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.lent import Stretch, shaped, stretches
-from cce.backends.gpu.operands import Call, taken
+from cce.backends.gpu.operands import Call, aligned
 from cce.backends.gpu.sizes import cdiv, row_blocks, slot_bytes
 from cce.backends.gpu.sorted_rows import SortedRows
 from cce.backends.gpu.used_rows import in_rows
@@ -49,7 +49,7 @@ def filtered(
     found = Scaled.of(call, inputs, outputs, upstream)
     work = kernels.work_list(inputs, problem, spec, found.rows, maps, upstream)
     rows = SortedRows.of(call, work.row_order, work.keep)
-    c = taken(kernels.any_layout, inputs.c, inputs.c.dtype if kernels.any_layout else problem.dtype)
+    c = inputs.c if kernels.any_layout else aligned(inputs.c, problem.dtype)
     dead = Dead(None, None, None)
     if spec.compensate:
         dead = compensation(call, c, rows, work.live, found, outputs, maps)

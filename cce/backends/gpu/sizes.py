@@ -117,7 +117,7 @@ def place_of_copy(problem: Problem, spec: Spec, share: float) -> Place:
     Args:
         share: largest share of the scratch memory that a copy may take.
     """
-    copy, scratch, width = rows_bytes(problem), spec.scratch_bytes, padded(problem.d, problem.dtype)
+    copy, scratch, width = _rows_bytes(problem), spec.scratch_bytes, padded(problem.d, problem.dtype)
     if copy <= share * scratch and copy + least_scratch(problem, spec) <= scratch:
         return "scratch"
     results = problem.n * problem.d * problem.de_dtype.itemsize * problem.grad_e
@@ -127,7 +127,7 @@ def place_of_copy(problem: Problem, spec: Spec, share: float) -> Place:
     return "beside" if copy <= 2 * scratch and scratch + copy + sums - results <= MOST_BESIDE else "nowhere"
 
 
-def rows_bytes(problem: Problem) -> int:
+def _rows_bytes(problem: Problem) -> int:
     """Bytes of aligned rows of ``e``."""
     return problem.n * padded(problem.d, problem.dtype) * problem.dtype.itemsize
 

@@ -23,7 +23,7 @@ from cce.backends.gpu.arrays import (
 from cce.backends.gpu.kernels import Kernels
 from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.plan import Plan
-from cce.backends.gpu.sizes import cdiv, power_of_two
+from cce.backends.gpu.sizes import cdiv
 from cce.backends.gpu.work import Work
 from cce.backends.problem import Inputs, Maps, Outputs, Problem, Upstream
 from cce.backends.triton import compensation, lists, rows
@@ -33,7 +33,7 @@ from cce.backends.triton.kernels.statistics import statistics_kernel
 from cce.backends.triton.kernels.targets import target_logits_kernel
 from cce.backends.triton.live import launches_of_chunk
 from cce.backends.triton.one_pass import TritonOnePass
-from cce.backends.triton.operands import Operands, flags_of, matrix, needs_wide, values_of
+from cce.backends.triton.operands import Operands, matrix, needs_wide, targets_arguments, values_of
 from cce.backends.triton.repeat import Repeated
 from cce.spec import Spec
 
@@ -67,11 +67,8 @@ class TritonKernels(Kernels):
         return self._one_pass
 
     def target_logits(self, e: Tensor, c: Tensor, targets: Tensor, formula: Formula, out: Tensor) -> None:
-        (n, k), d = targets.shape, e.shape[1]
-        target_logits_kernel[(n, k)](
-            e, c, formula.bias, targets, out, None, d, k, *e.stride(), *c.stride(), formula.scale,
-            formula.softcap or 1.0, **flags_of(formula), COPY=False, BLOCK_D=min(1024, power_of_two(d)),
-        )  # fmt: skip
+        arguments = targets_arguments(e, c, targets.shape[1], formula, False)
+        target_logits_kernel[tuple(targets.shape)](e, c, formula.bias, targets, out, None, **arguments)
 
     def statistics(self, problem: Problem, spec: Spec, window: Window) -> None:
         launch, splits, tiles, n = launch_of(problem, spec), window.splits, window.tiles, len(window.e)

@@ -33,7 +33,7 @@ def work_list(
     """Implement :meth:`cce.backends.gpu.kernels.Kernels.work_list`; rows with similar numbers of hits share a block.
 
     Rows that do not count come last, so that the other rows form the same blocks as in a call without them. A row whose
-    gradient is NaN or infinite needs every tile; so does one without a softmax, whose map is NaN.
+    gradient is NaN or infinite needs every tile; so does one without a softmax, whose map says so.
     """
     in_use, mass = used_rows(inputs), maps.tile_mass
     assert mass is not None and spec.block_n is not None and spec.block_v is not None

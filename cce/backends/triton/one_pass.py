@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.one_pass_kernels import OnePassKernels
-from cce.backends.gpu.sizes import cdiv, power_of_two
+from cce.backends.gpu.sizes import cdiv
 from cce.backends.problem import Problem
 from cce.backends.triton.choice import launch_of, multiprocessors
 from cce.backends.triton.kernels.one_pass import (
@@ -27,11 +27,13 @@ from cce.backends.triton.kernels.one_pass import (
 )
 from cce.backends.triton.kernels.targets import target_logits_kernel
 from cce.backends.triton.launch import Launch, Tile
-from cce.backends.triton.operands import Operands, flags_of, matrix, tma_ready
+from cce.backends.triton.operands import Operands, matrix, targets_arguments, tma_ready
 from cce.backends.triton.repeat import Repeated
 from cce.spec import Spec
 
 _MOST_STEPS = 256  # number kept of each configuration; a call needs five
+_MOST_CONFIGURED = 64
+_configured: dict[int, TritonOnePass] = {}
 
 # Triton leaves assertions out of kernels not compiled for debugging.
 _prepare = Repeated(prepare_kernel, (64,), {"BLOCK": 1024}, debug=True)
@@ -88,27 +90,13 @@ class TritonOnePass(OnePassKernels):
     ) -> None:
         copies = used_e is not None and targets.shape[1] == 1
         if used_e is not None and not copies:
-            torch.mul(e.masked_fill((targets < 0).all(1, keepdim=True), 0), 1, out=used_e)
-        strides, softcap = (*e.stride(), *c.stride()), formula.softcap or 1.0
-        key = (
-            target_logits_kernel,
-            targets.shape,
-            e.shape,
-            strides,
-            copies,
-            formula.scale,
-            softcap,
-            formula.bias is None,
-        )
+            used_e.copy_(e).masked_fill_((targets < 0).all(1, keepdim=True), 0)
+        sizes = (targets.shape, e.shape, e.stride(), c.stride())
+        key = (target_logits_kernel, *sizes, copies, formula.scale, formula.softcap, formula.bias is None)
         step: Repeated | None = self._kept.get(key)
         if step is None:
-            names = ("stride_en", "stride_ed", "stride_cv", "stride_cd")
-            (n, k), d = targets.shape, e.shape[1]
-            arguments = {
-                "D": d, "K": k, **dict(zip(names, strides, strict=True)), "scale": formula.scale, "softcap": softcap,
-                **flags_of(formula), "COPY": copies, "BLOCK_D": min(1024, power_of_two(d)),
-            }  # fmt: skip
-            step = self._keep(key, Repeated(target_logits_kernel, (n, k), arguments))
+            arguments = targets_arguments(e, c, targets.shape[1], formula, copies)
+            step = self._keep(key, Repeated(target_logits_kernel, tuple(targets.shape), arguments))
         step(e=e, c=c, bias=formula.bias, targets=targets, target_logits=out, used_e=used_e if copies else None)
 
     def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
@@ -178,10 +166,6 @@ class TritonOnePass(OnePassKernels):
         if step is None:
             step = self._keep(key, _multiplication(*sizes, multiprocessors(factor.device)))
         step(x=x, y=y, factor=factor)
-
-
-_MOST_CONFIGURED = 64
-_configured: dict[int, TritonOnePass] = {}
 
 
 class _Store:

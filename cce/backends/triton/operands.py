@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cce.backends.gpu.arrays import Formula, Rows
+from cce.backends.gpu.sizes import power_of_two
 from cce.backends.triton.launch import Launch, Tile
 
 _DOT = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -94,6 +95,16 @@ class Operands:
             "PRECISION": precision_of(formula),
             "WIDE": needs_wide(c) or needs_wide(e) if wide is None else wide, **flags_of(formula),
         }  # fmt: skip
+
+
+def targets_arguments(e: Tensor, c: Tensor, k: int, formula: Formula, copies: bool) -> dict[str, Any]:
+    """Arguments and flags of ``target_logits_kernel`` for K targets a row, but for its tensors."""
+    d = e.shape[1]
+    return {
+        "D": d, "K": k, "stride_en": e.stride(0), "stride_ed": e.stride(1), "stride_cv": c.stride(0),
+        "stride_cd": c.stride(1), "scale": formula.scale, "softcap": formula.softcap or 1.0, **flags_of(formula),
+        "COPY": copies, "BLOCK_D": min(1024, power_of_two(d)),
+    }  # fmt: skip
 
 
 def values_of(rows: Rows) -> dict[str, Any]:
