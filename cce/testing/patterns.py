@@ -52,6 +52,13 @@ def masked(data: Values, upstream: Values) -> None:
     t.copy_(torch.where(t < 0, t, allowed[t.clamp(min=0) % len(allowed)]))
 
 
+def masked_and_large(data: Values, upstream: Values) -> None:
+    """Masked entries, and upstream gradients that a large finite stand-in for their logits would make infinite."""
+    masked(data, upstream)
+    for x in upstream.values():
+        x.mul_(2.0**10)
+
+
 def masked_weightless(data: Values, upstream: Values) -> None:
     """Masked entries whose class weighs 0, which times their infinite logit is NaN."""
     masked(data, upstream)
@@ -125,6 +132,7 @@ POKES: dict[str, Poke] = {
     "NaN in the bias": _at("bias", 40, _NAN),
     "inf in the bias": _at("bias", 40, _INF),
     "masked entries": masked,
+    "masked entries, large upstream": masked_and_large,
     "masked target": masked_target,
     "all entries masked": all_masked,
     "masked entries and a NaN row": masked_and_nan,
@@ -167,7 +175,13 @@ _SHORT = {
     "none": ("-inf in a row of e", "masked entries and a NaN row", "NaN behind ignored tokens", "near overflow"),
     "smoothing": ("masked entries", "masked entries without weight"),
     "soft targets": ("masked target",),
-    "terms": ("inf in the bias", "all entries masked", "saturated", "NaN upstream of one output"),
+    "terms": (
+        "inf in the bias",
+        "all entries masked",
+        "masked entries, large upstream",
+        "saturated",
+        "NaN upstream of one output",
+    ),
     "capped": ("masked target", "masked entries and a NaN row"),
     "element": ("masked target", "NaN upstream", "near overflow"),
     "element, uncompensated": ("NaN in a row of e", "NaN in a row of c", "all entries masked", "inf upstream"),

@@ -260,6 +260,20 @@ class NanInLiveTilesOnly(MyBackend):
         return super().work_list(inputs, problem, spec, known, replace(upstream, a=a))
 
 
+class MaskOverflows(MyBackend):
+    """A masked logit becomes the lowest number, which a large upstream gradient makes infinite: 0 * inf."""
+
+    group = "patterns"
+
+    def softmax_gradient(self, z, outputs, upstream):
+        return super().softmax_gradient(z, outputs, upstream) + self.of_masked(z, outputs, upstream)
+
+    def of_masked(self, z, outputs, upstream):
+        lowest = z.clamp(min=-1e38) - z.clamp(min=-1e37)  # of masked logits -9e37, else 0
+        p = (z - outputs.lse[:, None]).exp()
+        return p * (0 * lowest if upstream.h is None else upstream.h[:, None] * lowest)
+
+
 class MaskCapped(MyBackend):
     """The softcap makes -softcap of a masked entry."""
 

@@ -35,4 +35,6 @@ pointer = numba.int64  # to global memory; the type of kernel parameters
 # All are float32: a Python number would turn the other operand into a double.
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 LOG2E, LN2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
-NEG_INF, LEAST = np.float32(-np.inf), np.float32(-1e30)
+NEG_INF = np.float32(-np.inf)
+#: Bound of a log-probability that is multiplied: its softmax value is 0 long before, and no product must be 0 * inf.
+LEAST_LOG = np.float32(-1e4)

@@ -4,10 +4,22 @@ import numpy as np
 from numba import cuda, float32, int32, int64
 
 from cce.backends.numba import device
-from cce.backends.numba.device import LN2, ONE, ZERO, divide, flags, floats, halves, log2, longs, pointer, words
+from cce.backends.numba.device import (
+    LEAST_LOG,
+    LN2,
+    ONE,
+    ZERO,
+    divide,
+    flags,
+    floats,
+    halves,
+    log2,
+    longs,
+    pointer,
+    words,
+)
 from cce.backends.numba.kernels.formula import make_store
 
-LEAST_LOG = np.float32(-1e4)
 AT_ONCE = 8  # rows whose loads a thread has in flight
 
 

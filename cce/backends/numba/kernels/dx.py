@@ -3,7 +3,7 @@
 import numpy as np
 
 from cce.backends.numba.device import (
-    LEAST,
+    LEAST_LOG,
     LOG2E,
     NEG_INF,
     ZERO,
@@ -40,12 +40,10 @@ def make_dx(options, width):
                 x = NEG_INF if BIAS and x == NEG_INF else softcap * share
             elif SCALE:
                 x = x * scale
-            if ENTROPY:  # p is 0 where z = -inf
-                x = max(x, LEAST)
             x = x - row_lse  # subtracted first: both may be large
             d = exp2(x * LOG2E)
             if ENTROPY:
-                d = d * (row_a + row_h * (centre - x))
+                d = d * (row_a + row_h * (centre - max(x, LEAST_LOG)))
             else:
                 d = d * row_a
             if ONE_TARGET:

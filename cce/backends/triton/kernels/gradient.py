@@ -5,8 +5,9 @@ import triton.language as tl
 
 from cce.backends.triton.kernels.tiles import INF, LOG2E, cap, logit_tile, wide
 
-#: Stand-in for a logit of -inf where a number times its softmax value must be 0: a log-sum-exp minus it is finite.
-LOWEST = tl.constexpr(-1e38)
+#: Bound of a log-probability that is multiplied: its softmax value is 0 long before, and no product must be 0 * inf,
+#: that of a masked entry and of an upstream gradient included.
+LEAST_LOG = tl.constexpr(-1e4)
 
 
 @triton.jit
@@ -44,9 +45,8 @@ def gradient(
     # exp((z - lse) - lse_low): subtract first the numbers that may share a large offset.
     p = tl.exp2((z - row_lse[:, None]) * LOG2E - (row_low * LOG2E)[:, None])
     if ENTROPY:
-        # p is 0 where z = -inf
-        gap = row_lse[:, None] - tl.maximum(z, LOWEST)
-        dz = p * (row_a[:, None] + row_h[:, None] * (gap + centre[:, None]))
+        below = tl.maximum(z - row_lse[:, None], LEAST_LOG)
+        dz = p * (row_a[:, None] + row_h[:, None] * (centre[:, None] - below))
     else:
         dz = p * row_a[:, None]
     if ONE_TARGET:
