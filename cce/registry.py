@@ -11,10 +11,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from cce import plugins
-from cce.backends.base import Backend, OnePass
+from cce.backends.base import Backend, OnePass, asks_one_pass
 from cce.backends.problem import Problem
 from cce.errors import BackendUnavailable
 from cce.spec import Spec
@@ -143,13 +141,6 @@ def reasons(name: str, problem: Problem, spec: Spec) -> list[str]:
     if steps is None or isinstance(steps, OnePass):
         return []
     return [f"its method one_pass returned a {type(steps).__name__}, expected a cce.backends.base.OnePass or None"]
-
-
-def asks_one_pass(problem: Problem) -> bool:
-    """Whether a backend is asked for its pass that computes gradients along with the loss."""
-    # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.
-    half = torch.float16 in (problem.e_dtype, problem.c_dtype)
-    return problem.needs_grad and not problem.outputs and problem.n > 0 and problem.v > 0 and not half
 
 
 def refusals(backend: Backend, problem: Problem, spec: Spec) -> list[str]:

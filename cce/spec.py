@@ -63,7 +63,7 @@ class Spec:
     threshold: float | None = None
     compensate: bool = True
     accumulate: str | None = None
-    scratch_bytes: int = 128 * 2**20
+    scratch_bytes: int = 512 * 2**20
     row_order: str = "live"
     vocab_order: torch.Tensor | Sequence[int] | str | None = None
 

@@ -43,6 +43,13 @@ class OnePass(ABC):
             gradient.mul_(factor)
 
 
+def asks_one_pass(problem: Problem) -> bool:
+    """Whether a backend is asked for its pass that computes gradients along with the loss."""
+    # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.
+    half = torch.float16 in (problem.e_dtype, problem.c_dtype)
+    return problem.needs_grad and not problem.outputs and problem.n > 0 and problem.v > 0 and not half
+
+
 class Backend(ABC):
     """One implementation of the algorithm of docs/algorithm.md.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cce import registry
-from cce.backends.base import Backend, OnePass
+from cce.backends.base import Backend, OnePass, asks_one_pass
 from cce.backends.problem import Problem
 from cce.backends.resolve import resolve
 from cce.backends.shared.weighted_logit import finest_dtype
@@ -192,7 +192,7 @@ def _decided(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, request
         name = registry.choose_name(name, problem, spec)
         backend = _chosen[name, generation] = registry.load(name)
     key = request._replace(backend=name, spec=spec.key, decided=generation).key
-    one_pass = backend.one_pass(problem, spec) if part is None and registry.asks_one_pass(problem) else None
+    one_pass = backend.one_pass(problem, spec) if part is None and asks_one_pass(problem) else None
     return Call(key, problem, spec, backend, part, Results.of(problem, spec, e.device), one_pass, generation)
 
 

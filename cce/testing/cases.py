@@ -57,6 +57,11 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def short(self) -> bool:
+        """It is one for an interpreter, which takes seconds for it."""
+        return self.n * self.v < 2**19
+
     def of(self, dtype: torch.dtype) -> Case:
         """The same case with both inputs in ``dtype``."""
         return replace(self, name=f"{self.name}-{str(dtype).removeprefix('torch.')}", e_dtype=dtype, c_dtype=dtype)
@@ -68,6 +73,7 @@ class Case:
 EVERYTHING = ("entropy", "weighted_logit", "prediction")
 _BLOCKS = {"block_n": 16, "block_v": 32}
 _DEFAULT = {**_BLOCKS, "scratch_bytes": 2**17}  # too few for all logits: filtered on every device
+_MANY_CHUNKS = {"filter": "none", "scratch_bytes": 1_130_000}
 _FILTERED = {**_BLOCKS, "filter": "element", "threshold": 2.0**-9}
 _MASS = {**_FILTERED, "filter": "tile", "threshold": 2.0**-6}
 
@@ -85,6 +91,13 @@ def _shapes() -> list[Case]:
         Case("many-tiles", n=17, d=16, v=2051, spec={"filter": "none", "block_v": 64, "block_n": 16}),
         Case("online", n=70, d=24, v=700, outputs=("entropy",), spec={"filter": "none", "lse_accumulation": "online"}),
         Case("small-scratch", n=150, d=80, v=1000, bias=True, spec={"filter": "none", "scratch_bytes": 2**18}),
+        # Losses whose gradients are computed along with them, of some rows at a time on GPUs.
+        Case("row-chunks", n=1300, d=24, v=500, bias=True, spec={"filter": "none", "scratch_bytes": 1_350_000}),
+        Case("row-chunks-frozen-c", n=1100, m=1200, d=24, v=900, k=2, wanted=("e",), spec=_MANY_CHUNKS),
+        replace(
+            Case("row-chunks", n=1300, d=24, v=500, spec={"filter": "none", "scratch_bytes": 675_000}).of(BF16),
+            logit_scale=0.5,
+        ),
     ]
 
 

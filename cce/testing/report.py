@@ -136,7 +136,7 @@ def check_backend(
     if unknown:
         raise ValueError(f"groups: got {unknown[0]!r}, expected names out of {GROUPS}")
     registry.load(name)
-    found = list(cases) if "cases" in groups else []
+    found = [case for case in cases if case.short or not short] if "cases" in groups else []
     with _mapping(jobs) as each:
         # Handed out before any result is waited for.
         results = each(_result, found, repeat(name), repeat(device))

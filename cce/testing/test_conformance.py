@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("device", "cpu"))
 
 
-def marked(check: Option | Placed | Pattern) -> Any:
+def marked(check: Case | Option | Placed | Pattern) -> Any:
     return pytest.param(check, marks=() if check.short else pytest.mark.long)
 
 
@@ -44,7 +44,7 @@ def marked_behaviour(behaviour: Behaviour) -> Any:
     return pytest.param(behaviour, marks=pytest.mark.long if behaviour is compiled else (), id=behaviour.__name__)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [marked(x) for x in CASES], ids=str)
 def test_case(backend_name: str, case: Case, device: str) -> None:
     result = run_case(registry.load(backend_name), case, device, product_roundoff(device))
     if result.refused:

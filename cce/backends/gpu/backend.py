@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from cce.backends.base import Backend, OnePass
+from cce.backends.base import Backend, OnePass, asks_one_pass
 from cce.backends.gpu import one_pass
 from cce.backends.gpu.exact import exact
 from cce.backends.gpu.filtered import filtered
@@ -59,6 +59,11 @@ class KernelBackend(Backend, OnePass):
         found = self.kernels().one_pass()
         assert found is not None
         return found
+
+    def note(self, problem: Problem, spec: Spec) -> str:
+        if not asks_one_pass(problem) or self.one_pass(problem, spec) is None:
+            return ""
+        return one_pass.described(problem, spec)
 
     def loss_and_gradients(
         self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor

@@ -1,13 +1,14 @@
-"""Loss and gradients in one pass, where all logits fit into the scratch memory: three products instead of four.
+"""Loss and gradients in one pass, where all logits of enough rows fit into the scratch memory.
 
 The steps are those of docs/decisions/0003, with kernels for what would be a separate torch operation
-(one_pass_kernels.py).
+(one_pass_kernels.py): three products instead of four. Rows are divided into chunks (row_chunks.py) where the logits of
+all do not fit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,30 +16,90 @@ from torch import Tensor
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.operands import aligned, formula_of, is_aligned, taken
-from cce.backends.gpu.products import scaled_product
+from cce.backends.gpu.products import add_product, scaled_product
+from cce.backends.gpu.row_chunks import RowsOfChunk, Total, inputs_of, row_chunks
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
+from cce.backends.gpu.used_rows import ask, is_captured, rows_with_target
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.backends.shared.scaling import norm_of, scaled
 from cce.spec import Spec
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Upstream gradients a (N,) and g (N, K), times the logit scale, and the divisor applied to them."""
+
+    a: Tensor
+    g: Tensor
+    norm: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem, weights: Tensor) -> _Factors:
+        a = weights[:, 0] if problem.k == 1 else weights.sum(1)
+        if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
+            return cls(a, weights, None)
+        upstream = Upstream(a, weights)
+        norm = norm_of(upstream, problem.dtype, problem.logit_scale)
+        upstream = scaled(upstream, problem.logit_scale, norm)
+        return cls(upstream.a, upstream.g, norm)
+
+    def of_rows(self, rows: RowsOfChunk) -> _Factors:
+        return _Factors(self.a[rows], self.g[rows], self.norm)
 
 
 def serves(problem: Problem, spec: Spec) -> bool:
     """Whether a problem has such a pass and gains from it; from metadata alone."""
     plain = spec.filter == "none" and problem.softcap is None and not problem.outputs
     # torch's products need factors of one dtype; a c of the narrower dtype would have to be copied.
-    return plain and problem.c_dtype == problem.dtype and logits_bytes(problem) <= spec.scratch_bytes
+    return plain and problem.c_dtype == problem.dtype and row_chunks(problem, spec) is not None
+
+
+def described(problem: Problem, spec: Spec) -> str:
+    """One line for :func:`cce.explain` on the pass of a problem that :func:`serves`."""
+    chunks = row_chunks(problem, spec)
+    assert chunks is not None
+    rows = "all rows at once" if not chunks.most else f"{chunks.first} rows, then at most {chunks.most} at a time"
+    return f"a mean or sum: gradients along with the loss, in three products; {rows}"
 
 
 def loss_and_gradients(
     kernels: OnePassKernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """Outputs, and gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``, for all rows of ``e``."""
+    chunks, upstream = row_chunks(problem, spec), _Factors.of(problem, weights)
+    assert chunks is not None
+    if chunks.first == problem.n:
+        return _chunk(kernels, inputs, problem, spec, upstream, None)
+    total, first = Total(inputs.e, problem), chunks.first
+    others = inputs.targets[first:]
+    ask(others)
+
+    def add(rows: RowsOfChunk) -> None:
+        part = inputs_of(inputs, rows)
+        sizes = replace(problem, n=len(part.targets))
+        total.add(rows, *_chunk(kernels, part, sizes, spec, upstream.of_rows(rows), total.dc))
+
+    add(slice(0, first))
+    rows = None if is_captured(others) else rows_with_target(others, None)[0]
+    for n0, n1 in chunks.later(len(others) if rows is None else len(rows)):
+        add(slice(first + n0, first + n1) if rows is None else rows[n0:n1] + first)
+    return total.outputs, total.gradients
+
+
+def _chunk(
+    kernels: OnePassKernels,
+    inputs: Inputs[Tensor],
+    problem: Problem,
+    spec: Spec,
+    upstream: _Factors,
+    dc: Tensor | None,
+) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
+    """Compute outputs and gradients of rows whose logits are made at once; their dC is added to ``dc`` in place."""
     n, v, k, dtype = problem.n, problem.v, problem.k, problem.dtype
     kernels, formula = kernels.of_problem(problem, spec), formula_of(inputs.bias, problem)
     e, c, targets = taken(kernels.any_layout, inputs.e, dtype, inputs.rows), inputs.c, inputs.targets
     tiles = cdiv(v, kernels.columns(dtype))
 
-    a, g, norm = _factors(problem, weights)
     target_logits = e.new_empty((n, k), dtype=torch.float32)
     # A row without a target may hold NaN: the product for dC reads zeros there.
     used = e.new_empty((n, problem.d)) if problem.grad_c else None
@@ -49,19 +110,8 @@ def loss_and_gradients(
     dz = dz if dz.shape[1] == v else dz[:, :v]
     _store(kernels, problem, spec, e, c, formula, dz, tile_max, tile_sum)
     kernels.join(tile_max, tile_sum, target_logits, targets, lse, lse_low, nll)
-    kernels.scale(dz, tile_max, lse, lse_low, nll, targets, a, g)
-    return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, norm)
-
-
-def _factors(problem: Problem, weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """a (N,) and g (N, K), times the logit scale, and the divisor applied to them."""
-    a = weights[:, 0] if problem.k == 1 else weights.sum(1)
-    if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
-        return a, weights, None
-    upstream = Upstream(a, weights)
-    norm = norm_of(upstream, problem.dtype, problem.logit_scale)
-    upstream = scaled(upstream, problem.logit_scale, norm)
-    return upstream.a, upstream.g, norm
+    kernels.scale(dz, tile_max, lse, lse_low, nll, targets, upstream.a, upstream.g)
+    return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, upstream.norm, dc)
 
 
 def _store(
@@ -86,10 +136,15 @@ def _store(
         kernels.store(e, rows, replace(formula, bias=bias), q[:, v0:v1], tile_max[part], tile_sum[part])
 
 
-def _products(problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None) -> Gradients[Tensor]:
-    """dE = dz c, dC = dz^T e and dbias, the column sums of dz, by torch."""
+def _products(
+    problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None, dc: Tensor | None
+) -> Gradients[Tensor]:
+    """dE = dz c, dC = dz^T e, added to ``dc`` if that is given, and dbias, the column sums of dz, by torch."""
     de = scaled_product(dz, c, norm).to(problem.e_dtype) if problem.grad_e else None
-    dc = None if e is None else scaled_product(dz.T, e, norm)
+    if e is not None and dc is not None:
+        add_product(dz.T, e, dc)
+    elif e is not None:
+        dc = scaled_product(dz.T, e, norm)
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
     return Gradients(de, dc, dbias if dbias is None or norm is None else dbias.mul_(norm))
 

@@ -51,6 +51,14 @@ def narrow_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Compute out += a b, all in one dtype; the sum is rounded once."""
+    if a.device.type == "cpu" and a.dtype != torch.float32:  # as narrow_product does
+        out.copy_(out.float().addmm_(a.float(), b.float()))
+    else:
+        out.addmm_(a, b)
+
+
 def write_product(a: Tensor, b: Tensor, out: Tensor, norm: Tensor | None = None, room: int = 0) -> None:
     """Write out = a b, times ``norm`` if there is one, rounded to the dtype of ``out``.
 

@@ -22,9 +22,14 @@ _LARGEST = 1e30  # a bound on logits
 _ASKED = "_cce_rows_in_use"  # attribute of the targets tensor, which autograd keeps unchanged for the backward
 
 
+def is_captured(x: Tensor) -> bool:
+    """Whether what is done with ``x`` is captured into a CUDA graph, so that nothing can be asked."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def ask(targets: Tensor) -> None:
     """Start copying the number of rows with a target to the host; the copy completes later."""
-    if not targets.is_cuda or torch.cuda.is_current_stream_capturing():
+    if not targets.is_cuda or is_captured(targets):
         return
     count = torch.empty((), dtype=torch.int64, pin_memory=True)
     count.copy_((targets >= 0).any(1).sum(), non_blocking=True)
@@ -33,7 +38,7 @@ def ask(targets: Tensor) -> None:
     setattr(targets, _ASKED, (targets._version, event, count))
 
 
-def _rows_with_target(targets: Tensor, in_use: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def rows_with_target(targets: Tensor, in_use: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """Like :func:`cce.backends.shared.rows.rows_in_use`; after :func:`ask` it waits for the answer only."""
     asked: tuple[int, torch.cuda.Event, Tensor] | None = getattr(targets, _ASKED, None)
     if asked is None or in_use is not None or asked[0] != targets._version:
@@ -55,9 +60,9 @@ def of_used_rows(
     vocabulary makes no difference to an exact backward, so the natural order is used.
     """
     inputs = replace(inputs, vocab_order=None)
-    if inputs.e.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_captured(inputs.e):
         return _as_zeros(backward, inputs, problem, outputs, upstream)
-    rows, targets = _rows_with_target(inputs.targets, inputs.in_use)
+    rows, targets = rows_with_target(inputs.targets, inputs.in_use)
     if rows is None:
         return backward(inputs, problem, outputs, upstream)
     if len(rows) == 0:

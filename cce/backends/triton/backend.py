@@ -38,9 +38,9 @@ class TritonBackend(KernelBackend):
         from cce.backends.triton.choice import launch_of
 
         launch = launch_of(problem, spec)
-        if launch.tuned:
-            return "launch configuration: tuned for this problem on this GPU"
-        return f"launch configuration: shipped, {'' if launch.measured else 'not '}measured on this architecture"
+        measured = f"shipped, {'' if launch.measured else 'not '}measured on this architecture"
+        tiles = f"launch configuration: {'tuned for this problem on this GPU' if launch.tuned else measured}"
+        return "\n".join(filter(None, [super().note(problem, spec), tiles]))
 
     def kernels(self) -> Kernels:
         return _kernels()
