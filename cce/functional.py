@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cce.frontend import checks, decision, weights
 from cce.frontend.apply import Rows, run
-from cce.frontend.flatten import Flat, flatten, unflatten
+from cce.frontend.flatten import Flat, again, flatten, unflatten
 from cce.frontend.one_pass import total_loss
 from cce.frontend.tracing import eager_if_transformed
 from cce.spec import Spec
@@ -166,39 +166,41 @@ def loss(
         numbers = (ignore_index, shift, softcap, logit_scale, label_smoothing, z_loss)
         kind = decision.kind_of(e, c, targets, bias, spec, (reduction, backend, *numbers))
     known = decision.recall(kind)
-    flat = flatten(
-        e,
-        c,
-        targets,
-        bias,
-        ignore_index=ignore_index,
-        shift=shift,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        target_weight=target_weight,
-        backend=backend,
-        spec=spec,
-        vocab_parallel=vocab_parallel,
-        signature={
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "weight": weight is not None,
-            "token_weight": token_weight is not None,
-        },
-        outputs=("weighted_logit",) if asked(label_smoothing) else (),
-        plain_mean=plain and reduction == "mean" and not asked(z_loss),
-        known=known,
-        check=partial(
-            checks.check_loss_options,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            weight=weight,
-            token_weight=token_weight,
-        ),
-    )
-    if known is None:
+    plain_mean = plain and reduction == "mean" and not asked(z_loss)
+    if known is not None:
+        flat = again(e, c, targets, bias, ignore_index, shift, spec, plain_mean, known)
+    else:
+        flat = flatten(
+            e,
+            c,
+            targets,
+            bias,
+            ignore_index=ignore_index,
+            shift=shift,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            target_weight=target_weight,
+            backend=backend,
+            spec=spec,
+            vocab_parallel=vocab_parallel,
+            signature={
+                "reduction": reduction,
+                "label_smoothing": label_smoothing,
+                "z_loss": z_loss,
+                "weight": weight is not None,
+                "token_weight": token_weight is not None,
+            },
+            outputs=("weighted_logit",) if asked(label_smoothing) else (),
+            plain_mean=plain_mean,
+            check=partial(
+                checks.check_loss_options,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                weight=weight,
+                token_weight=token_weight,
+            ),
+        )
         decision.remember(kind, flat.call)
     coefficients = weights.class_weighted(flat, weight)
     of_tokens = None if token_weight is None else weights.token_weights(flat, token_weight)

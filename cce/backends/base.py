@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,23 +23,34 @@ class OnePass(ABC):
         """Compute the outputs and the gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``.
 
         ``weights`` is (N, K), in the accumulation dtype. The weights of targets -1 are 0, or NaN in a mean over
-        nothing, and must be ignored. dE may hold anything in rows without a target: the front end sets them to 0.
+        nothing, and must be ignored. dE may hold anything in rows without a target: :meth:`scale` sets them to 0.
         """
 
     def value(self, outputs: Outputs[Tensor], weights: Tensor) -> Tensor:
         """Return the scalar ``sum_ik weights_ik nll_ik`` from the outputs of :meth:`loss_and_gradients`."""
         return (weights * outputs.nll).sum()
 
-    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+    def scale(self, gradients: Gradients[Tensor], factor: Tensor, targets: Tensor | None) -> None:
         """Multiply the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor with one element.
+
+        dE becomes 0 in rows without a target, and all gradients do where no row has one, as in PyTorch: whatever they
+        hold, even if the factor is NaN or infinite.
 
         The factor is 1 when the loss itself is differentiated. The host cannot read it from a GPU without a
         synchronisation; a GPU backend can skip the pass over the gradients in a kernel that tests the factor first.
+
+        Args:
+            targets: (N, K), -1 for none; None where dE is 0 in rows without a target and the factor is finite.
         """
-        if factor.device.type == "cpu" and factor == 1:
-            return
-        for gradient in gradients:
-            gradient.mul_(factor)
+        ignored = None if targets is None else (targets < 0).all(1, keepdim=True)
+        if ignored is not None:
+            factor = factor.masked_fill(ignored.all(), 0)
+        if factor.device.type != "cpu" or factor != 1:
+            for gradient in (gradients.de, gradients.dc, gradients.dbias):
+                if gradient is not None:
+                    gradient.mul_(factor)
+        if ignored is not None and gradients.de is not None:
+            gradients.de.masked_fill_(ignored, 0)
 
 
 def asks_one_pass(problem: Problem) -> bool:

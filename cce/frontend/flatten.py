@@ -72,7 +72,6 @@ def flatten(
     signature: Mapping[str, Any],
     outputs: tuple[str, ...] = (),
     plain_mean: bool = False,
-    known: Call | None = None,
     check: Callable[..., None] | None = None,
 ) -> Flat:
     """Check the arguments, make one row a token of them, and decide how the call runs.
@@ -83,10 +82,7 @@ def flatten(
         plain_mean: the weights of a mean may be wanted, no tensor being one of them.
         check: checks the options that :func:`cce.terms` does not have; called with ``lead`` and ``device`` of the call,
             and with ``v``, the number of entries of the whole vocabulary, or None while it is not known.
-        known: what an earlier call of this kind was decided to be; all but the targets' values is good then.
     """
-    if known is not None:
-        return _again(e, c, targets, bias, ignore_index, shift, spec, plain_mean, known)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "shift": shift,
@@ -164,7 +160,7 @@ def _arranged(
     return Flat(e, c, bias, rows, targets.shape[:lead], shift, spec, request, scale)
 
 
-def _again(
+def again(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
@@ -175,7 +171,12 @@ def _again(
     plain_mean: bool,
     known: Call,
 ) -> Flat:
-    """One row a token of a call whose kind is known (plain tensors, no target weights); host time counts here."""
+    """One row a token of a call whose kind is known (plain tensors, no target weights); host time counts here.
+
+    Args:
+        known: what an earlier call of this kind was decided to be; all but the targets' values is good.
+        others: as of :func:`flatten`.
+    """
     shape = targets.shape
     if shift or targets.dtype in checks.UNSIGNED:
         targets, shift = _rows(targets, shift, len(shape), ignore_index)

@@ -28,13 +28,8 @@ class Held:
         self.size, self._device, self._gradients = size, device, None
         with _lock:
             line = _waiting.setdefault(device, OrderedDict())
-            others = [found for found in (ref() for ref in line.values()) if found is not None]
-            total = size + sum(other.size for other in others)
-            for other in others:
-                if total <= budget:
-                    break
-                total -= other.size
-                other.take()
+            if line:
+                _make_room(line, size, budget)
             line[id(self)] = weakref.ref(self)
 
     def keep(self, gradients: Any) -> None:
@@ -52,3 +47,14 @@ class Held:
 
     def __del__(self) -> None:
         self.take()
+
+
+def _make_room(line: OrderedDict[int, weakref.ref[Held]], size: int, budget: int) -> None:
+    """Let go of the oldest in ``line`` until ``size`` bytes more are within the budget."""
+    others = [found for found in (ref() for ref in line.values()) if found is not None]
+    total = size + sum(other.size for other in others)
+    for other in others:
+        if total <= budget:
+            break
+        total -= other.size
+        other.take()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cce.backends.base import OnePass
+from cce.backends.problem import Gradients
 from cce.backends.shared.rows import select
 from cce.frontend.decision import Call
 from cce.frontend.flatten import Flat
@@ -102,29 +103,11 @@ class _WeightedLoss(torch.autograd.Function):
 
 
 def _scale(call: Call, gradients: Sequence[Tensor | None], factor: Tensor, targets: Tensor) -> None:
-    """Multiply the gradients by ``factor``; rows without a target stay 0 even if the factor or c is NaN or inf.
-
-    Without any target all gradients are 0, dC and dbias too, whatever the factor, as in PyTorch.
-    """
+    """Multiply the gradients by ``factor``; rows without a target stay 0 even if the factor or c is NaN or inf."""
     assert call.one_pass is not None
-    given, de = [x for x in gradients if x is not None], gradients[0]
-    if factor.device.type == "cpu" and bool(factor.isfinite()):  # where values may be looked at
-        call.one_pass.scale(given, factor)
-        # A backend that never sees rows without a target multiplies nothing but the factor with them.
-        if not call.backend.skips_ignored_rows:
-            return
-        ignored = _without_target(targets)
-    else:
-        ignored = _without_target(targets)
-        call.one_pass.scale(given, factor.masked_fill(ignored.all(), 0))
-    if de is not None and de.numel():
-        de.masked_fill_(ignored, 0)
-
-
-def _without_target(targets: Tensor) -> Tensor:
-    """Mask of the rows without a target, (N, 1)."""
-    ignored = targets < 0
-    return ignored if targets.shape[1] == 1 else ignored.all(1, keepdim=True)
+    # A backend that never sees rows without a target multiplies nothing but the factor with them.
+    skips = not call.backend.skips_ignored_rows and factor.device.type == "cpu" and bool(factor.isfinite())
+    call.one_pass.scale(Gradients(*gradients), factor, None if skips else targets)
 
 
 class _Once(torch.autograd.Function):

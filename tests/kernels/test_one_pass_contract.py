@@ -113,9 +113,24 @@ class OtherBits(PlainOnePass):
         out.mul_(1 + 1e-6 * self.calls)
 
 
+class RowsKept(PlainOnePass):
+    """Rows without a target keep what they hold."""
+
+    def multiply(self, x, y, factor, targets, is_de):
+        super().multiply(x, y, factor, targets, False)
+
+
+class NoTargetKept(PlainOnePass):
+    """Without any target an infinite factor makes NaN."""
+
+    def multiply(self, x, y, factor, targets, is_de):
+        super().multiply(x, y, factor, targets.clamp(min=0), is_de)
+
+
 MUTANTS = {
     MaximumForgotten: "plain", LastTileDropped: "aligned sizes", OneTarget: "float16 k3", NanKept: "nan rows",
     MaskedTargetLeftOut: "masked", FactorOfMaskedTile: "masked low", CopiesAll: "nan rows", CountsAll: "plain",
+    RowsKept: "plain", NoTargetKept: "plain",
     OtherBits: "plain", ShiftForgotten: "offset 2^20", RestForgotten: "offset 2^20", NoSoftmaxIsZero: "strange",
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ _WIDE = 1024  # threads of the kernels of one_pass.cu
 _ROWS_JOINED, _ROWS_SCALED = 32, 8  # per thread block
 #: Layouts of the kernels' arguments: q an address or a count, i an int, f a float; the formula is two floats.
 LAYOUTS = {
-    "prepare": "6q", "join": "10q", "value": "4q", "scale": "14q", "multiply": "5q", "targets": "9q2f2iq",
+    "prepare": "6q", "join": "10q", "value": "4q", "scale": "14q", "multiply": "9q", "targets": "9q2f2iq",
     "store": "2qi4x2qi4xqqqqq2f2i",
 }  # fmt: skip
 
@@ -130,12 +130,13 @@ class PortableOnePass(OnePassKernels):
         launch = self._kernels.get(key) or self._launch(key, "value", one_pass_variant(Gpu.current(), "value"), _WIDE)
         launch(1, 1, address(weights), address(nll), out.data_ptr(), weights.numel())
 
-    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
+    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor, targets: Tensor, is_de: bool) -> None:
         other = x.dtype if y is None else y.dtype
         key = ("multiply", x.dtype, other, x.get_device())
         launch = self._kernels.get(key) or self._launch(
             key, "multiply", multiply_variant(Gpu.current(), x.dtype, other), THREADS
         )
-        first, (to, second) = x.numel(), (0, 0) if y is None else (address(y), y.numel())
+        (n, k), first, (to, second) = targets.shape, x.numel(), (0, 0) if y is None else (address(y), y.numel())
         blocks = max(1, min(1024, cdiv(max(first, second), 8 * THREADS)))
-        launch(blocks, 1, address(x), to, factor.data_ptr(), first, second)
+        d = first // n if is_de else 0
+        launch(blocks, 1, address(x), to, factor.data_ptr(), address(targets), first, second, n, k, d)

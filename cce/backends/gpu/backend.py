@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -87,9 +86,10 @@ class KernelBackend(Backend, OnePass):
         with on_device_of(weights):
             return one_pass.value(self._one_pass, contiguous(outputs), weights.contiguous())
 
-    def scale(self, gradients: Sequence[Tensor], factor: Tensor) -> None:
+    def scale(self, gradients: Gradients[Tensor], factor: Tensor, targets: Tensor | None) -> None:
+        assert targets is not None
         with on_device_of(factor):
-            one_pass.multiply(self._one_pass, gradients, factor)
+            one_pass.multiply(self._one_pass, gradients, factor, targets.contiguous())
 
     def forward(self, inputs: Inputs[Tensor], problem: Problem, spec: Spec, maps: Maps[Tensor]) -> Outputs[Tensor]:
         with on_device_of(inputs.e):

@@ -7,7 +7,6 @@ all do not fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -166,8 +165,8 @@ def value(kernels: OnePassKernels, outputs: Outputs[Tensor], weights: Tensor) ->
     return found
 
 
-def multiply(kernels: OnePassKernels, gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply each gradient in place by ``factor``; if that is 1, nothing is read or written."""
-    found = [x for x in gradients if x.numel()]
+def multiply(kernels: OnePassKernels, gradients: Gradients[Tensor], factor: Tensor, targets: Tensor) -> None:
+    """Multiply the gradients in place by ``factor``, as :meth:`cce.backends.base.OnePass.scale` says."""
+    found = [x for x in (gradients.de, gradients.dc, gradients.dbias) if x is not None and x.numel()]
     for first, second in zip(found[::2], [*found[1::2], None], strict=False):
-        kernels.multiply(first, second, factor)
+        kernels.multiply(first, second, factor, targets, first is gradients.de)

@@ -107,5 +107,12 @@ class OnePassKernels(ABC):
         """Write out = sum_ik weights_ik nll_ik, a tensor of one float32."""
 
     @abstractmethod
-    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
-        """Multiply x and y, contiguous, in place by ``factor``, a float32; if that is 1, nothing is read or written."""
+    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor, targets: Tensor, is_de: bool) -> None:
+        """Multiply x and y, contiguous, in place by ``factor``, a float32; if that is 1, neither is read or written.
+
+        But whatever they hold and the factor is: both become 0 if no row has a target and the factor is not finite, and
+        so do the rows of an x that ``is_de``, (N, D), without a target.
+
+        Args:
+            targets: (N, K) int64, contiguous, -1 for none.
+        """

@@ -159,13 +159,13 @@ class TritonOnePass(OnePassKernels):
     def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
         _value(weights=weights, nll=nll, value=out, size=weights.numel())
 
-    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
-        sizes = (x.numel(), 0 if y is None else y.numel())
-        key = (multiply_kernel, *sizes, factor.device)
+    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor, targets: Tensor, is_de: bool) -> None:
+        sizes = (x.numel(), 0 if y is None else y.numel(), targets.shape)
+        key = (multiply_kernel, *sizes, is_de, factor.device)
         step: Repeated | None = self._kept.get(key)
         if step is None:
-            step = self._keep(key, _multiplication(*sizes, multiprocessors(factor.device)))
-        step(x=x, y=y, factor=factor)
+            step = self._keep(key, _multiplication(*sizes, is_de, multiprocessors(factor.device)))
+        step(x=x, y=y, factor=factor, targets=targets)
 
 
 class _Store:
@@ -190,7 +190,10 @@ class _Store:
         )  # fmt: skip
 
 
-def _multiplication(first: int, second: int, programs: int) -> Repeated:
-    block = 4096
+def _multiplication(first: int, second: int, targets: torch.Size, is_de: bool, programs: int) -> Repeated:
+    block, (n, k) = 4096, targets
     grid = (min(8 * programs, cdiv(first + second, block)),)
-    return Repeated(multiply_kernel, grid, {"x_size": first, "y_size": second, "SECOND": second > 0, "BLOCK": block})
+    return Repeated(multiply_kernel, grid, {
+        "x_size": first, "y_size": second, "N": n, "K": k, "D": first // n if is_de else 0,
+        "SECOND": second > 0, "ROWS": is_de, "BLOCK": block,
+    })  # fmt: skip

@@ -168,8 +168,18 @@ class Bench:
         value = new("value", (1,))[0]
         kernels.value(self.weights, torch.where(nll.isfinite(), nll, 1), value)
         x, y = self.e.nan_to_num().clone(), self.c.to(torch.float32, copy=True)
-        kernels.multiply(x, y, torch.tensor(0.3, device=self.device))
-        kernels.multiply(y, None, torch.tensor(1.0, device=self.device))
+        strange, dropped = self.e.clone(), y.clone()
+        strange[~some], dropped[0, 0] = torch.nan, torch.nan
+
+        def multiply(x: Tensor, y: Tensor | None, factor: float, targets: Tensor, is_de: bool) -> None:
+            kernels.multiply(x, y, torch.tensor(factor, device=self.device), targets, is_de)
+
+        multiply(x, y, 0.3, targets, False)
+        multiply(y, None, 1.0, targets, False)
+        of_rows = [strange.clone() for _ in range(3)]
+        for found, factor in zip(of_rows, (0.3, 1.0, 2.0 if some.all() else torch.inf), strict=True):
+            multiply(found, None, factor, targets, True)
+        multiply(strange, dropped, torch.nan, torch.full_like(targets, -1), False)
 
         tile_sum = torch.where(tile_sum == torch.inf, torch.nan, tile_sum)  # inf says the same of a row with inf
         lse = torch.where(lse == torch.inf, torch.nan, lse)
@@ -181,6 +191,8 @@ class Bench:
             "tile_max": (tile_max[:, told], sums), "tile_sum": (tile_sum[:, some], sums), "lse": (lse, sums),
             "lse + lse_low": (lse.double() + lse_low.double() - self.offsets, sums), "nll": (nll, sums),
             "dz": (q.float(), 2 * rounded), "value": (value, sums), "x": (x.float(), rounded), "y": (y, 1e-6),
+            "no target": (torch.cat([strange.float().flatten(), dropped.flatten()]), 0),
+            **{f"rows {i}": (found.float(), rounded) for i, found in enumerate(of_rows)},
         }  # fmt: skip
 
 

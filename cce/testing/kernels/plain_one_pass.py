@@ -91,7 +91,12 @@ class PlainOnePass(OnePassKernels):
     def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:
         out.copy_((weights.double() * nll.double()).sum())
 
-    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor) -> None:
+    def multiply(self, x: Tensor, y: Tensor | None, factor: Tensor, targets: Tensor, is_de: bool) -> None:
+        ignored = (targets < 0).all(1)
         for each in (x, y):
             if each is not None and factor != 1:
                 each.copy_(each.double() * factor.double())
+            if each is not None and ignored.all() and not factor.isfinite():
+                each.zero_()
+        if is_de:
+            x[ignored] = 0

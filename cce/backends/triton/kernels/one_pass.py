@@ -133,21 +133,58 @@ def value_kernel(weights, nll, value, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def multiply_kernel(x, y, factor, x_size, y_size, SECOND: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply x and y, contiguous, in place by factor; most often the factor is 1, and nothing is done."""
+def multiply_kernel(
+    x, y, factor, targets, x_size, y_size, N, K, D,
+    SECOND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Multiply x and y, contiguous, in place by factor; most often the factor is 1, and nothing is done.
+
+    With ROWS x is (N, D), and its rows without a target become 0; without any target, all of x and y do.
+    """
     by = tl.load(factor).to(tl.float32)
+    clear = tl.program_id(0) < 0  # false
+    if (tl.abs(by) < INF) == 0:
+        clear = most(targets, N * K, BLOCK) < 0
+    if ROWS:
+        multiply_rows(x, by, clear, targets, N, K, D, BLOCK)
     if by != 1.0:
-        multiply_one(x, by, x_size, BLOCK)
+        if ROWS == 0:
+            multiply_one(x, by, clear, x_size, BLOCK)
         if SECOND:
-            multiply_one(y, by, y_size, BLOCK)
+            multiply_one(y, by, clear, y_size, BLOCK)
 
 
 @triton.jit
-def multiply_one(x, by, size, BLOCK: tl.constexpr):
+def most(targets, size, BLOCK: tl.constexpr):
+    """The largest target; -1 if there is none."""
+    found = tl.full((BLOCK,), -1, tl.int64)
+    for start in range(0, size, BLOCK):
+        where = start + tl.arange(0, BLOCK)
+        found = tl.maximum(found, tl.load(targets + where, mask=where < size, other=-1))
+    return tl.max(found, 0)
+
+
+@triton.jit
+def multiply_one(x, by, clear, size, BLOCK: tl.constexpr):
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
         where = start + tl.arange(0, BLOCK)
         product = tl.load(x + where, mask=where < size, other=0.0).to(tl.float32) * by
+        product = tl.where(clear, 0.0, product)
         tl.store(x + where, product.to(x.dtype.element_ty), mask=where < size)
+
+
+@triton.jit
+def multiply_rows(x, by, clear, targets, N, K, D, BLOCK: tl.constexpr):
+    """Multiply the rows of x that have a target; the others become 0."""
+    for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+        unused = most(targets + row * K, K, 16) < 0
+        if unused | (by != 1.0):
+            for start in range(0, D, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                where = x + row * D + column
+                product = tl.load(where, mask=column < D, other=0.0).to(tl.float32) * by
+                product = tl.where(unused | clear, 0.0, product)
+                tl.store(where, product.to(x.dtype.element_ty), mask=column < D)
 
 
 @triton.jit(do_not_specialize=["v", "ignore_index", "size"])
