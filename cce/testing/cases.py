@@ -97,6 +97,7 @@ def _shapes() -> list[Case]:
         replace(
             Case("row-chunks", n=1300, d=24, v=500, spec={"filter": "none", "scratch_bytes": 675_000}).of(BF16),
             logit_scale=0.5,
+            softcap=12.0,
         ),
     ]
 

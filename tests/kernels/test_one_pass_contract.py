@@ -52,39 +52,53 @@ class RestForgotten(PlainOnePass):
 class NoSoftmaxIsZero(PlainOnePass):
     """A row without a softmax has no gradient."""
 
-    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
-        super().scale(q, tile_max, lse, lse_low, nll, targets, a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g, softcap):
+        super().scale(q, tile_max, lse, lse_low, nll, targets, a, g, softcap)
         q[~lse.isfinite()] = 0
 
 
 class OneTarget(PlainOnePass):
     """Of a row's targets the first alone is looked at."""
 
-    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
-        super().scale(q, tile_max, lse, lse_low, nll[:, :1], targets[:, :1], a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g, softcap):
+        super().scale(q, tile_max, lse, lse_low, nll[:, :1], targets[:, :1], a, g, softcap)
 
 
 class NanKept(PlainOnePass):
     """Rows without a target are scaled as others."""
 
-    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
-        super().scale(q, tile_max, lse, lse_low, nll, targets.clamp(min=0), a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g, softcap):
+        super().scale(q, tile_max, lse, lse_low, nll, targets.clamp(min=0), a, g, softcap)
 
 
 class MaskedTargetLeftOut(PlainOnePass):
     """A masked target has no gradient."""
 
-    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
-        super().scale(q, tile_max, lse, lse_low, nll, targets, a, torch.where(nll == torch.inf, 0, g))
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g, softcap):
+        super().scale(q, tile_max, lse, lse_low, nll, targets, a, torch.where(nll == torch.inf, 0, g), softcap)
 
 
 class FactorOfMaskedTile(PlainOnePass):
     """A tile without an entry is scaled by exp(0 - lse), which may be infinite."""
 
-    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g):
-        super().scale(q, tile_max, lse, lse_low, nll, targets, a, g)
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g, softcap):
+        super().scale(q, tile_max, lse, lse_low, nll, targets, a, g, softcap)
         factor = torch.exp(finite(tile_max) - lse).repeat_interleave(self.columns(q.dtype), 0)[: q.shape[1]]
         q.mul_((factor.T / factor.T).where(targets >= 0, 1))
+
+
+class DerivativeForgotten(PlainOnePass):
+    """A softcap has none."""
+
+    def scale(self, *arguments):
+        super().scale(*arguments[:-1], None)
+
+
+class TargetOff(PlainOnePass):
+    """A target's p is that of another logit."""
+
+    def scale(self, q, tile_max, lse, lse_low, nll, targets, a, g, softcap):
+        super().scale(q, tile_max, lse, lse_low, nll + 0.01, targets, a, g, softcap)
 
 
 class CopiesAll(PlainOnePass):
@@ -130,7 +144,7 @@ class NoTargetKept(PlainOnePass):
 MUTANTS = {
     MaximumForgotten: "plain", LastTileDropped: "aligned sizes", OneTarget: "float16 k3", NanKept: "nan rows",
     MaskedTargetLeftOut: "masked", FactorOfMaskedTile: "masked low", CopiesAll: "nan rows", CountsAll: "plain",
-    RowsKept: "plain", NoTargetKept: "plain",
+    DerivativeForgotten: "softcap", TargetOff: "softcap float32", RowsKept: "plain", NoTargetKept: "plain",
     OtherBits: "plain", ShiftForgotten: "offset 2^20", RestForgotten: "offset 2^20", NoSoftmaxIsZero: "strange",
 }  # fmt: skip
 

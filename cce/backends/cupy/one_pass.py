@@ -30,7 +30,7 @@ _WIDE = 1024  # threads of the kernels of one_pass.cu
 _ROWS_JOINED, _ROWS_SCALED = 32, 8  # per thread block
 #: Layouts of the kernels' arguments: q an address or a count, i an int, f a float; the formula is two floats.
 LAYOUTS = {
-    "prepare": "6q", "join": "10q", "value": "4q", "scale": "14q", "multiply": "9q", "targets": "9q2f2iq",
+    "prepare": "6q", "join": "10q", "value": "4q", "scale": "14qf4x", "multiply": "9q", "targets": "9q2f2iq",
     "store": "2qi4x2qi4xqqqqq2f2i",
 }  # fmt: skip
 
@@ -65,26 +65,28 @@ class PortableOnePass(OnePassKernels):
     ) -> None:
         n, k = targets.shape
         bias, scale = formula.bias, formula.scale
-        key = ("targets", e.dtype, c.dtype, bias is None, scale == 1.0, used_e is None, e.get_device())
+        kind = (bias is None, scale == 1.0, formula.softcap is None)
+        key = ("targets", e.dtype, c.dtype, *kind, used_e is None, e.get_device())
         launch = self._kernels.get(key)
         if launch is None:
             variant = targets_variant(Gpu.current(), e.dtype, c.dtype, formula, used_e is not None)
             launch = self._launch(key, "targets", variant, TARGET_THREADS)
         launch(
             n * k, 1, e.data_ptr(), c.data_ptr(), *e.stride(), *c.stride(), address(bias) or 0,
-            address(targets), out.data_ptr(), scale, 0.0, e.shape[1], k, address(used_e) or 0,
+            address(targets), out.data_ptr(), scale, formula.softcap or 0.0, e.shape[1], k, address(used_e) or 0,
         )  # fmt: skip
 
     def store(self, e: Tensor, c: Tensor, formula: Formula, q: Tensor, tile_max: Tensor, tile_sum: Tensor) -> None:
         (n, d), v, bias, size = e.shape, len(c), formula.bias, e.element_size()
-        key = ("store", e.dtype, bias is None, formula.scale == 1.0, formula.ieee, e.get_device())
+        kind = (bias is None, formula.scale == 1.0, formula.softcap is None)
+        key = ("store", e.dtype, *kind, formula.ieee, e.get_device())
         launch = self._kernels.get(key) or self._launch(
             key, "store", store_variant(Gpu.current(), e.dtype, formula), THREADS
         )
         launch(
             cdiv(n, TILE_N) * cdiv(v, TILE_V), 1, e.data_ptr(), e.stride(0) * size, d * size, c.data_ptr(),
             c.stride(0) * size, d * size, address(bias) or 0, q.data_ptr(), q.stride(0),
-            tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, 0.0, n, v,
+            tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, formula.softcap or 0.0, n, v,
         )  # fmt: skip
 
     def join(
@@ -115,14 +117,17 @@ class PortableOnePass(OnePassKernels):
         targets: Tensor,
         a: Tensor,
         g: Tensor,
+        softcap: float | None,
     ) -> None:
-        (n, v), dtype, size = q.shape, q.dtype, q.element_size()
-        key = ("scale", dtype, q.get_device())
-        launch = self._kernels.get(key) or self._launch(key, "scale", scale_variant(Gpu.current(), dtype), THREADS)
+        (n, v), dtype, size, capped = q.shape, q.dtype, q.element_size(), softcap is not None
+        key = ("scale", dtype, capped, q.get_device())
+        launch = self._kernels.get(key) or self._launch(
+            key, "scale", scale_variant(Gpu.current(), dtype, capped), THREADS
+        )
         launch(
             cdiv(v, THREADS * (16 // size)), cdiv(n, _ROWS_SCALED), q.data_ptr(), tile_max.data_ptr(), lse.data_ptr(),
             lse_low.data_ptr(), nll.data_ptr(), address(targets), a.data_ptr(), address(g), n, v, g.shape[1],
-            q.stride(0), self.columns(dtype), a.stride(0),
+            q.stride(0), self.columns(dtype), a.stride(0), softcap or 0.0,
         )  # fmt: skip
 
     def value(self, weights: Tensor, nll: Tensor, out: Tensor) -> None:

@@ -29,7 +29,7 @@ class Sm90OnePass(PortableOnePass):
             return
         (n, d), v, bias = e.shape, len(c), formula.bias
         cluster = cluster_of(n)
-        key = ("store", e.dtype, cluster, bias is None, formula.scale == 1.0, e.get_device())
+        key = ("store", e.dtype, cluster, bias is None, formula.scale == 1.0, formula.softcap is None, e.get_device())
         launch = self._kernels.get(key)
         if launch is None:
             variant = variant_of("one_pass_store", cluster, e.dtype, formula, {}, 0)
@@ -37,5 +37,5 @@ class Sm90OnePass(PortableOnePass):
         launch(
             grid_of(cdiv(n, cluster * TILE_N) * cdiv(v, TILE_V), cluster), 1, box_bytes(e, TILE_N),
             box_bytes(c, TILE_V // cluster), address(bias) or 0, q.data_ptr(), q.stride(0),
-            tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, 0.0, n, v, d,
+            tile_max.data_ptr(), tile_sum.data_ptr(), formula.scale, formula.softcap or 0.0, n, v, d,
         )  # fmt: skip

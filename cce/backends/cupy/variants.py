@@ -33,9 +33,9 @@ def store_variant(gpu: Gpu, dtype: torch.dtype, formula: Formula) -> Variant:
     return _of_tiles(gpu, "one_pass_store", formula_macros(formula) | dtype_macros(dtype, formula), TILE_N, TILE_V)
 
 
-def scale_variant(gpu: Gpu, dtype: torch.dtype) -> Variant:
+def scale_variant(gpu: Gpu, dtype: torch.dtype, capped: bool) -> Variant:
     """Variant of scale."""
-    return _variant(gpu, "one_pass_scale", {"DTYPE": DTYPES[dtype]})
+    return _variant(gpu, "one_pass_scale", {"DTYPE": DTYPES[dtype], "SOFTCAP": capped})
 
 
 def multiply_variant(gpu: Gpu, x: torch.dtype, y: torch.dtype) -> Variant:

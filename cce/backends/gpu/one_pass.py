@@ -23,6 +23,9 @@ from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
 from cce.backends.shared.scaling import norm_of, scaled
 from cce.spec import Spec
 
+#: Of 16-bit factors. A kept logit errs by 2^-12, its derivative by 2^-11 of the cap where the logit is close to it.
+_LEAST_SOFTCAP = 8.0
+
 
 @dataclass(frozen=True)
 class _Factors:
@@ -48,9 +51,14 @@ class _Factors:
 
 def serves(problem: Problem, spec: Spec) -> bool:
     """Whether a problem has such a pass and gains from it; from metadata alone."""
-    plain = spec.filter == "none" and problem.softcap is None and not problem.outputs
+    plain = spec.filter == "none" and not problem.outputs and _keeps_derivative(problem)
     # torch's products need factors of one dtype; a c of the narrower dtype would have to be copied.
     return plain and problem.c_dtype == problem.dtype and row_chunks(problem, spec) is not None
+
+
+def _keeps_derivative(problem: Problem) -> bool:
+    """Whether a softcap's derivative is as accurate as the products' factors, made of logits that float16 has held."""
+    return problem.softcap is None or problem.dtype == torch.float32 or problem.softcap >= _LEAST_SOFTCAP
 
 
 def described(problem: Problem, spec: Spec) -> str:
@@ -109,7 +117,7 @@ def _chunk(
     dz = dz if dz.shape[1] == v else dz[:, :v]
     _store(kernels, problem, spec, e, c, formula, dz, tile_max, tile_sum)
     kernels.join(tile_max, tile_sum, target_logits, targets, lse, lse_low, nll)
-    kernels.scale(dz, tile_max, lse, lse_low, nll, targets, upstream.a, upstream.g)
+    kernels.scale(dz, tile_max, lse, lse_low, nll, targets, upstream.a, upstream.g, formula.softcap)
     return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, upstream.norm, dc)
 
 

@@ -18,7 +18,7 @@ from cce.spec import Spec
 
 
 class OnePassKernels(ABC):
-    """Kernels of one pass, for problems without a softcap.
+    """Kernels of one pass.
 
     Attributes:
         any_layout: as of :class:`cce.backends.gpu.kernels.Kernels`.
@@ -92,10 +92,14 @@ class OnePassKernels(ABC):
         targets: Tensor,
         a: Tensor,
         g: Tensor,
+        softcap: float | None,
     ) -> None:
         """Replace q by dz = a p - sum_k g_k [j = target_k], p = q exp((m - lse) - lse_low), in the products' dtype.
 
-        At a target p is exp(-nll). A row without a target gets zeros, whatever it holds; so does a finite row whose a
+        At a target p is exp(-nll). Under a softcap dz is multiplied by its derivative 1 - (z / softcap)^2, with z = m +
+        log q, or lse - nll at a target; a masked entry's is 0.
+
+        A row without a target gets zeros, whatever it holds; so does a finite row whose a
         and g are all 0. A tile whose m is -inf has p = 0, or NaN where the row's lse is -inf or inf.
 
         Args:

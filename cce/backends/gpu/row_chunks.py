@@ -61,11 +61,13 @@ def row_chunks(problem: Problem, spec: Spec) -> RowChunks | None:
     first = max(_LEAST_FIRST, n // _FIRST_PART // _UNIT * _UNIT)
     if n - first < _LEAST_FIRST:
         return RowChunks(n, 0) if size <= spec.scratch_bytes else None
-    if first > fit or problem.dtype == torch.float16:  # whose sums may exceed its range before they are scaled
+    if problem.dtype == torch.float16:  # whose sums may exceed its range before they are scaled
         return None
     least, most = _limits(problem)
-    enough = fit >= min(least, n - first)
-    return RowChunks(first, fit) if enough and cdiv(n - first, fit) <= most else None
+    if fit < min(least, n - first):
+        return None
+    first = min(first, fit)
+    return RowChunks(first, fit) if cdiv(n - first, fit) <= most else None
 
 
 def _limits(problem: Problem) -> tuple[int, int]:

@@ -143,14 +143,15 @@ class TritonOnePass(OnePassKernels):
         targets: Tensor,
         a: Tensor,
         g: Tensor,
+        softcap: float | None,
     ) -> None:
-        key = (scale_kernel, q.shape, q.stride(0), targets.shape[1], self._tile.columns, a.stride(0))
+        key = (scale_kernel, q.shape, q.stride(0), targets.shape[1], self._tile.columns, a.stride(0), softcap)
         step: Repeated | None = self._kept.get(key)
         if step is None:
             (n, v), k, columns = q.shape, targets.shape[1], self._tile.columns
             arguments = {
                 "N": n, "V": v, "K": k, "stride_q": q.stride(0), "stride_a": a.stride(0), "TILE_V": columns,
-                "BLOCK_N": 16,
+                "softcap": softcap or 1.0, "SOFTCAP": softcap is not None, "BLOCK_N": 16,
             }  # fmt: skip
             step = self._keep(key, Repeated(scale_kernel, (cdiv(v, columns), cdiv(n, 16)), arguments))
         bits = q if q.dtype == torch.float32 else q.view(torch.float16)

@@ -43,6 +43,7 @@ class Case:
     dtype: torch.dtype = BF16
     bias: str = ""
     scale: float = 1.0
+    softcap: float | None = None
     ieee: bool = True
     nan_rows: bool = False
     strange: bool = False
@@ -64,6 +65,9 @@ CASES = (
     replace(_PLAIN, name="float32 k2", dtype=F32, d=33, k=2),
     replace(_PLAIN, name="tf32", dtype=F32, d=33, ieee=False, bias="random"),
     replace(_PLAIN, name="masked", bias="masked", k=2),
+    replace(_PLAIN, name="softcap", softcap=12.0, bias="random", scale=4.0),
+    replace(_PLAIN, name="softcap float32", softcap=2.0, dtype=F32, k=2),
+    replace(_PLAIN, name="softcap masked", softcap=9.0, bias="masked", k=2, nan_rows=True),
     replace(_PLAIN, name="masked low", bias="masked low"),
     replace(_PLAIN, name="nan rows", nan_rows=True, scale=0.5),
     replace(_PLAIN, name="nan rows k3", nan_rows=True, k=3, dtype=F16),
@@ -97,7 +101,8 @@ class Bench:
         self.case, self.device = case, device
         problem = Problem(
             n=case.n, v=case.v, d=case.d, k=case.k, e_dtype=case.dtype, c_dtype=case.dtype,
-            device=torch.device(device).type, bias=bool(case.bias), logit_scale=case.scale, grad_e=True, grad_c=True,
+            device=torch.device(device).type, bias=bool(case.bias), softcap=case.softcap, logit_scale=case.scale,
+            grad_e=True, grad_c=True,
         )  # fmt: skip
         self.kernels = kernels.of_problem(problem, resolve(Spec(filter="none"), problem))
         self.plain = PlainOnePass(self.kernels.columns(case.dtype))
@@ -123,7 +128,7 @@ class Bench:
             bias[::3] = -torch.inf
             bias[case.v // 6 : -case.v // 6] = -torch.inf  # whole tiles
         self.e, self.c, self.targets = e.to(device, case.dtype), c.to(device, case.dtype), targets.to(device)
-        self.formula = Formula(None if bias is None else bias.to(device), case.scale, None, case.ieee)
+        self.formula = Formula(None if bias is None else bias.to(device), case.scale, case.softcap, case.ieee)
         self.offsets = torch.zeros(case.n)
         self.offsets[::2] = case.offset
         self.offsets = torch.where((targets >= 0).any(1), self.offsets, 0).to(device)
@@ -164,7 +169,7 @@ class Bench:
         kernels.join(tile_max, tile_sum, logits, targets, lse, lse_low, nll)
         a = torch.where(some, self.weights.sum(1) * case.scale, torch.nan)
         g = self.weights * case.scale
-        kernels.scale(q, tile_max, lse, lse_low, nll, targets, a, g)
+        kernels.scale(q, tile_max, lse, lse_low, nll, targets, a, g, self.formula.softcap)
         value = new("value", (1,))[0]
         kernels.value(self.weights, torch.where(nll.isfinite(), nll, 1), value)
         x, y = self.e.nan_to_num().clone(), self.c.to(torch.float32, copy=True)

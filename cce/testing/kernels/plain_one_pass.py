@@ -73,18 +73,23 @@ class PlainOnePass(OnePassKernels):
         targets: Tensor,
         a: Tensor,
         g: Tensor,
+        softcap: float | None,
     ) -> None:
         tile = torch.arange(q.shape[1], device=q.device) // self._columns
         log_factor = (tile_max.double() - lse.double()) - lse_low.double()  # (T, N)
         p = torch.where((tile_max == -torch.inf)[tile].T & lse.isfinite()[:, None], 0.0, bits_of_q(q).double())
+        z = tile_max.double()[tile].T + bits_of_q(q).double().log()
         p = p * log_factor.exp()[tile].T
         place = torch.arange(q.shape[1], device=q.device)
         here = [place == targets[:, k, None] for k in range(targets.shape[1])]
         for k, column in enumerate(here):
             p = torch.where(column, torch.exp(-nll[:, k, None].double()), p)
+            z = torch.where(column, (lse.double() - nll[:, k].double())[:, None], z)
         x = p * a.double()[:, None]
         for k, column in enumerate(here):
             x = x - torch.where(column, g[:, k, None].double(), 0.0)
+        if softcap is not None:
+            x = x * (1 - (z / softcap).clamp(-1, 1).square()).where(x.isfinite(), 1)
         counts = (targets >= 0).any(1) & ((a != 0) | (g != 0).any(1) | ~lse.isfinite())
         q.copy_(torch.where(counts[:, None], x, 0.0))
 

@@ -1,5 +1,5 @@
 // q becomes the gradient of the logits, in place (one_pass.cuh): dz = a p - sum_k g_k [j = target_k], with
-// p = q exp((m - lse) - lse_low).
+// p = q exp((m - lse) - lse_low); under a softcap times 1 - (z / softcap)^2, with z = m + log q, or lse - nll at a target.
 #include "dx.cuh"
 
 struct ScaleArguments {
@@ -9,6 +9,7 @@ struct ScaleArguments {
     const long long* targets;           // (N, K)
     const float *a, *g;                 // (N,) from ``stride_a`` to the next, (N, K); multiplied by the scale
     long long N, V, K, pitch, tile, stride_a;  // tile: columns of one of tile_max
+    float softcap;
 };
 
 constexpr int EACH = DTYPE == FLOAT32 ? 4 : 8;  // columns of a thread: 16 bytes
@@ -40,14 +41,16 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
         const float a = p.a[row * p.stride_a];
         const float factor = exp_of(__fsub_rn(tile_max[row], p.lse[row]), p.lse_low[row]) * a;
         const unsigned word[4] = {words[r].x, words[r].y, words[r].z, words[r].w};
-        float x[EACH];
+        float x[EACH], z[SOFTCAP ? EACH : 1];
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
 #if DTYPE == FLOAT32
-            x[i] = __uint_as_float(word[i]) * factor;
+            x[i] = __uint_as_float(word[i]);
 #else
-            x[i] = from_half(word[i / 2] >> 16 * (i % 2) & 0xffff) * factor;
+            x[i] = from_half(word[i / 2] >> 16 * (i % 2) & 0xffff);
 #endif
+            if constexpr (SOFTCAP) z[i] = tile_max[row] + log2f(x[i]) * LN2;
+            x[i] *= factor;
         }
         bool used = false;
 #pragma unroll 1
@@ -58,7 +61,9 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
             const float own = exp_of(0, p.nll[row * p.K + k]) * a;
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
-                if (i == at) x[i] = own;
+                if (i != at) continue;
+                x[i] = own;
+                if constexpr (SOFTCAP) z[i] = p.lse[row] - p.nll[row * p.K + k];
             }
         }
 #pragma unroll 1
@@ -69,6 +74,13 @@ extern "C" __global__ void __launch_bounds__(256) scale_kernel(const __grid_cons
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
                 if (i == at) x[i] -= g;
+            }
+        }
+        if constexpr (SOFTCAP) {
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const float ratio = fmaxf(z[i] / p.softcap, -1.0f);  // a masked entry's logit is -inf
+                x[i] *= fmaxf(1 - ratio * ratio, 0.0f);
             }
         }
         if (!used) {

@@ -10,6 +10,7 @@ import triton.language as tl
 from cce.backends.triton.kernels.gradient import chunk_tile
 from cce.backends.triton.kernels.tiles import (
     INF,
+    LN2,
     LOG2E,
     NEG_INF,
     cap,
@@ -86,9 +87,11 @@ def join_kernel(
 @triton.jit
 def scale_kernel(
     q, dz, tile_max, lse, lse_low, nll, targets, a, g,
-    N, V, K, stride_q, stride_a, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    N, V, K, stride_q, stride_a, softcap, SOFTCAP: tl.constexpr, TILE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Replace q by dz = a p - sum_k g_k [j = target_k], with p = q exp((m - lse) - lse_low), or exp(-nll) at a target.
+
+    With SOFTCAP times 1 - (z / softcap)^2, with z = m + log q, or lse - nll at a target.
 
     a and g have been multiplied by the scale; their values at a target -1 are ignored. A row with no other target may
     hold NaN. A row whose log-sum-exp is infinite has no softmax, and becomes NaN.
@@ -104,7 +107,10 @@ def scale_kernel(
     m = tl.load(tile_max + t.to(tl.int64) * N + rows, mask=rows < N, other=0.0)
     factor = tl.exp2(((m - row_lse) - low) * LOG2E) * row_a
     where = rows.to(tl.int64)[:, None] * stride_q + place[None, :]
-    x = tl.load(q + where, mask=inside, other=0.0).to(tl.float32) * factor[:, None]
+    x = tl.load(q + where, mask=inside, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        z = m[:, None] + tl.log2(x) * LN2
+    x *= factor[:, None]
     used = rows < 0
     for k in range(K):
         target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
@@ -112,10 +118,15 @@ def scale_kernel(
         loss = tl.load(nll + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
         p = tl.exp2(-loss * LOG2E) * row_a
         x = tl.where(place[None, :] == target[:, None], p[:, None], x)
+        if SOFTCAP:
+            z = tl.where(place[None, :] == target[:, None], (row_lse - loss)[:, None], z)
     for k in range(K):
         target = tl.load(targets + rows.to(tl.int64) * K + k, mask=rows < N, other=-1)
         row_g = tl.load(g + rows.to(tl.int64) * K + k, mask=rows < N, other=0.0)
         x -= tl.where(place[None, :] == target[:, None], row_g[:, None], 0.0)
+    if SOFTCAP:
+        ratio = tl.maximum(z * (1 / softcap), -1.0)  # a masked entry's logit is -inf, and its derivative 0
+        x *= tl.maximum(1 - ratio * ratio, 0.0)
     x = tl.where(used[:, None], x, 0.0)
     tl.store(dz + where, x.to(dz.dtype.element_ty), mask=inside)
 
