@@ -42,7 +42,8 @@ class Spec:
             where that is less.
         compensate: replaces what is skipped by its mass times the mean row of the tile (design.md, 4.4).
         accumulate: dtype in which gradients are summed, "float32" or "float64"; never less than the inputs'.
-        scratch_bytes: bytes of temporary logits and their gradients a backend may hold.
+        scratch_bytes: bytes of temporary logits and their gradients a backend may hold. Where the logits of enough rows
+            fit, a mean or a sum takes three products instead of four (docs/choose.md).
         row_order: "live" puts rows with equally many hits into the same block; "natural" keeps the order given.
         vocab_order: "mean_logit" sorts the vocabulary by its logits for the mean row of ``e``, anew in every call
             (one product with a vector), so that a tile's entries are alike and their mean row stands for them

@@ -170,9 +170,14 @@ class Noise:
         return self.on_gradient(x, at_x)
 
     def capped(self, z: Tensor, softcap: float) -> Tensor:
-        """softcap tanh(z / softcap); the derivative 1 - tanh^2 errs by some u of 1."""
+        """softcap tanh(z / softcap); the derivative 1 - tanh^2 errs by some u of 1, of equal logits by the same."""
         met: list[Tensor] = []
-        inner = self.on_gradient(z, lambda g: self.by(g, FEW * self.u * met[-1].abs()))
+
+        def at_z(g: Tensor) -> Tensor:
+            size = FEW * self.u * _finite(met[-1])
+            return self.by(g, size.abs()) + size * self.signs(g, 1)
+
+        inner = self.on_gradient(z, at_z)
         return self.on_gradient(softcap * torch.tanh(inner / softcap), lambda g: met.append(g) or g)
 
 
