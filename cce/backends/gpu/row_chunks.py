@@ -29,6 +29,8 @@ MOST_ROUNDED, MOST_WIDE, MOST_WITHOUT = 4, 16, 64
 LEAST_ROWS, LEAST_WITHOUT = 512, 256
 #: Rows of the first chunk: one part of these, but at least so many.
 _FIRST_PART, _LEAST_FIRST = 8, 256
+#: Logits of a later chunk; more would gain nothing, and offsets within 32 bits are sure to suffice every library.
+_MOST_LOGITS = 2**31 - 1
 #: Chunks have a multiple of these rows, as kernels' tiles do.
 _UNIT = 128
 _LEAST_TILE = 128  # columns of the narrowest tile, which has two float32 numbers a row
@@ -57,7 +59,8 @@ def row_chunks(problem: Problem, spec: Spec) -> RowChunks | None:
     n, size = problem.n, logits_bytes(problem)
     if size <= min(FEW_BYTES, spec.scratch_bytes):
         return RowChunks(n, 0)
-    fit = int(spec.scratch_bytes * _share(problem)) // _row_bytes(problem) // _UNIT * _UNIT
+    fit = min(int(spec.scratch_bytes * _share(problem)) // _row_bytes(problem), _MOST_LOGITS // pitch(problem.v))
+    fit = fit // _UNIT * _UNIT
     first = max(_LEAST_FIRST, n // _FIRST_PART // _UNIT * _UNIT)
     if n - first < _LEAST_FIRST:
         return RowChunks(n, 0) if size <= spec.scratch_bytes else None
