@@ -38,6 +38,14 @@ def test_a_shift_beyond_the_sequence(length: int, shift: int) -> None:
     assert cce.loss(e, c, targets[..., None].expand(2, length, 3), shift=shift, target_weight=weight).isnan()
 
 
+def test_nothing_to_predict_and_no_gradient_for_e() -> None:
+    """The gradient of c alone waits for the backward, whose upstream gradient is NaN."""
+    e, c = torch.randn(1, 1, 3), torch.randn(4, 3, requires_grad=True)
+    loss = cce.loss(e, c, torch.zeros(1, 1, dtype=torch.long), shift=1, reduction="sum")
+    (found,) = torch.autograd.grad(loss, c, torch.tensor(torch.nan))
+    assert not found.count_nonzero()
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_targets_of_any_integer_dtype(dtype: torch.dtype, shift: int) -> None:

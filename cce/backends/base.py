@@ -49,7 +49,7 @@ class OnePass(ABC):
             for gradient in (gradients.de, gradients.dc, gradients.dbias):
                 if gradient is not None:
                     gradient.mul_(factor)
-        if ignored is not None and gradients.de is not None:
+        if ignored is not None and gradients.de is not None and gradients.de.numel():
             gradients.de.masked_fill_(ignored, 0)
 
 

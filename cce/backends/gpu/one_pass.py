@@ -15,7 +15,7 @@ from torch import Tensor
 from cce.backends.gpu.arrays import Formula
 from cce.backends.gpu.one_pass_kernels import OnePassKernels
 from cce.backends.gpu.operands import aligned, formula_of, is_aligned, taken
-from cce.backends.gpu.products import add_product, scaled_product
+from cce.backends.gpu.products import scaled_product
 from cce.backends.gpu.row_chunks import RowsOfChunk, Total, inputs_of, row_chunks
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
 from cce.backends.gpu.used_rows import ask, is_captured, rows_with_target
@@ -77,14 +77,14 @@ def loss_and_gradients(
     assert chunks is not None
     if chunks.first == problem.n:
         return _chunk(kernels, inputs, problem, spec, upstream, None)
-    total, first = Total(inputs.e, problem), chunks.first
+    total, first = Total(inputs.e, inputs.targets, problem), chunks.first
     others = inputs.targets[first:]
     ask(others)
 
     def add(rows: RowsOfChunk) -> None:
         part = inputs_of(inputs, rows)
         sizes = replace(problem, n=len(part.targets))
-        total.add(rows, *_chunk(kernels, part, sizes, spec, upstream.of_rows(rows), total.dc))
+        total.add(rows, *_chunk(kernels, part, sizes, spec, upstream.of_rows(rows), total))
 
     add(slice(0, first))
     rows = None if is_captured(others) else rows_with_target(others, None)[0]
@@ -99,9 +99,9 @@ def _chunk(
     problem: Problem,
     spec: Spec,
     upstream: _Factors,
-    dc: Tensor | None,
+    total: Total | None,
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
-    """Compute outputs and gradients of rows whose logits are made at once; their dC is added to ``dc`` in place."""
+    """Compute outputs and gradients of rows whose logits are made at once; their dC is added to that of ``total``."""
     n, v, k, dtype = problem.n, problem.v, problem.k, problem.dtype
     kernels, formula = kernels.of_problem(problem, spec), formula_of(inputs.bias, problem)
     e, c, targets = taken(kernels.any_layout, inputs.e, dtype, inputs.rows), inputs.c, inputs.targets
@@ -118,7 +118,7 @@ def _chunk(
     _store(kernels, problem, spec, e, c, formula, dz, tile_max, tile_sum)
     kernels.join(tile_max, tile_sum, target_logits, targets, lse, lse_low, nll)
     kernels.scale(dz, tile_max, lse, lse_low, nll, targets, upstream.a, upstream.g, formula.softcap)
-    return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, upstream.norm, dc)
+    return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, upstream.norm, total)
 
 
 def _store(
@@ -144,12 +144,13 @@ def _store(
 
 
 def _products(
-    problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None, dc: Tensor | None
+    problem: Problem, dz: Tensor, c: Tensor, e: Tensor | None, norm: Tensor | None, total: Total | None
 ) -> Gradients[Tensor]:
-    """dE = dz c, dC = dz^T e, added to ``dc`` if that is given, and dbias, the column sums of dz, by torch."""
+    """dE = dz c, dC = dz^T e, added to that of ``total`` if given, and dbias, the column sums of dz, by torch."""
     de = scaled_product(dz, c, norm).to(problem.e_dtype) if problem.grad_e else None
-    if e is not None and dc is not None:
-        add_product(dz.T, e, dc)
+    dc = None
+    if e is not None and total is not None:
+        total.add_dc(dz, e)
     elif e is not None:
         dc = scaled_product(dz.T, e, norm)
     dbias = dz.sum(0, dtype=torch.float32) if problem.grad_bias else None
