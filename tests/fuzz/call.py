@@ -151,7 +151,7 @@ def _noise(plan: Plan, made: Made, apart: bool, generator: torch.Generator | Non
     e, c = (made.tensors[name].dtype for name in ("e", "c"))
     spec, problem = plan.spec or {}, e if plan.call == "nt_xent" else torch.promote_types(e, c)
     results, skipped = DTYPES[spec.get("accumulate", "float32")], spec.get("threshold", 0.0)
-    plain = plan.call in ("loss", "module", "multi_token", "multi_codebook") and "softcap" not in plan.options
+    plain = plan.call in ("loss", "module", "multi_token", "multi_codebook")
     one_pass = apart and plain and plan.options.get("reduction", "mean") != "none"
     return Noise(problem, generator, results, skipped, apart, one_pass, e=e, c=c)
 

@@ -63,6 +63,7 @@ class Noise:
         self.results = torch.promote_types(sums, results)
         self.bits = 53 if sums == torch.float64 else 24
         kept = torch.float16 if one_pass and dtype == torch.bfloat16 else dtype
+        self.kept = max(UNIT[kept], UNIT[sums]) if one_pass else 0.0
         self.u_in, self.underflow = UNIT[dtype], max(UNDERFLOW[kept], UNDERFLOW[sums])
         self.stored = {name: UNIT[x] for name, x in dtypes.items()}
         self.own = {name: UNIT[torch.promote_types(x, torch.float32)] for name, x in dtypes.items()}
@@ -174,7 +175,8 @@ class Noise:
         met: list[Tensor] = []
 
         def at_z(g: Tensor) -> Tensor:
-            size = FEW * self.u * _finite(met[-1])
+            # 1 - tanh^2 changes by at most 2 / softcap of what the logit does, whose exponential may have been kept.
+            size = (FEW * self.u + 2 * self.kept / softcap) * _finite(met[-1])
             return self.by(g, size.abs()) + size * self.signs(g, 1)
 
         inner = self.on_gradient(z, at_z)
