@@ -101,7 +101,7 @@ def explain(
         chosen = registry.choose_name(backend, problem, resolved)
     except BackendUnavailable:
         chosen = None
-    note = registry.note(chosen, problem, resolved) if chosen else ""
+    note = registry.note(chosen, replace(problem, part=split is not None), resolved) if chosen else ""
     return Explanation(chosen, reasons, resolved, problem, note)
 
 

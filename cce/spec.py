@@ -41,7 +41,8 @@ class Spec:
         threshold: of a filter, a probability in (0, 1); None means 2**-16 for fp16 inputs, else 2**-13, and 12 / V
             where that is less.
         compensate: replaces what is skipped by its mass times the mean row of the tile (design.md, 4.4).
-        accumulate: dtype in which gradients are summed, "float32" or "float64"; never less than the inputs'.
+        accumulate: dtype in which gradients are summed, "float32" or "float64"; never less than the inputs'. But a
+            16-bit dC of a mean or sum is rounded once for each chunk of rows, in most of its rows (docs/numerics.md).
         scratch_bytes: bytes of temporary logits and their gradients a backend may hold. Where the logits of enough rows
             fit, a mean or a sum takes three products instead of four (docs/choose.md).
         row_order: "live" puts rows with equally many hits into the same block; "natural" keeps the order given.

@@ -33,8 +33,8 @@ class OnePass(ABC):
     def scale(self, gradients: Gradients[Tensor], factor: Tensor, targets: Tensor | None) -> None:
         """Multiply the gradients of :meth:`loss_and_gradients` in place by ``factor``, a tensor with one element.
 
-        dE becomes 0 in rows without a target, and all gradients do where no row has one, as in PyTorch: whatever they
-        hold, even if the factor is NaN or infinite.
+        As in PyTorch, dE becomes 0 in rows without a target, whatever it holds, and where no row has one, a factor that
+        is NaN or infinite leaves dC and dbias at 0.
 
         The factor is 1 when the loss itself is differentiated. The host cannot read it from a GPU without a
         synchronisation; a GPU backend can skip the pass over the gradients in a kernel that tests the factor first.
@@ -57,7 +57,8 @@ def asks_one_pass(problem: Problem) -> bool:
     """Whether a backend is asked for its pass that computes gradients along with the loss."""
     # In float16, gradients of a mean underflow before a GradScaler's factor is known, which only backward brings.
     half = torch.float16 in (problem.e_dtype, problem.c_dtype)
-    return problem.needs_grad and not problem.outputs and problem.n > 0 and problem.v > 0 and not half
+    plain = not problem.outputs and not problem.part
+    return problem.needs_grad and plain and problem.n > 0 and problem.v > 0 and not half
 
 
 class Backend(ABC):

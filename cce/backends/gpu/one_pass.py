@@ -7,7 +7,7 @@ all do not fit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,33 +20,12 @@ from cce.backends.gpu.row_chunks import RowsOfChunk, Total, inputs_of, row_chunk
 from cce.backends.gpu.sizes import cdiv, logits_bytes, padded, pitch, windows
 from cce.backends.gpu.used_rows import ask, is_captured, rows_with_target
 from cce.backends.problem import Gradients, Inputs, Outputs, Problem, Upstream
+from cce.backends.shared.rows import rows_of
 from cce.backends.shared.scaling import norm_of, scaled
 from cce.spec import Spec
 
 #: Of 16-bit factors. A kept logit errs by 2^-12, its derivative by 2^-11 of the cap where the logit is close to it.
 _LEAST_SOFTCAP = 8.0
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """Upstream gradients a (N,) and g (N, K), times the logit scale, and the divisor applied to them."""
-
-    a: Tensor
-    g: Tensor
-    norm: Tensor | None
-
-    @classmethod
-    def of(cls, problem: Problem, weights: Tensor) -> _Factors:
-        a = weights[:, 0] if problem.k == 1 else weights.sum(1)
-        if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
-            return cls(a, weights, None)
-        upstream = Upstream(a, weights)
-        norm = norm_of(upstream, problem.dtype, problem.logit_scale)
-        upstream = scaled(upstream, problem.logit_scale, norm)
-        return cls(upstream.a, upstream.g, norm)
-
-    def of_rows(self, rows: RowsOfChunk) -> _Factors:
-        return _Factors(self.a[rows], self.g[rows], self.norm)
 
 
 def serves(problem: Problem, spec: Spec) -> bool:
@@ -66,25 +45,27 @@ def described(problem: Problem, spec: Spec) -> str:
     chunks = row_chunks(problem, spec)
     assert chunks is not None
     rows = "all rows at once" if not chunks.most else f"{chunks.first} rows, then at most {chunks.most} at a time"
-    return f"a mean or sum: gradients along with the loss, in three products; {rows}"
+    products = 1 + problem.grad_e + problem.grad_c
+    return f"a mean or sum: gradients along with the loss, in {products} products; {rows}"
 
 
 def loss_and_gradients(
     kernels: OnePassKernels, inputs: Inputs[Tensor], problem: Problem, spec: Spec, weights: Tensor
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """Outputs, and gradients of ``sum_ik weights_ik (lse_i - z[i, targets_ik])``, for all rows of ``e``."""
-    chunks, upstream = row_chunks(problem, spec), _Factors.of(problem, weights)
+    chunks, (upstream, norm) = row_chunks(problem, spec), _factors(problem, weights)
     assert chunks is not None
     if chunks.first == problem.n:
-        return _chunk(kernels, inputs, problem, spec, upstream, None)
-    total, first = Total(inputs.e, inputs.targets, problem), chunks.first
+        return _chunk(kernels, inputs, problem, spec, upstream, norm, None)
+    first = chunks.first
     others = inputs.targets[first:]
-    ask(others)
+    ask(others)  # first, so that the answer does not wait for the sort of targets
+    total = Total(inputs.e, inputs.targets, problem)
 
     def add(rows: RowsOfChunk) -> None:
         part = inputs_of(inputs, rows)
         sizes = replace(problem, n=len(part.targets))
-        total.add(rows, *_chunk(kernels, part, sizes, spec, upstream.of_rows(rows), total))
+        total.add(rows, *_chunk(kernels, part, sizes, spec, rows_of(upstream, rows), norm, total))
 
     add(slice(0, first))
     rows = None if is_captured(others) else rows_with_target(others, None)[0]
@@ -93,12 +74,22 @@ def loss_and_gradients(
     return total.outputs, total.gradients
 
 
+def _factors(problem: Problem, weights: Tensor) -> tuple[Upstream[Tensor], Tensor | None]:
+    """Upstream gradients a (N,) and g (N, K), times the logit scale, and the divisor applied to them."""
+    upstream = Upstream(weights[:, 0] if problem.k == 1 else weights.sum(1), weights)
+    if problem.dtype != torch.float16 and problem.logit_scale == 1.0:
+        return upstream, None
+    norm = norm_of(upstream, problem.dtype, problem.logit_scale)
+    return scaled(upstream, problem.logit_scale, norm), norm
+
+
 def _chunk(
     kernels: OnePassKernels,
     inputs: Inputs[Tensor],
     problem: Problem,
     spec: Spec,
-    upstream: _Factors,
+    upstream: Upstream[Tensor],
+    norm: Tensor | None,
     total: Total | None,
 ) -> tuple[Outputs[Tensor], Gradients[Tensor]]:
     """Compute outputs and gradients of rows whose logits are made at once; their dC is added to that of ``total``."""
@@ -118,7 +109,7 @@ def _chunk(
     _store(kernels, problem, spec, e, c, formula, dz, tile_max, tile_sum)
     kernels.join(tile_max, tile_sum, target_logits, targets, lse, lse_low, nll)
     kernels.scale(dz, tile_max, lse, lse_low, nll, targets, upstream.a, upstream.g, formula.softcap)
-    return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, upstream.norm, total)
+    return Outputs(lse, nll, lse_low), _products(problem, dz, c, used, norm, total)
 
 
 def _store(

@@ -1,8 +1,8 @@
-"""The kernels of a pass that computes gradients along with the loss, supplied by a GPU backend for few rows.
+"""The kernels of a pass that computes gradients along with the loss, for rows whose logits are all held at once.
 
-Such problems are short, so host time counts. An operation or two of torch elsewhere is therefore a kernel here, and a
-launch should cost little. Conventions are those of ``kernels.py``. *q* is exp(z - m), m the largest logit of the row in
-the tile: float32 for float32 factors, float16 for both 16-bit dtypes; the gradient replaces it in place.
+With few rows such problems are short, so host time counts. An operation or two of torch elsewhere is therefore a kernel
+here, and a launch should cost little. Conventions are those of ``kernels.py``. *q* is exp(z - m), m the largest logit
+of the row in the tile: float32 for float32 factors, float16 for both 16-bit dtypes; the gradient replaces it in place.
 """
 
 from __future__ import annotations

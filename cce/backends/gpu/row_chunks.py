@@ -164,7 +164,7 @@ class Total:
 def most_frequent(targets: Tensor, v: int, count: int) -> Tensor:
     """The ``count`` entries out of ``v`` that are targets most often, those of lower number first among equals."""
     found = targets.reshape(-1)
-    counts = found.new_zeros(v, dtype=torch.int32)
+    counts = found.new_zeros(v, dtype=torch.int32)  # torch.bincount would wait for the GPU
     counts.index_add_(0, found.clamp(min=0), (found >= 0).to(torch.int32))
     return counts.sort(descending=True, stable=True).indices[:count]
 

@@ -1,6 +1,7 @@
 // Two tensors times a number, in place: most often it is 1, and neither is read or written.
 //
-// Whatever they hold and the number is, rows of x without a target become 0, and all of both where no row has one.
+// Whatever they hold and the number is, rows of x without a target become 0; and all of both where no row has one and
+// the number is not finite.
 #include "numbers.cuh"
 
 #ifndef X_TYPE

@@ -1,4 +1,4 @@
-// Logits of a small problem, stored as q = exp(z - m); m and sum q of each row and tile (one_pass.cuh).
+// Logits that are all held at once, stored as q = exp(z - m); m and sum q of each row and tile (one_pass.cuh).
 #include "one_pass.cuh"
 #include "tiles.cuh"
 
